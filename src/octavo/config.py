@@ -1,0 +1,230 @@
+"""What the user chose (frozen option groups) and what it means here (``resolve``: the only place ``auto`` is decided).
+
+Field names are the command line's flags with underscores; help texts live beside the fields, so the parser, the
+docs and ``LLM(...)`` keyword arguments all come from this file. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from octavo.errors import UsageError
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that is also a command line flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how its files are read."""
+
+    model: str = option("smollm2:135m", "Catalogue name, folder, GGUF file or hub id of the model.")
+    served_model_name: str | None = option(None, "Name in the API (default: the model as given).")
+    tokenizer: str | None = option(None, "Folder or tokenizer.json to use instead of the model's own.")
+    revision: str | None = option(None, "Hub revision (branch, tag or commit).")
+    download_dir: str | None = option(
+        None, "Where downloaded models are kept (default: the user cache folder)."
+    )
+    load_format: str = option(
+        "auto", "auto: what the files are; dummy: random weights.", ("auto", "safetensors", "gguf", "dummy")
+    )
+    dtype: str = option(
+        "auto",
+        "Type of activations and dense weights.",
+        ("auto", "float32", "float16", "bfloat16", "half", "float"),
+    )
+    max_model_len: str | None = option(
+        None,
+        "Longest prompt + answer in tokens (like 8192 or 8k; default: the model's own, as far as it fits).",
+    )
+    seed: int = option(0, "Seed of requests that bring none.")
+    generation_config: str = option(
+        "auto",
+        "Sampling defaults: auto takes the model's generation_config.json, vllm ignores it, or a folder.",
+    )
+    chat_template: str | None = option(None, "Jinja file to use instead of the model's chat template.")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """The paged KV cache."""
+
+    block_size: int | None = option(None, "Tokens in a page of the KV cache (default: by device).")
+    gpu_memory_utilization: float = option(0.92, "Share of the device memory that Octavo may use in all.")
+    kv_cache_memory_bytes: int | None = option(
+        None, "Size of the KV cache, instead of deriving it from free memory."
+    )
+    num_gpu_blocks_override: int | None = option(None, "Number of pages, for tests.")
+    enable_prefix_caching: bool = option(True, "Keep pages of earlier prompts and reuse them.")
+
+
+@dataclass(frozen=True)
+class SchedulerOptions:
+    """How steps are filled."""
+
+    max_num_seqs: int | None = option(None, "Most sequences in one step (default: by device).")
+    max_num_batched_tokens: int | None = option(None, "Most tokens in one step (default: by device).")
+    scheduling_policy: str = option("fcfs", "Order of the queue.", ("fcfs", "priority"))
+    max_queue_len: int = option(4096, "Requests that may wait; beyond it clients get 429.")
+    enable_chunked_prefill: bool = option(True, "Split long prompts over several steps.")
+    overlap: bool | None = option(None, "Plan a step while the one before it runs (default: on for GPUs).")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where it runs."""
+
+    device: str = option("auto", "Device to run on.", ("auto", "cpu", "cuda"))
+    enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
+    threads: int | None = option(None, "CPU threads (default: the cores this process may use).")
+    cpu_backend: str = option("auto", "CPU kernels: auto or the plain torch reference.", ("auto", "torch"))
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Everything an engine is built from; each part gets its own group, never the whole."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+    @classmethod
+    def of(cls, **flat: Any) -> EngineOptions:
+        """Build from flat names (``EngineOptions.of(model="x", max_num_seqs=8)``); unknown names are a ``UsageError``."""
+        groups: dict[str, Any] = {}
+        for name, group in cls.groups().items():
+            mine = {f.name: flat.pop(f.name) for f in dataclasses.fields(group) if f.name in flat}
+            groups[name] = group(**mine)
+        if flat:
+            raise UsageError(f"Unknown option: {', '.join(sorted(flat))}.", "See octavo serve --help.")
+        return cls(**groups)
+
+    @classmethod
+    def groups(cls) -> dict[str, Any]:
+        """Group name to group class."""
+        return dict(get_type_hints(cls))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What ``resolve`` must know of the device; filled by the platform."""
+
+    kind: str  # cpu | cuda
+    name: str
+    total_memory_bytes: int
+    num_cores: int
+    supports_bfloat16: bool
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What ``resolve`` must know of the model; filled from its config."""
+
+    max_position: int
+    dtype: str  # the checkpoint's
+    quantized: bool
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All values decided; nothing below this line is ``auto`` or None."""
+
+    dtype: str
+    max_model_len: int
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    overlap: bool
+    enable_prefix_caching: bool
+    scheduling_policy: str
+    max_queue_len: int
+    seed: int
+
+
+GIB = 1 << 30
+
+
+def parse_length(text: str | int) -> int:
+    """Tokens from ``8192``, ``8k`` (8,000), ``8K`` (8,192), ``25.6k``; the suffixes mean what vLLM's mean."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)", str(text).strip())
+    if not match:
+        raise UsageError(f"--max-model-len {text!r} is not a length.", "Write it like 8192, 8k or 25.6k.")
+    scale = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20}[match[2]]
+    length = int(float(match[1]) * scale)
+    if length < 1:
+        raise UsageError(f"--max-model-len must be at least 1, got {text}.")
+    return length
+
+
+def resolve(options: EngineOptions, hardware: Hardware, limits: ModelLimits) -> Resolved:
+    """Decide every ``auto``; pure, so that ``doctor`` and the tests can ask without a device.
+
+    Batch defaults follow vLLM's table: large GPUs 8192 tokens / 1024 sequences, other GPUs 2048 / 256,
+    CPUs 512 / 64. Raises ``UsageError`` where values contradict each other.
+    """
+    scheduler, cache, model = options.scheduler, options.cache, options.model
+    if not 0 < cache.gpu_memory_utilization <= 1:
+        raise UsageError(
+            f"--gpu-memory-utilization must be above 0 and at most 1, got {cache.gpu_memory_utilization}."
+        )
+    big = hardware.kind == "cuda" and hardware.total_memory_bytes >= 70 * GIB
+    tokens, seqs = (8192, 1024) if big else (2048, 256) if hardware.kind == "cuda" else (512, 64)
+    max_num_seqs = scheduler.max_num_seqs or seqs
+    max_tokens = scheduler.max_num_batched_tokens or max(tokens, max_num_seqs)
+    for flag, value in (("--max-num-seqs", max_num_seqs), ("--max-num-batched-tokens", max_tokens)):
+        if value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}.")
+    if max_tokens < max_num_seqs:
+        raise UsageError(
+            f"--max-num-batched-tokens {max_tokens} is less than --max-num-seqs {max_num_seqs}: a step could not "
+            "hold one token of each sequence.",
+            "Raise the first or lower the second.",
+        )
+    max_model_len = limits.max_position
+    if model.max_model_len is not None and model.max_model_len not in ("auto", "-1"):
+        max_model_len = parse_length(model.max_model_len)
+        if max_model_len > limits.max_position:
+            raise UsageError(
+                f"--max-model-len {max_model_len} is more than the model's {limits.max_position} positions.",
+                f"Use --max-model-len {limits.max_position}.",
+            )
+    if not scheduler.enable_chunked_prefill and max_tokens < max_model_len:
+        if scheduler.max_num_batched_tokens:
+            raise UsageError(
+                f"Without chunked prefill a step must hold a whole prompt: --max-num-batched-tokens {max_tokens} is "
+                f"less than the context of {max_model_len}.",
+                f"Use --max-num-batched-tokens {max_model_len}.",
+            )
+        max_tokens = max_model_len
+    page_size = cache.block_size or 16
+    if page_size < 1 or page_size & (page_size - 1):
+        raise UsageError(f"--block-size must be a power of two, got {page_size}.")
+    return Resolved(
+        dtype=_dtype(model.dtype, hardware, limits),
+        max_model_len=max_model_len,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        overlap=hardware.kind == "cuda" if scheduler.overlap is None else scheduler.overlap,
+        enable_prefix_caching=cache.enable_prefix_caching,
+        scheduling_policy=scheduler.scheduling_policy,
+        max_queue_len=scheduler.max_queue_len,
+        seed=model.seed,
+    )
+
+
+def _dtype(asked: str, hardware: Hardware, limits: ModelLimits) -> str:
+    names = {"half": "float16", "float": "float32"}
+    if asked != "auto":
+        return names.get(asked, asked)
+    if hardware.kind == "cpu":
+        return "float32"  # the reference path; quantized CPU kernels bring their own types
+    if limits.dtype == "float16":
+        return "float16"
+    return "bfloat16" if hardware.supports_bfloat16 else "float16"

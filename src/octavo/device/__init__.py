@@ -1,0 +1,1 @@
+"""Floor 5: how and where. Platforms, ops (signature + reference body), kernels."""

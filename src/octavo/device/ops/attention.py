@@ -1,0 +1,69 @@
+"""Paged attention over rows of any length (Kwon et al. 2023): prefill chunks and decodes are the same op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.device.ops.bind import Op
+
+
+def paged_attention(
+    q: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    query_start: Tensor,
+    kv_lens: Tensor,
+    max_query: int,
+    max_kv: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of each row's new tokens over its cached keys (the new ones are stored already).
+
+    q [T, Hq, D]; kv_pages [pages, 2, Hkv, page_size, D]; page_table [R, max_pages] int32 (entries before the window
+    may be stale); query_start [R + 1] int32: row r's queries are q[query_start[r]:query_start[r + 1]], the last of
+    them at position kv_lens[r] - 1; kv_lens [R] int32 counts keys including the new ones. Rows with no queries are
+    skipped, as are tokens of q past query_start[-1] (padding; their output is unspecified). ``max_query`` and
+    ``max_kv`` are host-side upper bounds of the row lengths. ``window`` > 0: a query sees itself and the window - 1
+    keys before it. ``softcap`` > 0: scores become softcap * tanh(score / softcap). ``sinks`` [Hq]: an extra logit
+    per head that takes probability but has no value. Returns [T, Hq, D] in q's type.
+    """
+    out = torch.zeros_like(q)
+    num_heads = q.shape[1]
+    num_kv_heads, page_size, head_dim = kv_pages.shape[2:]
+    starts, lens = query_start.tolist(), kv_lens.tolist()
+    for row, kv_len in enumerate(lens):
+        begin, end = starts[row], starts[row + 1]
+        if begin == end:
+            continue
+        count = end - begin
+        first = max(0, kv_len - count - window + 1) // page_size if window else 0
+        pages = page_table[row, first : -(-kv_len // page_size)].long()
+        keys, values = kv_pages[pages].float().transpose(0, 1).unbind(0)  # [n, Hkv, P, D]
+        base = first * page_size
+        keys = keys.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[: kv_len - base]
+        values = values.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[: kv_len - base]
+        query = q[begin:end].float().view(count, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        scores = torch.einsum("thgd,khd->hgtk", query, keys) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        query_at = torch.arange(kv_len - count, kv_len, device=q.device).unsqueeze(1)
+        key_at = torch.arange(base, kv_len, device=q.device).unsqueeze(0)
+        hidden = key_at > query_at
+        if window:
+            hidden |= key_at <= query_at - window
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            sink = sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, count, 1)
+            weights = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
+        else:
+            weights = torch.softmax(scores, dim=-1)
+        mixed = torch.einsum("hgtk,khd->thgd", weights, values)
+        out[begin:end] = mixed.reshape(count, num_heads, head_dim).to(q.dtype)
+    return out
+
+
+PAGED_ATTENTION = Op("paged_attention", paged_attention)

@@ -1,0 +1,99 @@
+"""From the layers' cache kinds to groups that share a page table, over one pool of equal-sized pages.
+
+Layers of the same kind are dealt into groups of equal length. A page of the pool is a slice of ``len(group)``
+tensors, one per position in the group, and every group uses the same tensors:
+
+    Gemma3, 6 layers: L L L L L G   (L = window, G = full)       tensor 0
+    groups: [L0] [L1] [L2] [L3] [L4] [G5]                        page 17 -> belongs to one group of one sequence
+    more layers: 10 L + 2 G -> groups of 2: [L0 L1] [L2 L3] ... [G5 G11], tensors 0 and 1
+
+A group of 16 tokens and a group of 32 tokens can share the pool if their pages have the same bytes; ``plan_layout``
+gives the kind with fewer bytes a token a larger page size, so that pages come out equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo.engine.cache.spec import ChunkedKV, KVSpec, StateKV, ceil_div, hull, with_page_size
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers (model layer indices) that share one page table and one cache kind."""
+
+    spec: KVSpec
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """All groups, and the tensors beneath them.
+
+    ``layers_per_group`` tensors exist, each of ``num_pages * page_bytes``; the layer at position j of any group
+    lives in tensor j. ``pool_page_bytes`` is what one page costs in all tensors together.
+    """
+
+    groups: tuple[CacheGroup, ...]
+    page_bytes: int
+    layers_per_group: int
+
+    @property
+    def pool_page_bytes(self) -> int:
+        """Device bytes of one page id, over all tensors."""
+        return self.page_bytes * self.layers_per_group
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """(group index, tensor index) of a model layer."""
+        for index, group in enumerate(self.groups):
+            if layer in group.layers:
+                return index, group.layers.index(layer)
+        raise KeyError(layer)
+
+    def num_pages(self, cache_bytes: int) -> int:
+        """How many pages fit into that many bytes."""
+        return cache_bytes // self.pool_page_bytes
+
+    def pages_for(self, num_tokens: int, step_tokens: int = 1) -> int:
+        """Most pages one sequence ever holds on its way to ``num_tokens``, growing ``step_tokens`` at a time."""
+        total = 0
+        for group in self.groups:
+            spec = group.spec
+            ends = {num_tokens}
+            if isinstance(spec, ChunkedKV):  # fullest just before a chunk ends
+                ends.add(max(0, num_tokens // spec.chunk * spec.chunk - 1))
+            total += max(len(hull(spec.live(max(0, end - step_tokens)), spec.live(end))) for end in ends)
+        return total
+
+
+MAX_GROUPS = 16
+
+
+def plan_layout(specs: dict[int, KVSpec]) -> CacheLayout:
+    """Deal layers into groups with equal page bytes.
+
+    ``specs`` maps layer index to its kind (layers without a cache are absent). The group length is the count of
+    the rarest kind, so that kind (usually full attention, the one that grows) wastes nothing; a longer one is
+    taken only where there would be more than ``MAX_GROUPS`` page tables.
+    """
+    if not specs:
+        return CacheLayout((), 0, 0)
+    largest = max(spec.page_bytes for spec in specs.values())
+    by_kind: dict[KVSpec, list[int]] = {}
+    for layer in sorted(specs):
+        by_kind.setdefault(_equalize(specs[layer], largest), []).append(layer)
+    size = min(len(layers) for layers in by_kind.values())
+    while sum(ceil_div(len(layers), size) for layers in by_kind.values()) > max(MAX_GROUPS, len(by_kind)):
+        size += 1
+    groups = []
+    for spec, layers in by_kind.items():
+        for start in range(0, len(layers), size):
+            groups.append(CacheGroup(spec, tuple(layers[start : start + size])))
+    return CacheLayout(tuple(groups), largest, size)
+
+
+def _equalize(spec: KVSpec, page_bytes: int) -> KVSpec:
+    """The spec with as many tokens a page as fit ``page_bytes``; a state page is padded instead."""
+    if isinstance(spec, StateKV):
+        return spec
+    return with_page_size(spec, spec.page_size * (page_bytes // spec.page_bytes))

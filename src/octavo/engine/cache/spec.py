@@ -1,0 +1,118 @@
+"""One question per cache kind: which logical pages must be resident to go on after n computed tokens?
+
+A logical page k of a sequence covers the tokens [k*P, (k+1)*P).
+
+    FullKV (P=4), n=10       pages 0 1 2          |0123|4567|89..|
+    WindowKV (w=5), n=10     pages   1 2          |    |4567|89..|   the next token sees positions 6..10
+    ChunkedKV (c=8), n=10    pages     2          |    |    |89..|   attention never leaves the current chunk
+    StateKV (P=8), n=10      page    1            |        |89......|  one page holds the whole state
+
+Everything else is derived: pages for a step from n to m = hull(live(n), live(m)) minus those held; pages to free
+after it = held minus live(m); a cached prefix of length n is a hit when every page of live(n), in every group,
+is in the index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeAlias
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Smallest integer >= a / b."""
+    return -(-a // b)
+
+
+def hull(a: range, b: range) -> range:
+    """Smallest range that covers both."""
+    if not len(a):
+        return b
+    if not len(b):
+        return a
+    return range(min(a.start, b.start), max(a.stop, b.stop))
+
+
+@dataclass(frozen=True)
+class FullKV:
+    """Keys and values of every token (also used for MLA latents: other bytes, same rule).
+
+    ``page_size`` in tokens, ``token_bytes`` for one layer (keys and values together).
+    """
+
+    page_size: int
+    token_bytes: int
+    kind: ClassVar[str] = "full"
+
+    def live(self, n: int) -> range:
+        """Pages needed after n computed tokens: all."""
+        return range(ceil_div(n, self.page_size))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of one layer."""
+        return self.page_size * self.token_bytes
+
+
+@dataclass(frozen=True)
+class WindowKV:
+    """Sliding window: a token sees itself and the ``window - 1`` tokens before it."""
+
+    page_size: int
+    token_bytes: int
+    window: int
+    kind: ClassVar[str] = "window"
+
+    def live(self, n: int) -> range:
+        """Pages needed after n computed tokens: those the next token (position n) can see."""
+        return range(max(0, n - self.window + 1) // self.page_size, ceil_div(n, self.page_size))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of one layer."""
+        return self.page_size * self.token_bytes
+
+
+@dataclass(frozen=True)
+class ChunkedKV:
+    """Chunked-local attention: a token sees only tokens of its own chunk of ``chunk`` tokens."""
+
+    page_size: int
+    token_bytes: int
+    chunk: int
+    kind: ClassVar[str] = "chunked"
+
+    def live(self, n: int) -> range:
+        """Pages needed after n computed tokens: the current chunk's (none at a chunk boundary)."""
+        return range(n // self.chunk * self.chunk // self.page_size, ceil_div(n, self.page_size))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of one layer."""
+        return self.page_size * self.token_bytes
+
+
+@dataclass(frozen=True)
+class StateKV:
+    """Recurrent state: one page holds the state after the last computed token; a page boundary is a checkpoint."""
+
+    page_size: int
+    state_bytes: int
+    kind: ClassVar[str] = "state"
+
+    def live(self, n: int) -> range:
+        """The single page that holds the state after n tokens (none for n = 0)."""
+        last = ceil_div(n, self.page_size)
+        return range(max(0, last - 1), last)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of one layer: the state, whatever the page size in tokens."""
+        return self.state_bytes
+
+
+KVSpec: TypeAlias = FullKV | WindowKV | ChunkedKV | StateKV
+
+
+def with_page_size(spec: KVSpec, page_size: int) -> KVSpec:
+    """The same cache kind with another page size in tokens."""
+    return replace(spec, page_size=page_size)

@@ -1,0 +1,52 @@
+"""The seam between deciding and computing."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from octavo.engine.cache.layout import CacheLayout
+from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
+
+
+class Runner(Protocol):
+    """Computes plans on one device; an ``Executor`` drives one or many.
+
+    Order of calls: ``forward(plan)``, ``sample(masks)`` for the same plan, ``collect()``. With overlap the next
+    ``forward`` comes before the last ``collect``; results come back in order.
+    """
+
+    layout: CacheLayout
+    num_pages: int
+    num_slots: int
+
+    def forward(self, plan: StepPlan) -> None:
+        """Queue the step's forward pass; returns before the device is done where the device is asynchronous."""
+
+    def sample(self, masks: list[GrammarMask]) -> None:
+        """Queue sampling for the plan given to the last ``forward``."""
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest sampled step and return its result."""
+
+    def close(self) -> None:
+        """Give device memory and helper threads back."""
+
+
+class Executor(Protocol):
+    """One or many runners behind one interface; same call order as ``Runner``."""
+
+    layout: CacheLayout
+    num_pages: int
+    num_slots: int
+
+    def forward(self, plan: StepPlan) -> None:
+        """See ``Runner.forward``."""
+
+    def sample(self, masks: list[GrammarMask]) -> None:
+        """See ``Runner.sample``."""
+
+    def collect(self) -> StepResult:
+        """See ``Runner.collect``; raises ``EngineDeadError`` when a worker has died."""
+
+    def close(self) -> None:
+        """Stop the workers."""

@@ -1,0 +1,1 @@
+"""Offline use: ``LLM(model).generate(prompts, SamplingParams)``."""

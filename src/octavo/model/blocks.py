@@ -1,0 +1,148 @@
+"""What a decoder is made of, as plain descriptions: shapes, checkpoint names, options. No torch, no memory.
+
+A family (``families/qwen3.py``) composes these; three readers build on them: the torch modules in ``layers/``, the
+compiled CPU program in ``runner/cpu/``, and the memory planner. Every block owns its checkpoint names, so families
+carry no loading code.
+
+    Layer:  x ─┬─ input_norm ─ attention ─ (post_attention_norm) ─ + ─┬─ pre_mlp_norm ─ mlp ─ (post_mlp_norm) ─ + ─ x
+               └──────────────────────────────────────────────────────┘└──────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One checkpoint tensor that fills some output rows of a ``Linear``.
+
+    ``hf`` and ``gguf`` are names below the layer's prefix without ".weight"/".bias". ``heads`` > 0 marks rows that
+    GGUF's llama architecture stores with each head's two rotary halves interleaved; the loader restores them.
+    """
+
+    hf: str
+    gguf: str
+    out_features: int
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + b. Parts lie one after the other in the output dimension.
+
+    ``shard`` under tensor parallelism: "column" splits every part's rows, "row" splits the input, "none" copies.
+    """
+
+    in_features: int
+    parts: tuple[Part, ...]
+    bias: bool = False
+    shard: Literal["column", "row", "none"] = "none"
+
+    @property
+    def out_features(self) -> int:
+        """Rows of all parts together."""
+        return sum(part.out_features for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm over ``size`` values: y = x / rms(x) * (w + offset).
+
+    GGUF files store w + offset already; the loader keeps the sum, so execution never sees ``offset``.
+    """
+
+    hf: str
+    gguf: str
+    size: int
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of the first ``dim`` values of a head, halves convention (i pairs with i + dim/2).
+
+    ``inv_freq`` has dim/2 entries (scaling already applied), ``scale`` multiplies cos and sin (yarn, longrope).
+    """
+
+    dim: int
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Multi-head attention with grouped keys: fused qkv, optional q/k norm and rope, paged cache, output.
+
+    ``window`` (tokens a query sees, itself included) 0 = all; ``softcap`` 0 = none; ``scale`` multiplies q·k.
+    ``rope`` None = no position encoding in this layer.
+    """
+
+    qkv: Linear
+    output: Linear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    window: int = 0
+    softcap: float = 0.0
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """down(act(gate(x)) * up(x)); gate and up are one fused Linear (gate first)."""
+
+    gate_up: Linear
+    down: Linear
+    intermediate: int
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer; see the drawing above. ``residual_scale`` multiplies both branches (1 = plain)."""
+
+    input_norm: Norm
+    attention: Attention
+    pre_mlp_norm: Norm
+    mlp: GatedMLP
+    post_attention_norm: Norm | None = None
+    post_mlp_norm: Norm | None = None
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Token embedding; row r is multiplied by ``scale``."""
+
+    hf: str
+    gguf: str
+    vocab_size: int
+    hidden: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A whole decoder-only language model.
+
+    Layer i's checkpoint names start with ``hf_layer_prefix.format(i)`` / ``gguf_layer_prefix.format(i)``. ``head``
+    is None where the embedding is the output matrix too. ``logit_softcap`` 0 = none, ``logit_scale`` multiplies.
+    """
+
+    embedding: Embedding
+    layers: tuple[Layer, ...]
+    norm: Norm
+    head: Linear | None
+    logit_softcap: float = 0.0
+    logit_scale: float = 1.0
+    hf_layer_prefix: str = "model.layers.{}."
+    gguf_layer_prefix: str = "blk.{}."
+    ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))

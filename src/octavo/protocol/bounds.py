@@ -1,0 +1,34 @@
+"""One table of bounds (rule R5): validation, OpenAPI and the fuzz tests all read these types.
+
+Each name is a type with its range inside, so msgspec rejects a bad value while it decodes and
+``msgspec.json.schema`` prints the same range. Token ids have no upper bound here because the
+vocabulary is the model's; ``protocol.validate`` checks that part.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=4_194_304)]
+Count = Annotated[int, Meta(ge=1, le=128)]  # n, best of
+MaxTokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+MinTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
+TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
+TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # -1 and 0 both mean "off"
+MinP = Annotated[float, Meta(ge=0.0, le=1.0)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]  # presence, frequency
+RepetitionPenalty = Annotated[float, Meta(gt=0.0, le=100.0)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+NumLogprobs = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # -1 = whole vocabulary; the server caps it
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+StopStrings = Annotated[list[StopString], Meta(max_length=64)]
+StopTokenIds = Annotated[list[TokenId], Meta(max_length=1024)]
+BiasValue = Annotated[float, Meta(ge=-100.0, le=100.0)]
+LogitBias = Annotated[dict[int, BiasValue], Meta(max_length=1024)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+CacheSalt = Annotated[str, Meta(min_length=1, max_length=256)]
+RequestId = Annotated[str, Meta(min_length=1, max_length=256)]

@@ -1,0 +1,66 @@
+"""Questions and orders that are not requests: engine facts, statistics, cache reset, shutdown."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """What the front half must know of a running engine; constant while it runs."""
+
+    model: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    dtype: str
+    device: str
+    kernels: dict[str, str] = {}
+    timeline_s: dict[str, float] = {}
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """Gauges at this moment and counters since the start; the metrics endpoint maps them to names."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    step_tokens: int = 0
+
+
+class GetInfo(msgspec.Struct, tag="info"):
+    """Ask for ``EngineInfo``."""
+
+
+class GetStats(msgspec.Struct, tag="stats"):
+    """Ask for ``EngineStats``."""
+
+
+class ResetPrefixCache(msgspec.Struct, tag="reset_prefix_cache"):
+    """Forget every cached prefix that no running sequence uses."""
+
+
+class CheckPool(msgspec.Struct, tag="check_pool"):
+    """Run the page pool's proof (``Pool.check``); the reply is empty or an error."""
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    """Stop the loop; with ``drain`` after the running requests have ended."""
+
+    drain: bool = False
+
+
+Control = GetInfo | GetStats | ResetPrefixCache | CheckPool | Shutdown
+ControlReply = EngineInfo | EngineStats | None
