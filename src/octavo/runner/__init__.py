@@ -1,0 +1,1 @@
+"""Floor 3: executes one plan on one device."""

@@ -1,0 +1,92 @@
+"""NVIDIA GPUs through torch.cuda: one stream, caching allocator, CUDA graphs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from octavo.config import Hardware
+from octavo.device.ops.bind import OpSpec
+from octavo.device.platform.cpu import DTYPE_NAMES, usable_cores
+
+
+class CUDAPlatform:
+    """The current CUDA device."""
+
+    kind = "cuda"
+
+    def __init__(self, *, threads: int | None = None) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.threads = threads or usable_cores()
+        self.properties = torch.cuda.get_device_properties(self.device)
+        self.stream = torch.cuda.Stream(self.device)
+        torch.cuda.set_stream(self.stream)  # graphs cannot be captured on the default stream
+        torch.set_num_threads(min(4, self.threads))  # host-side torch work is tiny
+
+    @staticmethod
+    def unavailable() -> str | None:
+        """None, or why CUDA cannot be used."""
+        if torch.version.cuda is None:
+            return "this torch build has no CUDA."
+        if not torch.cuda.is_available():
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+            return "no CUDA device is visible" + (
+                f" (CUDA_VISIBLE_DEVICES={hidden})." if hidden is not None else "."
+            )
+        return None
+
+    @property
+    def capability(self) -> int:
+        """Compute capability times ten (90 = Hopper)."""
+        return int(self.properties.major * 10 + self.properties.minor)
+
+    def hardware(self) -> Hardware:
+        """See ``Platform``."""
+        total = int(self.properties.total_memory)
+        return Hardware("cuda", str(self.properties.name), total, self.threads, self.capability >= 80)
+
+    def op_spec(self, dtype: torch.dtype) -> OpSpec:
+        """See ``Platform``."""
+        return OpSpec("cuda", DTYPE_NAMES[dtype], self.capability)
+
+    def free_bytes(self) -> int:
+        """Free on the device, plus what torch holds in its cache unused."""
+        free, _total = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(free + cached)
+
+    def peak_bytes(self, work: Callable[[], None]) -> int:
+        """See ``Platform``."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        work()
+        torch.cuda.synchronize(self.device)
+        return int(torch.cuda.max_memory_allocated(self.device) - before)
+
+    def host_buffer(self, size: int, dtype: torch.dtype) -> Tensor:
+        """See ``Platform``."""
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+
+    def event(self) -> torch.cuda.Event:
+        """See ``Platform``."""
+        return torch.cuda.Event()
+
+    def synchronize(self) -> None:
+        """See ``Platform``."""
+        torch.cuda.synchronize(self.device)
+
+    def capture(self, work: Callable[[], None], pool: object | None) -> tuple[Callable[[], None], object]:
+        """See ``Platform``; ``work`` must have run once before, so that its kernels are compiled."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+            work()
+        return graph.replay, graph.pool()
+
+    def close(self) -> None:
+        """See ``Platform``."""
+        torch.cuda.empty_cache()

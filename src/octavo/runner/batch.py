@@ -1,0 +1,171 @@
+"""From a plan to the tensors of a step: one packed upload, everything else derived on the device.
+
+Rows of a mixed step, with two prefill chunks (a, b) and two decodes (c, d):
+
+    tokens       a0 a1 a2 a3 | b7 b8 b9 | c | d        c and d come from slots.last_token
+    query_start  0           4          7   8   9
+    positions    0  1  2  3    7  8  9    41  17
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.device.platform.base import Platform
+from octavo.model.batch import Batch, GroupTables
+from octavo.protocol.plan import StepPlan
+from octavo.runner.slots import PROMPT_LOGPROBS, Slots
+
+Ints = NDArray[np.int64]
+
+
+@dataclass
+class Prepared:
+    """A step ready to run.
+
+    ``rows`` (host) are the plan rows that sample, ``slots_host`` their slots; ``slots`` and ``positions`` [S] the
+    same on the device (position of the token to draw). The first S entries of ``batch.sample_at`` belong to them;
+    what follows are prompt positions whose log probabilities were asked: ``prompt_rows`` lists (plan row, first
+    position, count) in order.
+    """
+
+    batch: Batch
+    num_rows: int
+    rows: list[int]
+    slots_host: Ints
+    positions_host: Ints
+    slots: Tensor
+    positions: Tensor
+    prompt_rows: list[tuple[int, int, int]]
+
+
+class Staging:
+    """A ring of page-locked host buffers; depth 4 outlives every copy in flight (at most two steps are)."""
+
+    DEPTH = 4
+
+    def __init__(self, platform: Platform, size: int) -> None:
+        self.platform = platform
+        self.buffers = [platform.host_buffer(size, torch.int32) for _ in range(self.DEPTH)]
+        self.turn = 0
+
+    def pack(self, columns: list[Ints]) -> Tensor:
+        """All columns one after the other in the next buffer, as int32."""
+        total = sum(len(column) for column in columns)
+        self.turn = (self.turn + 1) % self.DEPTH
+        if self.buffers[self.turn].numel() < total:
+            self.buffers[self.turn] = self.platform.host_buffer(2 * total, torch.int32)
+        buffer = self.buffers[self.turn][:total]
+        np.concatenate(columns, out=buffer.numpy(), casting="unsafe")
+        return buffer
+
+    def upload(self, columns: list[Ints]) -> list[Tensor]:
+        """Device copies of the columns (int32), by one transfer."""
+        packed = self.pack(columns).to(self.platform.device, non_blocking=True)
+        return list(torch.split(packed, [len(column) for column in columns]))
+
+
+class BatchBuilder:
+    """Turns plans into ``Prepared`` steps for one device."""
+
+    def __init__(self, slots: Slots, platform: Platform, max_tokens: int, max_model_len: int) -> None:
+        self.slots = slots
+        self.platform = platform
+        self.max_model_len = max_model_len
+        self.staging = Staging(platform, 6 * max_tokens + 8 * slots.num_slots + 1024)
+
+    def build(self, plan: StepPlan) -> Prepared:
+        """All tensors of the step; uploads page table changes on the way."""
+        slots = self.slots
+        row_slots = np.asarray(plan.slots, np.int64)
+        starts = np.asarray(plan.starts, np.int64)
+        counts = np.asarray(plan.num_tokens, np.int64)
+        query_start = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=query_start[1:])
+        num_tokens = int(query_start[-1])
+        positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
+        token_slots = np.repeat(row_slots, counts)
+        from_device = starts >= slots.num_known[row_slots]
+        token_ids = np.zeros(num_tokens, np.int64)
+        for row in np.flatnonzero(~from_device):
+            start, count, at = starts[row], counts[row], query_start[row]
+            token_ids[at : at + count] = slots.known[row_slots[row]][start : start + count]
+        rows = np.flatnonzero(np.asarray(plan.sample, bool))
+        sample_at, prompt_rows = self._sample_at(plan, rows, row_slots, starts, counts, query_start)
+        where, pages = slots.write_pages(plan.page_writes)
+        ends = starts + counts
+        columns = [
+            row_slots,
+            query_start,
+            ends,
+            sample_at,
+            token_ids,
+            positions,
+            token_slots,
+            query_start[:-1][from_device],
+            row_slots[from_device],
+            row_slots[rows],
+            ends[rows],
+            np.asarray(where, np.int64),
+            np.asarray(pages, np.int64),
+        ]
+        up = self.staging.upload(columns)
+        if where:
+            slots.flat_tables[up[11]] = up[12]
+        ids = up[4].long()
+        if from_device.any():
+            ids[up[7]] = slots.last_token[up[8]]
+        batch = Batch(
+            token_ids=ids,
+            positions=up[5].long(),
+            query_start=up[1],
+            kv_lens=up[2],
+            groups=group_tables(slots, up[0], up[6], up[5]),
+            sample_at=up[3].long(),
+            max_query=int(counts.max(initial=0)),
+            max_kv=int(ends.max(initial=0)),
+        )
+        return Prepared(
+            batch,
+            len(counts),
+            rows.tolist(),
+            row_slots[rows],
+            ends[rows],
+            up[9].long(),
+            up[10].long(),
+            prompt_rows,
+        )
+
+    def _sample_at(
+        self, plan: StepPlan, rows: Ints, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints
+    ) -> tuple[Ints, list[tuple[int, int, int]]]:
+        """Tokens whose hidden states are needed: the end of each sampling row, then wanted prompt positions."""
+        sample_at = query_start[1:][rows] - 1
+        prompt_rows: list[tuple[int, int, int]] = []
+        wanting = np.flatnonzero(self.slots.wants[row_slots] & PROMPT_LOGPROBS)
+        extra = []
+        for row in wanting:
+            # Position p predicts token p + 1, so the last prompt position belongs to the answer.
+            last = min(int(starts[row] + counts[row]), int(self.slots.num_prompt[row_slots[row]]) - 1)
+            count = last - int(starts[row])
+            if count > 0:
+                prompt_rows.append((int(row), int(starts[row]), count))
+                extra.append(query_start[row] + np.arange(count))
+        return (np.concatenate([sample_at, *extra]) if extra else sample_at), prompt_rows
+
+
+def group_tables(
+    slots: Slots, row_slots: Tensor, token_slots: Tensor, positions: Tensor
+) -> list[GroupTables]:
+    """Each group's page table rows [R, width] and the cache slot of every token [T]."""
+    tables = []
+    for group in slots.tables:
+        page = group.table[token_slots, positions // group.page_size].long()
+        mapping = page * group.page_size + positions % group.page_size
+        tables.append(GroupTables(group.table.index_select(0, row_slots), mapping))
+    return tables

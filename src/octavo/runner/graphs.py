@@ -1,0 +1,130 @@
+"""Decode steps as recorded graphs: one replay instead of hundreds of launches.
+
+A step in which every row computes one token that lies on the device has the same shape but for the number of
+rows. It is padded to the next captured size; padding rows use the dummy slot, store nothing (-1) and are ignored.
+
+    host: slots, starts ──one copy──> static buffer ──replay──> hidden states [size, E]
+    inside the graph: token = last_token[slot], position = start, cache slot = page_table[slot, start / P] ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.device.platform.base import Platform
+from octavo.model.batch import Batch, GroupTables
+from octavo.model.network import Network
+from octavo.protocol.plan import StepPlan
+from octavo.runner.batch import BatchBuilder, Prepared
+from octavo.runner.slots import PROMPT_LOGPROBS, Slots
+
+
+def capture_sizes(limit: int) -> list[int]:
+    """1, 2, 4, then multiples of 8 up to 256, of 32 up to 512 (vLLM's habit), cut at ``limit``."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, 513, 32)]
+    kept = [size for size in sizes if size < limit]
+    return [*kept, limit] if limit <= 512 else kept
+
+
+class DecodeGraphs:
+    """All captured sizes over one static input buffer and one shared memory pool."""
+
+    def __init__(
+        self, network: Network, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
+    ) -> None:
+        self.network = network
+        self.slots = slots
+        self.builder = builder
+        self.platform = platform
+        self.max_model_len = max_model_len
+        self.static = torch.zeros((2, 1), dtype=torch.int32, device=platform.device)
+        self.replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self.sizes: list[int] = []
+        self.pool: object | None = None
+
+    @torch.inference_mode()
+    def capture(self, sizes: list[int], progress: Callable[[int, int], None] | None = None) -> None:
+        """Record every size, largest first so that the pool is sized once; reports (done, all)."""
+        largest = max(sizes)
+        self.static = torch.full(
+            (2, largest), self.slots.dummy, dtype=torch.int32, device=self.platform.device
+        )
+        self.static[1].zero_()
+        for done, size in enumerate(sorted(sizes, reverse=True)):
+            output: list[Tensor] = []
+
+            def work(size: int = size, output: list[Tensor] = output) -> None:
+                output[:] = [self.network.forward(self._batch(size))]
+
+            work()  # compiles kernels outside the recording
+            self.platform.synchronize()
+            recorded = self.platform.capture(work, self.pool)
+            if recorded is None:
+                return
+            replay, self.pool = recorded
+            self.replays[size] = (replay, output[0])
+            if progress:
+                progress(done + 1, len(sizes))
+        self.sizes = sorted(self.replays)
+
+    def run(self, plan: StepPlan) -> tuple[Prepared, Tensor] | None:
+        """Replay the plan, or None where it is not a plain decode step of a captured size."""
+        rows = plan.num_rows
+        if not self.sizes or rows == 0 or rows > self.sizes[-1] or plan.num_tokens.count(1) != rows:
+            return None
+        slots = np.asarray(plan.slots, np.int64)
+        starts = np.asarray(plan.starts, np.int64)
+        if (starts < self.slots.num_known[slots]).any() or not all(plan.sample):
+            return None
+        if (self.slots.wants[slots] & PROMPT_LOGPROBS).any() and (
+            starts < self.slots.num_prompt[slots]
+        ).any():
+            return None
+        size = next(captured for captured in self.sizes if captured >= rows)
+        where, pages = self.slots.write_pages(plan.page_writes)
+        padding = size - rows
+        columns = [slots, np.full(padding, self.slots.dummy), starts, np.zeros(padding, np.int64)]
+        extra = [np.asarray(where, np.int64), np.asarray(pages, np.int64)]
+        up = self.builder.staging.upload([np.concatenate(columns), *extra])
+        if where:
+            self.slots.flat_tables[up[1]] = up[2]
+        self.static[:, :size].copy_(up[0].view(2, size))
+        replay, hidden = self.replays[size]
+        replay()
+        device_slots = up[0][:rows].long()
+        positions = up[0][size : size + rows].long() + 1
+        batch = self._empty
+        step = Prepared(batch, rows, list(range(rows)), slots, starts + 1, device_slots, positions, [])
+        return step, hidden[:rows]
+
+    @property
+    def _empty(self) -> Batch:
+        nothing = self.static[0, :0]
+        return Batch(nothing, nothing, nothing, nothing, [], nothing, 0, 0)
+
+    def _batch(self, size: int) -> Batch:
+        """The step's tensors from the static buffer; every operation here is recorded."""
+        slots, starts = self.static[0, :size], self.static[1, :size]
+        positions = starts.long()
+        real = slots != self.slots.dummy
+        groups = []
+        for group in self.slots.tables:
+            table = group.table.index_select(0, slots)
+            page = table.gather(1, (positions // group.page_size).unsqueeze(1)).squeeze(1).long()
+            mapping = torch.where(real, page * group.page_size + positions % group.page_size, -1)
+            groups.append(GroupTables(table, mapping))
+        every = torch.arange(size + 1, dtype=torch.int32, device=self.platform.device)
+        return Batch(
+            token_ids=self.slots.last_token[slots],
+            positions=positions,
+            query_start=every,
+            kv_lens=starts + 1,
+            groups=groups,
+            sample_at=every[:-1].long(),
+            max_query=1,
+            max_kv=self.max_model_len,
+        )
