@@ -1,0 +1,108 @@
+"""``--load-format dummy``: a model's shape without its weights, from a config.json or a built-in preset.
+
+The runner fills the weights with random values of the right types, which is all that speed measurements need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.errors import ModelFileError
+from octavo.files.base import TensorInfo
+from octavo.files.folder import ModelFolder
+
+LLAMA_3_1_8B: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+}
+QWEN3_0_6B: Mapping[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+PRESETS: Mapping[str, Mapping[str, Any]] = {"llama-3.1-8b": LLAMA_3_1_8B, "qwen3-0.6b": QWEN3_0_6B}
+
+
+class DummyFiles:
+    """A model with a config and no tensors (see ``ModelFiles``)."""
+
+    def __init__(
+        self, name: str, path: Path, config: Mapping[str, Any], folder: ModelFolder | None = None
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.format = "dummy"
+        self.config: Mapping[str, Any] = dict(config)
+        self.generation_config: Mapping[str, Any] = folder.json("generation_config.json") if folder else {}
+        self.chat_template: str | None = folder.chat_template() if folder else None
+        self.tensors: Mapping[str, TensorInfo] = {}
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """Dummy models have no bytes: always a ``ModelFileError``."""
+        raise ModelFileError(f"{self.name} was opened with --load-format dummy: it has no tensor {name!r}.")
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def open_dummy(source: Path | str | Mapping[str, Any], name: str | None = None) -> DummyFiles:
+    """Open a folder (its config.json and tokenizer), a preset's name ("llama-3.1-8b"), or a config dict."""
+    if isinstance(source, Mapping):
+        return DummyFiles(name or "dummy", Path("dummy"), source)
+    if isinstance(source, str) and source in PRESETS:
+        return DummyFiles(name or source, Path(source), PRESETS[source])
+    path = Path(source)
+    if not path.is_dir():
+        raise ModelFileError(
+            f"--load-format dummy needs a folder with config.json or a preset, not {source}.",
+            f"Presets: {', '.join(PRESETS)}.",
+        )
+    folder = ModelFolder(path)
+    return DummyFiles(name or path.name, path, folder.config(), folder)
