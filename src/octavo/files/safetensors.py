@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,9 +84,8 @@ class SafetensorsFile:
         if not isinstance(entry, dict):
             raise self._fail(f"the entry of tensor {name!r} is no object")
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        bits = SAFETENSORS_BITS.get(dtype) if isinstance(dtype, str) else None
-        if bits is None:
-            raise self._fail(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        if not isinstance(dtype, str) or dtype not in SAFETENSORS_BITS:
+            raise self._fail(f"tensor {name!r} has the unknown dtype {_short(dtype)}")
         if not _is_counts(shape) or len(shape) > MAX_DIMS:
             raise self._fail(f"tensor {name!r} has the impossible shape {_short(shape)}")
         if not _is_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
@@ -94,14 +93,14 @@ class SafetensorsFile:
                 f"tensor {name!r} has data_offsets {_short(offsets)}, outside the {room} bytes of data"
             )
         begin, end = offsets
-        if math.prod(shape) * bits != (end - begin) * 8:
+        if math.prod(shape) * SAFETENSORS_BITS[dtype] != (end - begin) * 8:
             raise self._fail(
                 f"tensor {name!r}: {dtype} of shape {_short(shape)} does not take {end - begin} bytes"
             )
         return TensorInfo(name, dtype, tuple(shape), end - begin), begin, end
 
 
-def _is_counts(value: Any) -> bool:
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
     """A list of integers >= 0 (JSON's true is no 1)."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
