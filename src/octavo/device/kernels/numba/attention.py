@@ -1,0 +1,353 @@
+"""Paged attention for rows of any length: prefill chunks and decodes are the same items.
+
+An item is some consecutive queries of one sequence over a range of its keys; each (item, kv head) is one piece of work,
+handed out by a counter so that long items balance. The queries of all heads that share a kv head form the rows of small
+tiles (up to 4 rows x 16 keys); the softmax runs online over stretches of 512 keys (Milakov & Gimelshein 2018). Results are
+unnormalized sums with their maximum and total, so that a long decode can be split over its context; ``combine`` joins
+the parts, normalizes and quantizes for the output projection. The layout of pages is in ``rope``.
+"""
+
+from __future__ import annotations
+
+import math
+
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, register_jitable
+
+from octavo.device.kernels.numba import memory as mem
+from octavo.device.kernels.numba import vector as v
+from octavo.device.kernels.numba.linear import HOST
+from octavo.device.kernels.numba.rows import address_of, emit_write, float_of
+
+STRETCH = 512  # keys between two softmax corrections
+ROWS = 4  # query rows of a tile
+# A thread's scratch: block addresses, query and output addresses, scores, probabilities, one block of 32 floats.
+BLOCKS_AT = 0
+QUERIES_AT = BLOCKS_AT + STRETCH // 16 * 8
+OUTPUTS_AT = QUERIES_AT + ROWS * 8
+SCORES_AT = OUTPUTS_AT + ROWS * 8
+WEIGHTS_AT = SCORES_AT + ROWS * STRETCH * 4
+BLOCK_AT = WEIGHTS_AT + ROWS * STRETCH * 2
+SCRATCH_BYTES = BLOCK_AT + 128 + 64 & ~63
+
+# Fields of an item, int64 each.
+TOKEN, QUERIES, POSITION, FIRST_KEY, LAST_KEY, TABLE, PART, ITEM_FIELDS = range(8)
+ITEM_BYTES = ITEM_FIELDS * 8
+HIDDEN = -1e30
+
+
+def scores(rows, target):
+    """Intrinsic: scores of ``rows`` query rows against blocks of 16 keys, times ``scale``."""
+
+    @intrinsic
+    def compute(context, scratch, blocks, size, scale):
+        def generate(ctx, b, signature, args):
+            scratch, blocks, size, scale = args
+            factor = v.splat(b, scale)
+            queries = [v.load(b, v.at(b, scratch, QUERIES_AT + 8 * r), v.I64, 8) for r in range(rows)]
+            sums = [cgutils.alloca_once(b, v.VF) for _ in range(2 * rows)]
+            with cgutils.for_range(b, blocks) as block:
+                keys = v.load(b, b.add(v.at(b, scratch, BLOCKS_AT), b.mul(block.index, v.const(8))), v.I64, 8)
+                for slot in sums:
+                    b.store(v.floats(0.0), slot)
+                with cgutils.for_range(b, b.sdiv(size, v.const(4))) as loop:
+                    for half in range(2):
+                        pair = v.at(b, b.mul(loop.index, v.const(2)), half)
+                        key = v.load(b, b.add(keys, b.mul(pair, v.const(64))), v.VI, 64)
+                        for r in range(rows):
+                            query = v.load_splat(b, b.add(queries[r], b.mul(pair, v.const(4))), v.I32)
+                            slot = sums[2 * r + half]
+                            b.store(v.dot_bf16(b, target, b.load(slot, typ=v.VF), key, query), slot)
+                out = b.add(v.at(b, scratch, SCORES_AT), b.mul(block.index, v.const(64)))
+                for r in range(rows):
+                    total = b.fadd(b.load(sums[2 * r], typ=v.VF), b.load(sums[2 * r + 1], typ=v.VF))
+                    v.store(b, b.fmul(total, factor), v.at(b, out, r * STRETCH * 4), 4)
+            return ctx.get_dummy_value()
+
+        i = types.int64
+        return types.void(i, i, i, types.float32), generate
+
+    return compute
+
+
+def mix(rows, target):
+    """Intrinsic: add probabilities x values of blocks of 16 keys to ``rows`` output rows."""
+
+    def columns(b, scratch, blocks, size, value_at, outputs, column, width):
+        """``width`` vectors of 16 output dims from ``column`` on."""
+        at = b.mul(column, v.const(4))
+        places = [[b.add(out, v.at(b, at, 64 * j)) for j in range(width)] for out in outputs]
+        sums = [[cgutils.alloca_once(b, v.VF) for _ in range(width)] for _ in outputs]
+        for r in range(rows):
+            for j in range(width):
+                b.store(v.load(b, places[r][j], v.VF, 4), sums[r][j])
+        with cgutils.for_range(b, blocks) as block:
+            keys = v.load(b, b.add(v.at(b, scratch, BLOCKS_AT), b.mul(block.index, v.const(8))), v.I64, 8)
+            values = b.add(b.add(keys, value_at), at)
+            weights = b.add(v.at(b, scratch, WEIGHTS_AT), b.mul(block.index, v.const(32)))
+            for pair in range(8):
+                spread = [
+                    v.load_splat(b, v.at(b, weights, r * STRETCH * 2 + 4 * pair), v.I32) for r in range(rows)
+                ]
+                line = b.add(values, b.mul(size, v.const(4 * pair)))
+                for j in range(width):
+                    value = v.load(b, v.at(b, line, 64 * j), v.VI, 64)
+                    for r in range(rows):
+                        slot = sums[r][j]
+                        b.store(v.dot_bf16(b, target, b.load(slot, typ=v.VF), value, spread[r]), slot)
+        for r in range(rows):
+            for j in range(width):
+                v.store(b, b.load(sums[r][j], typ=v.VF), places[r][j], 4)
+
+    @intrinsic
+    def compute(context, scratch, blocks, size, value_at):
+        def generate(ctx, b, signature, args):
+            scratch, blocks, size, value_at = args
+            outputs = [v.load(b, v.at(b, scratch, OUTPUTS_AT + 8 * r), v.I64, 8) for r in range(rows)]
+            wide = b.sdiv(size, v.const(64))
+            with cgutils.for_range(b, wide) as loop:
+                columns(b, scratch, blocks, size, value_at, outputs, b.mul(loop.index, v.const(64)), 4)
+            with cgutils.for_range_slice(b, b.mul(wide, v.const(64)), size, v.const(16)) as (column, _):
+                columns(b, scratch, blocks, size, value_at, outputs, column, 1)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), generate
+
+    return compute
+
+
+SCORES_1, SCORES_2, SCORES_3, SCORES_4 = [scores(n, HOST) for n in (1, 2, 3, 4)]
+MIX_1, MIX_2, MIX_3, MIX_4 = [mix(n, HOST) for n in (1, 2, 3, 4)]
+
+
+@intrinsic
+def cap_row(context, row, vectors, cap):
+    """cap * tanh(x / cap) over 16 x ``vectors`` floats in place."""
+
+    def generate(ctx, b, signature, args):
+        cap = v.splat(b, args[2])
+        with cgutils.for_range(b, args[1]) as loop:
+            at = b.add(args[0], b.mul(loop.index, v.const(64)))
+            v.store(b, b.fmul(cap, v.tanh(b, b.fdiv(v.load(b, at, v.VF, 4), cap))), at, 4)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def largest(context, row, vectors):
+    """Largest of 16 x ``vectors`` floats."""
+
+    def generate(_, b, signature, args):
+        most = cgutils.alloca_once_value(b, v.floats(HIDDEN))
+        with cgutils.for_range(b, args[1]) as loop:
+            x = v.load(b, b.add(args[0], b.mul(loop.index, v.const(64))), v.VF, 4)
+            b.store(v.maximum(b, b.load(most, typ=v.VF), x), most)
+        return v.reduce_max(b, b.load(most, typ=v.VF))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def exponentials(context, row, weights, vectors, most):
+    """weights (bfloat16) = e^(row - most); returns their sum."""
+
+    def generate(_, b, signature, args):
+        most, total = v.splat(b, args[3]), cgutils.alloca_once_value(b, v.floats(0.0))
+        with cgutils.for_range(b, args[2]) as loop:
+            x = v.load(b, b.add(args[0], b.mul(loop.index, v.const(64))), v.VF, 4)
+            e = v.exp(b, b.fsub(x, most))
+            v.store(b, v.round_bf16(b, e), b.add(args[1], b.mul(loop.index, v.const(32))), 2)
+            b.store(b.fadd(b.load(total, typ=v.VF), e), total)
+        return v.reduce_add(b, b.load(total, typ=v.VF))
+
+    i = types.int64
+    return types.float32(i, i, i, types.float32), generate
+
+
+@intrinsic
+def scale_row(context, row, size, factor):
+    """``size`` floats (a multiple of 16) times a factor in place; factor 0 writes zeros whatever was there."""
+
+    def generate(ctx, b, signature, args):
+        factor = v.splat(b, args[2])
+        clear = b.fcmp_ordered("==", factor, v.floats(0.0))
+        with cgutils.for_range(b, b.sdiv(args[1], v.const(16))) as loop:
+            at = b.add(args[0], b.mul(loop.index, v.const(64)))
+            v.store(b, b.select(clear, v.floats(0.0), b.fmul(v.load(b, at, v.VF, 4), factor)), at, 4)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def add_half(context, target, source, factor):
+    """16 floats: target += source * factor."""
+
+    def generate(ctx, b, signature, args):
+        total = v.fma(
+            b, v.load(b, args[1], v.VF, 4), v.splat(b, args[2]), v.load(b, args[0], v.VF, 4)
+        )
+        v.store(b, total, args[0], 4)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def write_block(context, source, plain, quants, meta):
+    """32 floats at ``source`` to ``plain`` and/or ``quants`` + ``meta``."""
+
+    def generate(ctx, b, signature, args):
+        low, high = v.load(b, args[0], v.VF, 4), v.load(b, v.at(b, args[0], 64), v.VF, 4)
+        emit_write(b, low, high, *args[1:])
+        return ctx.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@register_jitable
+def multiply(scratch, rows, blocks, size, scale):
+    """Scores of a tile; the row count picks the compiled width."""
+    if rows == 4:
+        SCORES_4(scratch, blocks, size, scale)
+    elif rows == 3:
+        SCORES_3(scratch, blocks, size, scale)
+    elif rows == 2:
+        SCORES_2(scratch, blocks, size, scale)
+    else:
+        SCORES_1(scratch, blocks, size, scale)
+
+
+@register_jitable
+def accumulate(scratch, rows, blocks, size, value_at):
+    """Probabilities x values of a tile."""
+    if rows == 4:
+        MIX_4(scratch, blocks, size, value_at)
+    elif rows == 3:
+        MIX_3(scratch, blocks, size, value_at)
+    elif rows == 2:
+        MIX_2(scratch, blocks, size, value_at)
+    else:
+        MIX_1(scratch, blocks, size, value_at)
+
+
+@register_jitable
+def hide(row, start, stop):
+    """Scores start..stop-1 of a row cannot be seen."""
+    for t in range(start, stop):
+        mem.store_f32(row + 4 * t, types.float32(HIDDEN))
+
+
+@register_jitable
+def tile(args, scratch, item, h, row0, rows):
+    """Rows row0.. of an item (query x head of the group) against all its keys."""
+    heads, kv_heads, size = address_of(args, 2), address_of(args, 3), address_of(args, 4)
+    pages, page_bytes, page_size = address_of(args, 6), address_of(args, 7), address_of(args, 8)
+    scale, cap, window = float_of(args, 9), float_of(args, 10), address_of(args, 11)
+    group, value_at = heads // kv_heads, page_size * size * 2
+    token, position = mem.load_i64(item + 8 * TOKEN), mem.load_i64(item + 8 * POSITION)
+    first, last = mem.load_i64(item + 8 * FIRST_KEY), mem.load_i64(item + 8 * LAST_KEY)
+    table, part = mem.load_i64(item + 8 * TABLE), mem.load_i64(item + 8 * PART)
+    for r in range(rows):
+        query, head = (row0 + r) // group, h * group + (row0 + r) % group
+        place = (part + query) * heads + head
+        mem.store_i64(scratch + QUERIES_AT + 8 * r, address_of(args, 5) + ((token + query) * heads + head) * size * 2)
+        mem.store_i64(scratch + OUTPUTS_AT + 8 * r, address_of(args, 12) + place * size * 4)
+        mem.store_f32(address_of(args, 13) + place * 8, types.float32(HIDDEN))
+        mem.store_f32(address_of(args, 13) + place * 8 + 4, types.float32(0))
+    # A later row of the tile may see more: the tile's keys end with its last row's.
+    last = min(last, position + (row0 + rows - 1) // group + 1)
+    start = first // 16 * 16
+    while start < last:
+        stop = min(start + STRETCH, (last + 15) // 16 * 16)
+        blocks = (stop - start) // 16
+        for i in range(blocks):
+            at = start + 16 * i
+            page = types.int64(mem.load_i32(table + at // page_size * 4))
+            inside = h * page_size * size * 4 + at % page_size * size * 2
+            mem.store_i64(scratch + BLOCKS_AT + 8 * i, pages + page * page_bytes + inside)
+        multiply(scratch, rows, blocks, size, scale)
+        for r in range(rows):
+            row = scratch + SCORES_AT + r * STRETCH * 4
+            query = (row0 + r) // group
+            place = (part + query) * heads + h * group + (row0 + r) % group
+            if cap != types.float32(0):
+                cap_row(row, blocks, cap)
+            seen = min(last, position + query + 1)
+            low = max(first, position + query + 1 - window) if window > 0 else first
+            hide(row, 0, min(low, stop) - start)
+            hide(row, max(seen, start) - start, stop - start)
+            stats = address_of(args, 13) + place * 8
+            before = mem.load_f32(stats)
+            most = max(before, largest(row, blocks))
+            keep = types.float32(math.exp(before - most)) if before > types.float32(HIDDEN) else types.float32(0)
+            total = exponentials(row, scratch + WEIGHTS_AT + r * STRETCH * 2, blocks, most)
+            mem.store_f32(stats, most)
+            mem.store_f32(stats + 4, mem.load_f32(stats + 4) * keep + total)
+            if keep != types.float32(1):
+                scale_row(mem.load_i64(scratch + OUTPUTS_AT + 8 * r), size, keep)
+        accumulate(scratch, rows, blocks, size, value_at)
+        start = stop
+
+
+def attend(args, thread, threads):
+    """args: item count, items, heads, kv heads, head dim, q (bfloat16), page tensor, page bytes, page size, scale,
+    softcap (0 = none), window (0 = none), out [parts, heads, D], stats [parts, heads, 2] (maximum, total), scratch, work
+    counter."""
+    kv_heads, group = address_of(args, 3), address_of(args, 2) // address_of(args, 3)
+    total = mem.load_i64(address_of(args, 0)) * kv_heads
+    scratch, counter = address_of(args, 14) + thread * SCRATCH_BYTES, address_of(args, 15)
+    work = mem.atomic_add(counter, 1)
+    while work < total:
+        item = address_of(args, 1) + work // kv_heads * ITEM_BYTES
+        rows = mem.load_i64(item + 8 * QUERIES) * group
+        row = 0
+        while row < rows:
+            count = min(ROWS, rows - row)
+            tile(args, scratch, item, work % kv_heads, row, count)
+            row += count
+        work = mem.atomic_add(counter, 1)
+
+
+@register_jitable
+def join(args, target, m, head, dim):
+    """16 normalized outputs of one head of token m, joined over the parts of a split context."""
+    heads, size = address_of(args, 3), address_of(args, 4)
+    out, stats, splits = address_of(args, 1), address_of(args, 2), address_of(args, 5)
+    extra, count = mem.load_i64(splits + 16 * m), mem.load_i64(splits + 16 * m + 8)
+    most = mem.load_f32(stats + (m * heads + head) * 8)
+    for p in range(extra, extra + count):
+        most = max(most, mem.load_f32(stats + (p * heads + head) * 8))
+    total = types.float32(0)
+    for i in range(count + 1):
+        place = (m if i == 0 else extra + i - 1) * heads + head
+        share = types.float32(math.exp(mem.load_f32(stats + place * 8) - most))
+        total += share * mem.load_f32(stats + place * 8 + 4)
+    scale_row(target, 16, types.float32(0))
+    for i in range(count + 1):
+        place = (m if i == 0 else extra + i - 1) * heads + head
+        share = types.float32(math.exp(mem.load_f32(stats + place * 8) - most))
+        add_half(target, out + (place * size + dim) * 4, share / total)
+
+
+def combine(args, thread, threads):
+    """Join parts, normalize, quantize. args: count, out, stats, heads, head dim, splits [tokens] (first extra part,
+    number), plain, quants, meta, scratch."""
+    tokens, heads, size = mem.load_i64(address_of(args, 0)), address_of(args, 3), address_of(args, 4)
+    plain, quants, meta = address_of(args, 6), address_of(args, 7), address_of(args, 8)
+    block_at = address_of(args, 9) + thread * SCRATCH_BYTES + BLOCK_AT
+    blocks = heads * size // 32
+    first, last = tokens * blocks * thread // threads, tokens * blocks * (thread + 1) // threads
+    for item in range(first, last):
+        m, column = item // blocks, item % blocks * 32
+        for half in range(2):
+            at = column + 16 * half
+            join(args, block_at + 64 * half, m, at // size, at % size)
+        write_block(
+            block_at,
+            0 if plain == 0 else plain + item * 128,
+            0 if quants == 0 else quants + item * 32,
+            meta + item * 16,
+        )

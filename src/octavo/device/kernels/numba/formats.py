@@ -1,0 +1,232 @@
+"""Panels: how weight matrices lie in memory for the dot-product kernels, and the lossless way there from GGUF blocks.
+
+A panel holds 16 output rows. Along the input dimension it is cut into blocks of 32. Within a block, vector g of 64
+bytes holds, for each of the 16 rows, the four weights 4g .. 4g+3: one int32 lane a row.
+
+    8 bits   8 vectors                       one byte a weight
+    4 bits   4 vectors                       low nibble: weights 0..15 (vectors 0..3), high nibble: 16..31 (4..7)
+    5 bits   4 bits + 64 bytes               bit r*4+j of 8-byte word g = fifth bit of weight 4g+j of row r
+    6 bits   4 bits + 128 bytes              two bits of vectors 0..3 in the first 64 bytes, of 4..7 in the second
+
+Scales lie in a stream of their own, per block of 32 ("zero": 16 scales; "min": 16 scales, 16 minima; all float16) or
+per super-block of 256 ("super": 16 d, 16 dmin, then 8 x (16 scales, 16 minima) as bytes; "super16": 16 d, then 16 x 16
+signed scales for blocks of 16). Values are weight = scale * (q - zero), scale * q + minimum, d * scale * q - dmin *
+minimum and d * scale * (q - zero). Nothing is rounded: the numbers are the file's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ROWS = 16  # of a panel
+BLOCK = 32  # weights that share an activation scale
+
+
+@dataclass(frozen=True)
+class PanelFormat:
+    """One panel layout; ``code`` identifies it in compiled code."""
+
+    name: str
+    code: int
+    bits: int
+    scheme: str
+    zero: int = 0
+
+    @property
+    def block_bytes(self) -> int:
+        """Quant bytes of one block of a panel."""
+        return 64 * self.bits
+
+    @property
+    def group(self) -> int:
+        """Weights the scale stream counts by; the input size must be a multiple."""
+        return 256 if self.scheme.startswith("super") else BLOCK
+
+    @property
+    def group_bytes(self) -> int:
+        """Scale bytes of one group of a panel."""
+        return {"zero": 32, "min": 64, "super": 320, "super16": 288}[self.scheme]
+
+    def panel_bytes(self, in_features: int) -> int:
+        """Quant bytes of one panel."""
+        return in_features // BLOCK * self.block_bytes
+
+    def scale_bytes(self, in_features: int) -> int:
+        """Scale bytes of one panel."""
+        return in_features // self.group * self.group_bytes
+
+
+ZERO4 = PanelFormat("zero4", 0, 4, "zero", 8)
+MIN4 = PanelFormat("min4", 1, 4, "min")
+ZERO5 = PanelFormat("zero5", 2, 5, "zero", 16)
+MIN5 = PanelFormat("min5", 3, 5, "min")
+ZERO8 = PanelFormat("zero8", 4, 8, "zero", 128)
+SUPER4 = PanelFormat("super4", 5, 4, "super")
+SUPER5 = PanelFormat("super5", 6, 5, "super")
+SUPER6 = PanelFormat("super6", 7, 6, "super16", 32)
+FORMATS = (ZERO4, MIN4, ZERO5, MIN5, ZERO8, SUPER4, SUPER5, SUPER6)
+
+BY_DTYPE = {
+    "Q4_0": ZERO4,
+    "Q4_1": MIN4,
+    "Q5_0": ZERO5,
+    "Q5_1": MIN5,
+    "Q8_0": ZERO8,
+    "Q4_K": SUPER4,
+    "Q5_K": SUPER5,
+    "Q6_K": SUPER6,
+}
+
+DENSE_CODES = {"F32": 16, "F16": 17, "BF16": 18}
+DENSE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def pack(dtype, raw, in_features, weights, scales):
+    """Repack rows of GGUF blocks into panels.
+
+    ``raw`` uint8 [rows, row bytes] with rows a multiple of 16; ``weights`` and ``scales`` uint8 [rows / 16, panel
+    bytes] are written.
+    """
+    unpack = {
+        "Q4_0": _split_4,
+        "Q4_1": _split_4,
+        "Q5_0": _split_5,
+        "Q5_1": _split_5,
+        "Q8_0": _split_8,
+        "Q4_K": _split_4k,
+        "Q5_K": _split_5k,
+        "Q6_K": _split_6k,
+    }[dtype]
+    form = BY_DTYPE[dtype]
+    panels = len(raw) // ROWS
+    blocks = in_features // BLOCK
+    low, high, groups = unpack(raw, in_features)
+    body = weights.reshape(panels, blocks, form.block_bytes)
+    words = low.view(np.uint32).reshape(panels, ROWS, blocks, -1)
+    count = words.shape[3] * 64
+    body[:, :, :count] = _lanes(words).reshape(panels, blocks, count)
+    if high is not None:
+        body[:, :, count:] = _high_bits(form, high.reshape(panels, ROWS, blocks, 8, 4))
+    # Scale fields: each [rows, groups, entries, item bytes] becomes [panel, group, entry, row].
+    out, start = scales.reshape(panels, in_features // form.group, form.group_bytes), 0
+    for field in groups:
+        field = field.reshape(panels, ROWS, out.shape[1], -1)
+        wide = np.ascontiguousarray(field.transpose(0, 2, 3, 1))
+        wide = wide.view(np.uint8).reshape(panels, out.shape[1], -1)
+        out[:, :, start : start + wide.shape[2]] = wide
+        start += wide.shape[2]
+
+
+def _lanes(words):
+    """[panel, row, block, word] -> [panel, block, word, row]: one lane a row."""
+    return np.ascontiguousarray(words.transpose(0, 2, 3, 1)).view(np.uint8)
+
+
+def _high_bits(form, high):
+    """The bits above the fourth, [panel, row, block, vector, 4] -> [panel, block, bytes]."""
+    high = high.transpose(0, 2, 3, 1, 4)  # panel, block, vector, row, byte
+    panels, blocks = high.shape[:2]
+    if form.bits == 5:
+        flat = np.ascontiguousarray(high).reshape(panels, blocks, 512)
+        return np.packbits(flat, axis=-1, bitorder="little")
+    halves = high.reshape(panels, blocks, 2, 4, ROWS * 4)
+    packed = halves[:, :, :, 0].copy()
+    for part in range(1, 4):
+        packed |= halves[:, :, :, part] << (2 * part)
+    return packed.reshape(panels, blocks, 128)
+
+
+def _blocks(raw, size):
+    return raw.reshape(len(raw), -1, size)
+
+
+def _half(field):
+    """Bytes of float16 fields as uint16."""
+    return np.ascontiguousarray(field).view(np.uint16)
+
+
+def _split_4(raw, in_features):
+    """Q4_0 (2 + 16 bytes) and Q4_1 (4 + 16): nibbles are in panel order already."""
+    size = raw.shape[1] * BLOCK // in_features
+    blocks = _blocks(raw, size)
+    head = _half(blocks[:, :, : size - 16])
+    return np.ascontiguousarray(blocks[:, :, size - 16 :]), None, [head]
+
+
+def _split_5(raw, in_features):
+    """Q5_0 (2 + 4 + 16 bytes) and Q5_1 (4 + 4 + 16): bit j of the middle word is weight j's fifth bit."""
+    size = raw.shape[1] * BLOCK // in_features
+    blocks = _blocks(raw, size)
+    head = _half(blocks[:, :, : size - 20])
+    high = np.unpackbits(blocks[:, :, size - 20 : size - 16], axis=-1, bitorder="little")
+    return np.ascontiguousarray(blocks[:, :, size - 16 :]), high, [head]
+
+
+def _split_8(raw, in_features):
+    """Q8_0 (2 + 32 bytes): signed bytes become unsigned around 128."""
+    blocks = _blocks(raw, 34)
+    return blocks[:, :, 2:] ^ np.uint8(0x80), None, [_half(blocks[:, :, :2])]
+
+
+def _six_bit_scales(packed):
+    """12 bytes of Q4_K/Q5_K: eight 6-bit scales and minima -> two uint8 [..., 8]."""
+    low, middle, high = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
+    scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=-1)
+    minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=-1)
+    return scales, minima
+
+
+def _super_groups(blocks):
+    scales, minima = _six_bit_scales(blocks[:, :, 4:16])
+    return [_half(blocks[:, :, :4]), np.stack([scales, minima], axis=-1)]
+
+
+def _nibbles_k(quants):
+    """Bytes [n, super, 128] of Q4_K/Q5_K -> weights' low nibbles [n, super, 8, 32]."""
+    chunks = quants.reshape(*quants.shape[:2], 4, 1, 32)
+    return np.concatenate([chunks & 15, chunks >> 4], axis=3).reshape(*quants.shape[:2], 8, 32)
+
+
+def _join_nibbles(q):
+    """Weights 0..15 in the low nibbles, 16..31 in the high ones: uint8 [..., 32] -> [..., 16]."""
+    return np.ascontiguousarray((q[..., :16] & 15) | (q[..., 16:] << 4))
+
+
+def _split_4k(raw, in_features):
+    """Q4_K: 144 bytes a super-block of 256."""
+    blocks = _blocks(raw, 144)
+    return _join_nibbles(_nibbles_k(blocks[:, :, 16:])), None, _super_groups(blocks)
+
+
+def _split_5k(raw, in_features):
+    """Q5_K: 176 bytes a super-block; bit s of the 32 high bytes belongs to sub-block s."""
+    blocks = _blocks(raw, 176)
+    low = _nibbles_k(blocks[:, :, 48:])
+    shifts = np.arange(8, dtype=np.uint8).reshape(8, 1)
+    high = (blocks[:, :, None, 16:48] >> shifts) & 1
+    return _join_nibbles(low), np.ascontiguousarray(high), _super_groups(blocks)
+
+
+def _split_6k(raw, in_features):
+    """Q6_K: 210 bytes a super-block: 128 low nibbles, 64 high pairs, 16 signed scales, d."""
+    blocks = _blocks(raw, 210)
+    n, count = blocks.shape[:2]
+    low = blocks[:, :, :128].reshape(n, count, 2, 2, 32)  # half, first or second 32 bytes
+    low = np.stack([low[:, :, :, 0] & 15, low[:, :, :, 1] & 15, low[:, :, :, 0] >> 4, low[:, :, :, 1] >> 4], axis=3)
+    shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(4, 1)
+    high = (blocks[:, :, 128:192].reshape(n, count, 2, 1, 32) >> shifts) & 3
+    groups = [_half(blocks[:, :, 208:210]), np.ascontiguousarray(blocks[:, :, 192:208])]
+    return _join_nibbles(low.reshape(n, count, 8, 32)), np.ascontiguousarray(high), groups
+
+
+def pack_dense(dtype, raw, weights):
+    """Rows of plain numbers into panels: [panel, k, row], bfloat16 as [panel, k / 2, row, 2].
+
+    ``raw`` uint8 [rows, row bytes] with rows a multiple of 16; ``weights`` uint8 [rows / 16, ...] is written.
+    """
+    panels = len(raw) // ROWS
+    item = np.uint16 if dtype == "F16" else np.uint32  # a bfloat16 pair moves as one word
+    rows = np.ascontiguousarray(raw).view(item).reshape(panels, ROWS, -1)
+    weights[:] = np.ascontiguousarray(rows.transpose(0, 2, 1)).view(np.uint8).reshape(panels, -1)

@@ -1,0 +1,113 @@
+"""The compiled kernels by name: built once for a kind of processor, kept on disk, loaded by address.
+
+A kernel is ``void(int64 args, int64 thread, int64 threads)``. The cache folder's name holds the processor, the Numba
+version and a hash of the kernels' sources, so a stale kernel cannot be loaded; Numba writes each entry to a temporary
+file and renames it, so a killed warm-up leaves whole entries only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import time
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numba
+from numba import types
+
+HERE = Path(__file__).parent
+SIGNATURE = types.void(types.int64, types.int64, types.int64)
+OPTIONS = {"cache": True, "error_model": "numpy"}
+ROOM = "octavo.device.kernels.numba."
+
+# Kernel name -> (module, function).
+KERNELS = {
+    **{
+        f"linear_{name}": ("linear", f"linear_{name}")
+        for name in ("zero4", "min4", "zero5", "min5", "zero8", "super4", "super5", "super6")
+    },
+    **{f"dense_{name}": ("dense", f"dense_{name}") for name in ("f32", "f16", "bf16")},
+    "embed": ("rows", "embed"),
+    "norm": ("rows", "norm"),
+    "add_norm": ("rows", "add_norm"),
+    "gate": ("rows", "gate"),
+    "rope_store": ("rope", "rope_store"),
+    "attend": ("attention", "attend"),
+    "combine": ("attention", "combine"),
+}
+
+
+def cache_key() -> str:
+    """Names the processor, the compiler and the kernels' sources."""
+    digest = hashlib.sha256()
+    for source in sorted(HERE.glob("*.py")):
+        digest.update(source.name.encode())
+        digest.update(source.read_bytes())
+    features = ",".join(sorted(name for name, on in llvm.get_host_cpu_features().items() if on))
+    digest.update(f"{numba.__version__} {llvm.llvm_version_info} {features}".encode())
+    return f"{llvm.get_host_cpu_name()}-{digest.hexdigest()[:16]}"
+
+
+def default_cache() -> Path:
+    """The user's cache folder for kernels."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "octavo" / "kernels"
+
+
+class KernelLibrary:
+    """Compiles on demand and remembers; keep it alive as long as any address is in use.
+
+    ``cache``: folder for compiled code (default: the user's cache folder).
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self.folder = (cache or default_cache()) / cache_key()
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.compiled = {}
+        self.compile_s = 0.0
+
+    def address(self, name: str) -> int:
+        """Entry point of a kernel; compiles or loads it the first time."""
+        if name not in self.compiled:
+            module, function = KERNELS[name]
+            body = getattr(importlib.import_module(ROOM + module), function)
+            self.compiled[name] = self._build(lambda: numba.cfunc(SIGNATURE, nopython=True, **OPTIONS)(body))
+        return self.compiled[name].address
+
+    def execute(self):
+        """The two compiled functions of ``team``: (run, work)."""
+        if "team" not in self.compiled:
+            self.compiled["team"] = self._build(self._build_team)
+        return self.compiled["team"]
+
+    def _build_team(self):
+        team = importlib.import_module(ROOM + "team")
+        options = {**OPTIONS, "nogil": True}
+        return (
+            numba.njit(team.RUN_SIGNATURE, **options)(team.run),
+            numba.njit(team.WORK_SIGNATURE, **options)(team.work),
+        )
+
+    def _build(self, make):
+        before, start = numba.config.CACHE_DIR, time.perf_counter()
+        numba.config.CACHE_DIR = str(self.folder)  # read by Numba when a function is decorated
+        try:
+            return make()
+        finally:
+            numba.config.CACHE_DIR = before
+            self.compile_s += time.perf_counter() - start
+
+    def warm(self, names=None, progress=None) -> float:
+        """Compile the named kernels (default: all); ``progress(done, total)``. Returns the seconds it took."""
+        names = list(KERNELS) if names is None else list(names)
+        start = self.compile_s
+        for done, name in enumerate(names):
+            if progress:
+                progress(done, len(names) + 1)
+            self.address(name)
+        self.execute()
+        if progress:
+            progress(len(names) + 1, len(names) + 1)
+        return self.compile_s - start

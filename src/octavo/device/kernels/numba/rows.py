@@ -1,0 +1,303 @@
+"""Row kernels: embedding gather, RMSNorm, gated activation, and the int8 quantization fused behind them.
+
+Quantization (per 32 values): d = max|x| / 127, q = round(x / d), meta = (d, d * sum q, d * sum q[:16], d * sum q[16:]).
+A NaN anywhere in a normed row makes every d NaN, so it reaches that row's logits and no other row's.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, register_jitable
+
+from octavo.device.kernels.numba import memory as mem
+from octavo.device.kernels.numba import vector as v
+from octavo.device.kernels.numba.linear import HOST
+
+
+def emit_quantize(b, low, high, quants, meta):
+    """Quantize 32 values (two <16 x float>) to 32 int8 and four floats in memory."""
+    size = v.maximum(b, *[v.call(b, "llvm.fabs.v16f32", v.VF, x) for x in (low, high)])
+    largest = v.reduce_max(b, size)
+    poison = b.fmul(b.extract_element(low, ir.Constant(v.I32, 0)), ir.Constant(v.F32, 0.0))
+    d = b.fadd(b.fmul(largest, ir.Constant(v.F32, float(1 / 127))), poison)
+    positive = b.fcmp_ordered(">", largest, ir.Constant(v.F32, 0.0))
+    inverse = b.select(
+        positive, b.fdiv(ir.Constant(v.F32, 127.0), largest), ir.Constant(v.F32, 0.0)
+    )
+    scale, sums = v.splat(b, inverse), []
+    for half, x in enumerate((low, high)):
+        rounded = v.call(b, "llvm.rint.v16f32", v.VF, b.fmul(x, scale))
+        whole = v.call(b, "llvm.fptosi.sat.v16i32.v16f32", v.VI, rounded)
+        v.store(b, b.trunc(whole, v.vector(v.I8)), v.at(b, quants, 16 * half), 16)
+        sums.append(b.sitofp(v.reduce_add_int(b, whole), v.F32))
+    facts = ir.Constant(v.vector(v.F32, 4), ir.Undefined)
+    for i, value in enumerate((d, b.fmul(d, b.fadd(*sums)), b.fmul(d, sums[0]), b.fmul(d, sums[1]))):
+        facts = b.insert_element(facts, value, ir.Constant(v.I32, i))
+    v.store(b, facts, meta, 16)
+
+
+def emit_write(b, low, high, plain, quants, meta):
+    """Write 32 values as float32 to ``plain`` and as int8 to ``quants``; a zero address skips that form."""
+    with b.if_then(b.icmp_signed("!=", plain, v.const(0))):
+        v.store(b, low, plain, 4)
+        v.store(b, high, v.at(b, plain, 64), 4)
+    with b.if_then(b.icmp_signed("!=", quants, v.const(0))):
+        emit_quantize(b, low, high, quants, meta)
+
+
+def _pair(b, address):
+    return v.load(b, address, v.VF, 4), v.load(b, v.at(b, address, 64), v.VF, 4)
+
+
+@intrinsic
+def sum_squares(context, address, count):
+    """Sum of x*x over ``count`` floats (a multiple of 16), in 16 partial sums."""
+
+    def generate(_, b, signature, args):
+        total = cgutils.alloca_once_value(b, v.floats(0.0))
+        with cgutils.for_range(b, b.sdiv(args[1], v.const(16))) as loop:
+            x = v.load(b, b.add(args[0], b.mul(loop.index, v.const(64))), v.VF, 4)
+            b.store(v.fma(b, x, x, b.load(total, typ=v.VF)), total)
+        return v.reduce_add(b, b.load(total, typ=v.VF))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def scale_block(context, x, weight, factor, plain, quants, meta):
+    """32 values x * factor * weight to ``plain`` and/or ``quants`` + ``meta``."""
+
+    def generate(ctx, b, signature, args):
+        factor = v.splat(b, args[2])
+        parts = [
+            b.fmul(b.fmul(value, factor), w) for value, w in zip(_pair(b, args[0]), _pair(b, args[1]))
+        ]
+        emit_write(b, *parts, *args[3:])
+        return ctx.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, types.float32, i, i, i), generate
+
+
+@intrinsic
+def add_scaled(context, x, y, weight, factor):
+    """16 values: x += y * factor * weight."""
+
+    def generate(ctx, b, signature, args):
+        x, y, w = [v.load(b, address, v.VF, 4) for address in args[:3]]
+        v.store(b, v.fma(b, b.fmul(y, v.splat(b, args[3])), w, x), args[0], 4)
+        return ctx.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, i, types.float32), generate
+
+
+def _silu(b, x):
+    return b.fdiv(x, b.fadd(v.exp(b, b.fneg(x)), v.floats(1.0)))
+
+
+def _gelu_tanh(b, x):
+    cube = b.fmul(b.fmul(x, x), x)
+    inner = b.fmul(v.floats(0.7978845608028654), v.fma(b, cube, v.floats(0.044715), x))
+    return b.fmul(b.fmul(x, v.floats(0.5)), b.fadd(v.tanh(b, inner), v.floats(1.0)))
+
+
+def _gelu(b, x):
+    """x * Phi(x), the error function by Abramowitz and Stegun 7.1.26 (absolute error below 2e-7)."""
+    z = v.call(b, "llvm.fabs.v16f32", v.VF, b.fmul(x, v.floats(0.7071067811865476)))
+    t = b.fdiv(v.floats(1.0), v.fma(b, z, v.floats(0.3275911), v.floats(1.0)))
+    poly = v.floats(1.061405429)
+    for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        poly = v.fma(b, poly, t, v.floats(c))
+    tail = b.fmul(b.fmul(poly, t), v.exp(b, b.fneg(b.fmul(z, z))))
+    erf = v.call(b, "llvm.copysign.v16f32", v.VF, b.fsub(v.floats(1.0), tail), x)
+    return b.fmul(b.fmul(x, v.floats(0.5)), b.fadd(erf, v.floats(1.0)))
+
+
+def _gated(function):
+    @intrinsic
+    def gate_block(context, gate, up, plain, quants, meta):
+        """32 values function(gate) * up to ``plain`` and/or ``quants`` + ``meta``."""
+
+        def generate(ctx, b, signature, args):
+            parts = [b.fmul(function(b, g), u) for g, u in zip(_pair(b, args[0]), _pair(b, args[1]))]
+            emit_write(b, *parts, *args[2:])
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return gate_block
+
+
+silu_block, gelu_tanh_block, gelu_block = _gated(_silu), _gated(_gelu_tanh), _gated(_gelu)
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+
+
+@intrinsic
+def half_to_float(context, bits):
+    """float16 bits as float32."""
+
+    def generate(_, b, signature, args):
+        wide = v.widen_half(b, v.splat(b, args[0]), HOST)
+        return b.extract_element(wide, ir.Constant(v.I32, 0))
+
+    return types.float32(types.uint16), generate
+
+
+@register_jitable
+def load_half(address):
+    """The float16 at an address."""
+    return half_to_float(mem.load_u16(address))
+
+
+@register_jitable
+def quant_at(block, row, k, bits):
+    """Weight k of a row in a block of 32, as stored (unsigned)."""
+    if bits == 8:
+        return np_int(mem.load_u8(block + k // 4 * 64 + row * 4 + k % 4))
+    lane = row * 4 + k % 4
+    value = np_int(mem.load_u8(block + k % 16 // 4 * 64 + lane)) >> (4 * (k // 16)) & 15
+    if bits == 5:
+        value |= (np_int(mem.load_u8(block + 256 + k // 4 * 8 + lane // 8)) >> (lane % 8) & 1) << 4
+    if bits == 6:
+        value |= (np_int(mem.load_u8(block + 256 + k // 16 * 64 + lane)) >> (2 * (k % 16 // 4)) & 3) << 4
+    return value
+
+
+@register_jitable
+def np_int(x):
+    """Widen a byte to int64, so that shifts do not lose bits."""
+    return types.int64(x)
+
+
+@register_jitable
+def unpack_row(weights, scales, row, size, code, out):
+    """Row ``row`` (0..15) of a panel as ``size`` float32 at ``out``; ``code`` as in ``formats``."""
+    if code >= 16:
+        for k in range(size):
+            if code == 16:
+                mem.store_f32(out + 4 * k, mem.load_f32(weights + (k * 16 + row) * 4))
+            elif code == 17:
+                mem.store_f32(out + 4 * k, load_half(weights + (k * 16 + row) * 2))
+            else:
+                word = types.uint32(mem.load_u16(weights + (k // 2 * 32 + row * 2 + k % 2) * 2))
+                mem.store_f32(out + 4 * k, mem.bits_float(types.uint32(word << 16)))
+        return
+    bits = 8 if code == 4 else 4 if code in (0, 1, 5) else 6 if code == 7 else 5
+    zero = 8 if code == 0 else 16 if code == 2 else 128 if code == 4 else 32 if code == 7 else 0
+    for block in range(size // 32):
+        address = weights + block * 64 * bits
+        for k in range(32):
+            if code in (0, 2, 4):
+                scale, low = load_half(scales + block * 32 + row * 2), types.float32(0)
+            elif code in (1, 3):
+                scale = load_half(scales + block * 64 + row * 2)
+                low = load_half(scales + block * 64 + 32 + row * 2)
+            elif code == 7:
+                group = scales + block // 8 * 288
+                signed = np_int(mem.load_u8(group + 32 + (block % 8 * 2 + k // 16) * 16 + row))
+                signed -= 256 * (signed >> 7)
+                scale, low = load_half(group + row * 2) * types.float32(signed), types.float32(0)
+            else:
+                group = scales + block // 8 * 320
+                entry = group + 64 + block % 8 * 32 + row
+                scale = load_half(group + row * 2) * types.float32(mem.load_u8(entry))
+                low = -load_half(group + 32 + row * 2) * types.float32(mem.load_u8(entry + 16))
+            q = types.float32(quant_at(address, row, k, bits) - zero)
+            mem.store_f32(out + 4 * (block * 32 + k), scale * q + low)
+
+
+@register_jitable
+def address_of(args, index):
+    """Entry ``index`` of an argument table."""
+    return mem.load_i64(args + 8 * index)
+
+
+@register_jitable
+def float_of(args, index):
+    """Entry ``index`` of an argument table, a float32 by its bits."""
+    return mem.bits_float(types.uint32(mem.load_i64(args + 8 * index)))
+
+
+def embed(args, thread, threads):
+    """x[m] = scale * row token_ids[m]. args: count, token ids, weights, scales, panel bytes, scale bytes, code, size,
+    x, scale."""
+    tokens = mem.load_i64(address_of(args, 0))
+    ids, size, out = address_of(args, 1), address_of(args, 7), address_of(args, 8)
+    factor = float_of(args, 9)
+    for m in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        token = mem.load_i64(ids + 8 * m)
+        weights = address_of(args, 2) + token // 16 * address_of(args, 4)
+        scales = address_of(args, 3) + token // 16 * address_of(args, 5)
+        target = out + m * size * 4
+        unpack_row(weights, scales, token % 16, size, address_of(args, 6), target)
+        if factor != types.float32(1):
+            for k in range(size):
+                mem.store_f32(target + 4 * k, mem.load_f32(target + 4 * k) * factor)
+
+
+def norm(args, thread, threads):
+    """RMSNorm of rows, by blocks of 32 so that one token keeps all threads busy.
+
+    args: count, x, row table (0 = rows in order), weight (0 = quantize only), size, eps, plain, quants, meta. Each thread
+    sums its rows' squares itself, which is cheaper than waiting for another.
+    """
+    tokens = mem.load_i64(address_of(args, 0))
+    x, table, weight, size = address_of(args, 1), address_of(args, 2), address_of(args, 3), address_of(args, 4)
+    eps, plain = float_of(args, 5), address_of(args, 6)
+    quants, meta = address_of(args, 7), address_of(args, 8)
+    blocks = size // 32
+    first, last = tokens * blocks * thread // threads, tokens * blocks * (thread + 1) // threads
+    current, source, factor = -1, x, types.float32(1)
+    for item in range(first, last):
+        m, block = item // blocks, item % blocks
+        if m != current:
+            current = m
+            row = m if table == 0 else mem.load_i64(table + 8 * m)
+            source = x + row * size * 4
+            mean = sum_squares(source, size) / types.float32(size)
+            factor = types.float32(1) / types.float32((mean + eps) ** types.float32(0.5))
+        at = m * blocks + block
+        scale_block(
+            source + block * 128,
+            weight + block * 128,
+            factor,
+            0 if plain == 0 else plain + at * 128,
+            0 if quants == 0 else quants + at * 32,
+            meta + at * 16,
+        )
+
+
+def add_norm(args, thread, threads):
+    """x += alpha * RMSNorm(y) (norms behind attention and MLP). args: count, y, weight, size, eps, alpha, x."""
+    tokens = mem.load_i64(address_of(args, 0))
+    y, weight, size = address_of(args, 1), address_of(args, 2), address_of(args, 3)
+    eps, alpha, x = float_of(args, 4), float_of(args, 5), address_of(args, 6)
+    for m in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        source, target = y + m * size * 4, x + m * size * 4
+        mean = sum_squares(source, size) / types.float32(size)
+        factor = alpha / types.float32((mean + eps) ** types.float32(0.5))
+        for k in range(size // 16):
+            add_scaled(target + k * 64, source + k * 64, weight + k * 64, factor)
+
+
+def gate(args, thread, threads):
+    """act(gate) * up. args: count, gate_up, size (of one half), activation, plain, quants, meta."""
+    tokens = mem.load_i64(address_of(args, 0))
+    source, size, kind = address_of(args, 1), address_of(args, 2), address_of(args, 3)
+    plain, quants, meta = address_of(args, 4), address_of(args, 5), address_of(args, 6)
+    blocks = size // 32
+    first, last = tokens * blocks * thread // threads, tokens * blocks * (thread + 1) // threads
+    for item in range(first, last):
+        gates = source + item // blocks * size * 8 + item % blocks * 128
+        ups = gates + size * 4
+        out = 0 if plain == 0 else plain + item * 128
+        small = 0 if quants == 0 else quants + item * 32
+        if kind == 0:
+            silu_block(gates, ups, out, small, meta + item * 16)
+        elif kind == 1:
+            gelu_tanh_block(gates, ups, out, small, meta + item * 16)
+        else:
+            gelu_block(gates, ups, out, small, meta + item * 16)
