@@ -1,0 +1,356 @@
+"""Paged attention in Triton: one kernel for rows of any length, one for steps of single-token rows.
+
+Both read keys and values through the page table and keep the softmax online (Dao et al. 2022); the query heads
+that share a key head sit side by side in the rows of one tile, so that each key is read once for all of them.
+Long rows of a decode step are cut into ranges of keys that are merged afterwards (flash decoding, Dao et al. 2023).
+Grids depend on host bounds alone, everything else is read on the device, so that a step can be captured as a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1.0e30)  # stands for -inf as a running maximum: differences of it stay numbers
+
+METADATA = ("page_table", "query_start", "kv_lens")  # views of one packed upload: any alignment, one kernel
+MAX_SPLITS = 64
+TARGET_PROGRAMS = 512  # a few programs on every multiprocessor of a large GPU
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch shape of one kernel: rows of queries, keys a turn, warps, software pipeline depth."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _softcap(scores, softcap):
+    """softcap * tanh(scores / softcap) for scores in log2 units."""
+    ratio = scores / (softcap * LOG2E)
+    return (softcap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(ratio * (2.0 * LOG2E))))
+
+
+@triton.jit
+def _attend(
+    acc, total, best, q, base, table, begin, end, query_at, first_key, kv_len,
+    stride_page, stride_value, stride_slot, scale, window, softcap,
+    PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold keys [begin, end) of one key head into (acc, total, best); ``begin`` is a multiple of BLOCK_N.
+
+    Without MASKED every key is visible to every query of the tile and exists.
+    """
+    dims = tl.arange(0, DPAD)
+    offsets = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        start = tl.multiple_of(start, BLOCK_N)
+        key_at = start + offsets
+        if MASKED:
+            there = (key_at >= first_key) & (key_at < kv_len)
+            page = tl.load(table + key_at // PAGE, mask=there, other=0).to(tl.int64)
+        else:
+            page = tl.load(table + key_at // PAGE).to(tl.int64)
+        at = base + (page * stride_page + (key_at % PAGE) * stride_slot)[:, None] + dims[None, :]
+        if MASKED:
+            inside = there[:, None] & (dims < D)[None, :]
+            k = tl.load(at, mask=inside, other=0.0)
+            v = tl.load(at + stride_value, mask=inside, other=0.0)
+        elif D == DPAD:
+            k = tl.load(at)
+            v = tl.load(at + stride_value)
+        else:
+            k = tl.load(at, mask=(dims < D)[None, :], other=0.0)
+            v = tl.load(at + stride_value, mask=(dims < D)[None, :], other=0.0)
+        k = k.to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if SOFTCAP:
+            scores = _softcap(scores, softcap)
+        if MASKED:
+            visible = (key_at[None, :] <= query_at[:, None]) & there[None, :]
+            if WINDOW:
+                visible = visible & (key_at[None, :] > query_at[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+        best = new_best
+    return acc, total, best
+
+
+@triton.jit(do_not_specialize=["num_rows", "window", "stride_table"], do_not_specialize_on_alignment=METADATA)
+def _varlen_kernel(
+    out, q, kv_pages, page_table, query_start, kv_lens, sinks, num_rows, scale, window, softcap,
+    stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, SKIP_SINGLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M // GROUP tokens of one row for one key head.
+
+    Row r owns the tiles from query_start[r] // TOKENS + r on: at least as many as it needs, and the total has the
+    host-side bound T // TOKENS + num_rows.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    pid, kv_head = tl.program_id(0), tl.program_id(1)
+    low: tl.int32 = 0
+    high = num_rows
+    while high - low > 1:  # the last row whose first tile is not after ours
+        middle = (low + high) // 2
+        first_tile = tl.load(query_start + middle) // TOKENS + middle
+        low = tl.where(first_tile <= pid, middle, low)
+        high = tl.where(first_tile <= pid, high, middle)
+    row = low
+    begin = tl.load(query_start + row)
+    count = tl.load(query_start + row + 1) - begin
+    tile = tl.cdiv(count, TOKENS) - 1 - (pid - (begin // TOKENS + row))  # longest ranges of keys start first
+    if (tile < 0) | (SKIP_SINGLE & (count == 1)):
+        return
+    kv_len = tl.load(kv_lens + row)
+    lanes = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, DPAD)
+    token = tile * TOKENS + lanes // GROUP
+    head = kv_head * GROUP + lanes % GROUP
+    real = (lanes < TOKENS * GROUP) & (token < count)
+    at = (begin + token).to(tl.int64)[:, None] * stride_q + head[:, None] * D + dims[None, :]
+    inside = real[:, None] & (dims < D)[None, :]
+    queries = tl.load(q + at, mask=inside, other=0.0)
+    first = kv_len - count + tile * TOKENS  # position of the first query
+    query_at = kv_len - count + token
+    end = tl.minimum(kv_len, first + TOKENS)
+    if SINKS:
+        best = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+        total = tl.full((BLOCK_M,), 1.0, tl.float32)
+    else:
+        best = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DPAD), tl.float32)
+    base = kv_pages + kv_head * stride_head
+    table = page_table + row.to(tl.int64) * stride_table
+    if WINDOW:
+        first_key = tl.maximum(0, first - window + 1)
+        plain = first_key // BLOCK_N * BLOCK_N
+    else:
+        first_key = 0
+        plain = (first + 1) // BLOCK_N * BLOCK_N  # keys before it are visible to all queries of the tile
+        acc, total, best = _attend(
+            acc, total, best, queries, base, table, 0, plain, query_at, first_key, kv_len,
+            stride_page, stride_value, stride_slot, scale, window, softcap,
+            PAGE, D, DPAD, BLOCK_N, False, WINDOW, SOFTCAP, PRECISION,
+        )  # fmt: skip
+    acc, total, best = _attend(
+        acc, total, best, queries, base, table, plain, end, query_at, first_key, kv_len,
+        stride_page, stride_value, stride_slot, scale, window, softcap,
+        PAGE, D, DPAD, BLOCK_N, True, WINDOW, SOFTCAP, PRECISION,
+    )  # fmt: skip
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    heads: tl.constexpr = D
+    place = (begin + token).to(tl.int64)[:, None] * (tl.num_programs(1) * GROUP * heads) + head[:, None] * D
+    tl.store(out + place + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _key_range(kv_len, window, splits, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """(first key, start of the first range, keys a range) of a single-token row; ranges are whole blocks."""
+    first_key = tl.maximum(0, kv_len - window) if WINDOW else 0
+    base = first_key // BLOCK_N * BLOCK_N
+    blocks = tl.cdiv(kv_len - base, BLOCK_N)
+    return first_key, base, tl.cdiv(blocks, splits) * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["window", "stride_table"], do_not_specialize_on_alignment=METADATA)
+def _decode_kernel(
+    out, partial, stats, q, kv_pages, page_table, query_start, kv_lens, sinks, scale, window, softcap,
+    stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
+    GROUP: tl.constexpr, GPAD: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, SINGLES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One range of keys of one single-token row for the GROUP heads of one key head.
+
+    SPLITS == 1 writes the output; otherwise unnormalized sums to partial [R, Hq, SPLITS, D] and (maximum, total)
+    to stats [R, Hq, SPLITS, 2], for ``_merge_kernel``. With SINGLES, rows of other lengths are left alone.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin = tl.load(query_start + row)
+    count = tl.load(query_start + row + 1) - begin
+    if (count == 0) | (SINGLES & (count != 1)):
+        return
+    kv_len = tl.load(kv_lens + row)
+    first_key, start, size = _key_range(kv_len, window, SPLITS, BLOCK_N, WINDOW)
+    start += split * size
+    if start >= kv_len:
+        return
+    end = tl.minimum(start + size, kv_len)
+    lanes = tl.arange(0, GPAD)
+    dims = tl.arange(0, DPAD)
+    head = kv_head * GROUP + lanes
+    real = lanes < GROUP
+    inside = real[:, None] & (dims < D)[None, :]
+    queries = tl.load(q + begin.to(tl.int64) * stride_q + head[:, None] * D + dims[None, :], mask=inside, other=0.0)
+    best = tl.full((GPAD,), LOWEST, tl.float32)
+    total = tl.zeros((GPAD,), tl.float32)
+    if SINKS:
+        if split == 0:
+            best = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+            total = tl.full((GPAD,), 1.0, tl.float32)
+    acc = tl.zeros((GPAD, DPAD), tl.float32)
+    query_at = tl.full((GPAD,), 0, tl.int32) + (kv_len - 1)
+    base = kv_pages + kv_head * stride_head
+    table = page_table + row.to(tl.int64) * stride_table
+    acc, total, best = _attend(
+        acc, total, best, queries, base, table, start, end, query_at, first_key, kv_len,
+        stride_page, stride_value, stride_slot, scale, window, softcap,
+        PAGE, D, DPAD, BLOCK_N, True, WINDOW, SOFTCAP, PRECISION,
+    )  # fmt: skip
+    num_heads = tl.num_programs(0) * GROUP
+    if SPLITS == 1:
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        place = begin.to(tl.int64) * (num_heads * D) + head[:, None] * D + dims[None, :]
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+    else:
+        at = (row * num_heads + head).to(tl.int64) * SPLITS + split
+        tl.store(partial + at[:, None] * D + dims[None, :], acc, mask=inside)
+        tl.store(stats + at * 2, best, mask=real)
+        tl.store(stats + at * 2 + 1, total, mask=real)
+
+
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=METADATA[1:])
+def _merge_kernel(
+    out, partial, stats, query_start, kv_lens, window,
+    D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    SINGLES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Merge the ranges of one head of one single-token row, each weighted by its own maximum."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    head, row = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(query_start + row)
+    count = tl.load(query_start + row + 1) - begin
+    if (count == 0) | (SINGLES & (count != 1)):
+        return
+    kv_len = tl.load(kv_lens + row)
+    _, start, size = _key_range(kv_len, window, SPLITS, BLOCK_N, WINDOW)
+    ranges = tl.cdiv(kv_len - start, size)
+    dims = tl.arange(0, DPAD)
+    splits = tl.arange(0, SPLITS)
+    used = splits < ranges
+    at = (row * tl.num_programs(0) + head).to(tl.int64) * SPLITS + splits
+    best = tl.load(stats + at * 2, mask=used, other=LOWEST)
+    total = tl.load(stats + at * 2 + 1, mask=used, other=0.0)
+    weight = tl.exp2(best - tl.max(best, 0))
+    inside = used[:, None] & (dims < D)[None, :]
+    parts = tl.load(partial + at[:, None] * D + dims[None, :], mask=inside, other=0.0)
+    denominator = tl.sum(total * weight, 0)
+    merged = tl.sum(parts * weight[:, None], 0) / tl.where(denominator > 0, denominator, 1.0)
+    place = begin.to(tl.int64) * (tl.num_programs(0) * D) + head * D + dims
+    tl.store(out + place, merged.to(out.dtype.element_ty), mask=dims < D)
+
+
+def num_splits(rows: int, num_kv_heads: int, max_kv: int, block_n: int) -> int:
+    """Ranges of keys for each single-token row: a power of two that fills the device, from host bounds alone."""
+    wanted = max(1, TARGET_PROGRAMS // max(1, rows * num_kv_heads))
+    useful = max(1, -(-max_kv // block_n))
+    return 1 << (min(wanted, useful, MAX_SPLITS).bit_length() - 1)
+
+
+def varlen_tiles(head_dim: int, wide: bool, group: int, large: bool) -> Tiles:
+    """Tiles for rows of any length; ``wide`` = 4-byte elements, ``large`` = the shared memory of data-centre GPUs."""
+    least = max(16, triton.next_power_of_2(group))
+    if wide:
+        return Tiles(max(32, least), 32, 4, 1)
+    if head_dim > 128:
+        return Tiles(max(64, least), 64 if large else 32, 8 if large else 4, 2)
+    return Tiles(max(128, least), 64, 8, 3 if large else 2)
+
+
+def decode_tiles(head_dim: int, wide: bool, large: bool) -> Tiles:
+    """Tiles for single-token rows (the rows of the tile are the heads of one key head)."""
+    if wide:
+        return Tiles(16, 32, 4, 2)
+    if head_dim > 128:
+        return Tiles(16, 32, 4, 2)
+    return Tiles(16, 64, 4, 3 if large else 2)
+
+
+def paged_attention(
+    q: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    query_start: Tensor,
+    kv_lens: Tensor,
+    max_query: int,
+    max_kv: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    *,
+    large: bool = False,
+    pdl: bool = False,
+) -> Tensor:
+    """``octavo.device.ops.attention.paged_attention`` on a GPU; the heads and dims of q are contiguous.
+
+    ``large``: the GPU has at least 160 KiB of shared memory a multiprocessor; ``pdl``: programmatic dependent launch.
+    """
+    tokens, num_heads, head_dim = q.shape
+    num_kv_heads, page_size = kv_pages.shape[2], kv_pages.shape[3]
+    rows = kv_lens.shape[0]
+    out = torch.empty((tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if tokens == 0 or rows == 0:
+        return out
+    group = num_heads // num_kv_heads
+    wide = q.element_size() == 4
+    dpad = max(16, triton.next_power_of_2(head_dim))
+    common = {
+        "GROUP": group, "PAGE": page_size, "D": head_dim, "DPAD": dpad, "WINDOW": window > 0,
+        "SOFTCAP": softcap > 0, "SINKS": sinks is not None, "PRECISION": "ieee" if wide else "tf32", "PDL": pdl,
+    }  # fmt: skip
+    strides = (q.stride(0), page_table.stride(0), *kv_pages.stride()[:4])
+    launch = {"launch_pdl": True} if pdl else {}
+    if max_query > 1:
+        tiles = varlen_tiles(head_dim, wide, group, large)
+        grid = (tokens // (tiles.block_m // group) + rows, num_kv_heads)
+        _varlen_kernel[grid](
+            out, q, kv_pages, page_table, query_start, kv_lens, sinks, rows, scale, window, softcap, *strides,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SKIP_SINGLE=False, **common,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, **launch,
+        )  # fmt: skip
+        return out
+    tiles = decode_tiles(head_dim, wide, large)
+    splits = num_splits(rows, num_kv_heads, min(max_kv, window) if window else max_kv, tiles.block_n)
+    partial = stats = out
+    if splits > 1:
+        partial = torch.empty((rows, num_heads, splits, head_dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((rows, num_heads, splits, 2), dtype=torch.float32, device=q.device)
+    _decode_kernel[(num_kv_heads, rows, splits)](
+        out, partial, stats, q, kv_pages, page_table, query_start, kv_lens, sinks, scale, window, softcap, *strides,
+        GPAD=max(16, triton.next_power_of_2(group)), BLOCK_N=tiles.block_n, SPLITS=splits, SINGLES=False, **common,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **launch,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(num_heads, rows)](
+            out, partial, stats, query_start, kv_lens, window, D=head_dim, DPAD=dpad, BLOCK_N=tiles.block_n,
+            SPLITS=splits, WINDOW=window > 0, SINGLES=False, PDL=pdl, num_warps=4, **launch,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,137 @@
+"""The Triton attention kernels against the reference body, on rows of many shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.device.ops.attention import paged_attention as reference
+
+pytest.importorskip("triton")
+from octavo.device.kernels.triton import attention as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(
+    rows: list[tuple[int, int]],
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 32,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    padding: int = 0,
+) -> dict[str, object]:
+    """Inputs for rows of (new tokens, keys); unused page slots hold NaN, pages lie in random order."""
+    generator = torch.Generator().manual_seed(len(rows) + head_dim)
+    max_pages = max(-(-kv // page_size) for _, kv in rows) + 1
+    num_pages = len(rows) * max_pages + 1
+    order = torch.randperm(num_pages, generator=generator)
+    kv = torch.full((num_pages, 2, heads[1], page_size, head_dim), float("nan"))
+    table = torch.full((len(rows), max_pages), -(10**6), dtype=torch.int32)  # entries past the row are garbage
+    next_page = 0
+    for row, (_, length) in enumerate(rows):
+        for page in range(-(-length // page_size)):
+            table[row, page] = order[next_page]
+            filled = min(page_size, length - page * page_size)
+            kv[order[next_page], :, :, :filled] = torch.randn(2, heads[1], filled, head_dim, generator=generator)
+            next_page += 1
+    counts = torch.tensor([0] + [new for new, _ in rows])
+    tokens = int(counts.sum())
+    q = torch.randn(tokens + padding, heads[0], head_dim, generator=generator)
+    return {
+        "q": q.to(DEVICE, dtype),
+        "kv_pages": kv.to(DEVICE, dtype),
+        "page_table": table.to(DEVICE),
+        "query_start": counts.cumsum(0).to(DEVICE, torch.int32),
+        "kv_lens": torch.tensor([kv for _, kv in rows], dtype=torch.int32, device=DEVICE),
+        "max_query": max(new for new, _ in rows),
+        "max_kv": max(kv for _, kv in rows),
+        "scale": head_dim**-0.5,
+    }
+
+
+def check(inputs: dict[str, object], tolerance: float = 2e-5, **options: object) -> None:
+    tokens = int(inputs["query_start"][-1])  # type: ignore[index]
+    expected: Tensor = reference(**inputs, **options)[:tokens].float()  # type: ignore[arg-type]
+    actual = kernels.paged_attention(**inputs, **options)[:tokens].float()  # type: ignore[arg-type]
+    assert actual.isfinite().all()
+    assert ((actual - expected).norm() / expected.norm()).item() < tolerance
+    torch.testing.assert_close(actual, expected, atol=20 * tolerance, rtol=20 * tolerance)
+
+
+MIXED = [(1, 1), (5, 5), (1, 40), (7, 33), (40, 75)]
+SINGLE = [(1, 1), (1, 17), (1, 90), (1, 64)]
+
+
+@pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2), (14, 2)], ids=str)
+def test_head_groups(rows: list[tuple[int, int]], heads: tuple[int, int]) -> None:
+    check(make(rows, heads))
+
+
+@pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
+def test_head_dims(rows: list[tuple[int, int]], head_dim: int) -> None:
+    check(make(rows, (2, 1), head_dim))
+
+
+@pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("page_size", [16, 48, 128])
+def test_page_sizes(rows: list[tuple[int, int]], page_size: int) -> None:
+    check(make(rows, page_size=page_size))
+
+
+@pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("window", [1, 16, 30, 4096])
+def test_windows_never_read_pages_before_them(rows: list[tuple[int, int]], window: int) -> None:
+    inputs = make(rows)
+    table: Tensor = inputs["page_table"]  # type: ignore[assignment]
+    for row, (new, length) in enumerate(rows):
+        table[row, : max(0, length - new - window + 1) // 16] = -(10**6)
+    check(inputs, window=window)
+
+
+@pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
+def test_softcap_and_sinks(rows: list[tuple[int, int]]) -> None:
+    inputs = make(rows)
+    check(inputs, softcap=0.5)
+    check(inputs, sinks=torch.tensor([0.0, 3.0, -2.0, 1.0], device=DEVICE))
+    check(inputs, softcap=2.0, window=20, sinks=torch.tensor([0.0, 3.0, -2.0, 1.0], device=DEVICE))
+
+
+@pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(
+            torch.bfloat16,
+            marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as integers"),
+        ),
+        torch.float16,
+    ],
+    ids=str,
+)
+def test_half_precision(rows: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    check(make(rows, dtype=dtype), tolerance=4e-3)
+
+
+@pytest.mark.parametrize("rows", [[(0, 9), (3, 9), (0, 1)], [(0, 3), (1, 20), (0, 0)]], ids=["mixed", "decode"])
+def test_rows_without_queries_and_padding_tokens(rows: list[tuple[int, int]]) -> None:
+    check(make(rows, padding=3))
+
+
+def test_the_same_row_in_another_bound_or_layout_of_q() -> None:
+    """Bounds may be loose (a captured graph has the model's), and q may be a slice of a wider tensor."""
+    inputs = make(SINGLE)
+    check({**inputs, "max_kv": 100_000})
+    check({**inputs, "max_query": 64})
+    q: Tensor = inputs["q"]  # type: ignore[assignment]
+    wide = torch.cat((q, torch.full_like(q, float("nan"))), dim=1)
+    check({**inputs, "q": wide[:, : q.shape[1]]})
+
+
+def test_splits_come_from_bounds_and_are_few() -> None:
+    splits = {kernels.num_splits(r, h, kv, 64) for r in range(1, 300) for h in (1, 2, 8) for kv in (64, 2048, 10**6)}
+    assert splits == {1, 2, 4, 8, 16, 32, 64}
+    assert kernels.num_splits(1, 8, 64, 64) == 1 and kernels.num_splits(256, 8, 8192, 64) == 1
