@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from octavo.api.chat.request import ChatPrompt
 from octavo.api.generation import Choice, Generation, TextDelta
 from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ _SEED_SPAN = 2**64
 
 
 class Frontend:
-    """Joins one engine, one tokenizer and one chat template.
+    """Joins one engine, one tokenizer and one chat template; ``chat`` makes prompts of conversations.
 
     ``defaults`` is the model's generation_config (sampling defaults; ``max_new_tokens`` bounds answers). Every method
     belongs to the event loop's thread. Wrong requests raise ``RequestError`` before the engine hears of them.
@@ -47,6 +48,7 @@ class Frontend:
         self.client = client
         self.tokenizer = tokenizer
         self.template = template
+        self.chat = ChatPrompt(tokenizer, template)
         self.model_name = model_name
         self.max_logprobs = max_logprobs
         self._ids = itertools.count(1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from octavo.api.text.messages import plain_messages
 from octavo.api.text.template_sandbox import (
     MAX_SOURCE_CHARS,
     Budget,
@@ -84,7 +85,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text of a conversation.
+        """The prompt text of a conversation; ``messages`` as in OpenAI's API (role, content, tool_calls, ...).
 
         ``kwargs`` are a request's chat_template_kwargs. Raises ``RequestError`` where they name a reserved variable,
         where the template refuses the conversation, and where it does more work than ``Budget`` allows.
@@ -104,7 +105,7 @@ class ChatTemplate:
         variables = {
             **self._specials,
             **kwargs,
-            "messages": messages,
+            "messages": plain_messages(messages),
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,

@@ -233,11 +233,11 @@ def _measured(field: Any) -> Any:
     if not isinstance(field, nodes.Node):
         return field
     _rewrite(field)
-    # The innermost filter of a ``{% filter %}`` block has no node: there the block's text is the value.
-    if isinstance(field, nodes.Concat) or (isinstance(field, nodes.Filter) and field.node is not None):
-        return _counted(field, _VALUE)
-    return field
+    # The innermost filter of ``{% filter %}`` and ``{% set %}`` blocks has no operand: it gets the block's text.
+    if isinstance(field, nodes.Filter) and field.node is None:
+        return field
+    return _counted(field, _VALUE) if isinstance(field, nodes.Concat | nodes.Filter) else field
 
 
-def _counted(node: nodes.Expr, counter: str) -> nodes.Filter:
+def _counted(node: nodes.Node, counter: str) -> nodes.Filter:
     return nodes.Filter(node, counter, [], [], None, None, lineno=node.lineno)
