@@ -1,0 +1,1 @@
+"""The OpenAI dialect: it maps fields and holds no engine logic."""

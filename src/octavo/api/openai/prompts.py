@@ -1,0 +1,126 @@
+"""Prompts of both routes as checked token ids with their sampling parameters."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from octavo.api.chat.request import ChatMessage, ChatPrompt, ChatRequest
+from octavo.api.frontend import LARGE_TEXT
+from octavo.api.openai.context import Context
+from octavo.api.openai.schema import ChatCompletionRequest, CompletionRequest, Message, TokenizeRequest
+from octavo.errors import RequestError
+from octavo.protocol import bounds
+from octavo.protocol.generate import SamplingParams
+
+MAX_PROMPTS = 2048
+
+
+class CompletionPrompt(msgspec.Struct):
+    """One prompt: its ids, its text (for ``echo``) and its parameters."""
+
+    ids: list[int]
+    text: str
+    sampling: SamplingParams
+
+
+def split_prompt(prompt: str | list[Any]) -> list[str | list[int]]:
+    """The prompts in the four forms OpenAI allows; ``RequestError`` that names the wrong element."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise RequestError("The prompt is empty.", param="prompt")
+    if isinstance(prompt[0], int):
+        return [_token_ids(prompt, "")]
+    if len(prompt) > MAX_PROMPTS:
+        raise RequestError(
+            f"{len(prompt)} prompts, but at most {MAX_PROMPTS} in one request.", param="prompt"
+        )
+    if isinstance(prompt[0], str):
+        for i, text in enumerate(prompt):
+            if not isinstance(text, str):
+                raise RequestError(f"prompt[{i}] must be a text like prompt[0].", param=f"prompt[{i}]")
+        return list(prompt)
+    return [_token_ids(ids, f"[{i}]") for i, ids in enumerate(prompt)]
+
+
+async def completion_prompts(
+    context: Context, request: CompletionRequest, sampling: SamplingParams
+) -> list[CompletionPrompt]:
+    """Every prompt of a completion request, checked; errors name the prompt."""
+    frontend = context.frontend
+    prompts = split_prompt(request.prompt)
+    add_special_tokens = request.add_special_tokens is not False
+    made = []
+    for i, prompt in enumerate(prompts):
+        try:
+            ids, own = await frontend.prepare_async(prompt, sampling, add_special_tokens=add_special_tokens)
+        except RequestError as error:
+            if len(prompts) == 1 or error.param != "prompt":
+                raise
+            raise RequestError(f"prompt[{i}]: {error.cause}", f"prompt[{i}]", error.cure) from None
+        text = ""
+        if request.echo:
+            text = prompt if isinstance(prompt, str) else frontend.tokenizer.decode(ids)
+        made.append(CompletionPrompt(ids, text, own))
+    return made
+
+
+def _token_ids(value: Any, where: str) -> list[int]:
+    try:
+        return msgspec.convert(value, bounds.TokenIds)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$")
+        name = f"prompt{where}{path.rstrip('`')}"
+        raise RequestError(f"{name}: {text}.", param=name) from None
+
+
+async def encode_text(context: Context, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of any text, the empty one too; in a thread where the text is long."""
+    tokenizer = context.frontend.tokenizer
+    if len(text) > LARGE_TEXT:
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    return tokenizer.encode(text, add_special_tokens)
+
+
+async def chat_ids(context: Context, request: ChatCompletionRequest | TokenizeRequest) -> list[int]:
+    """Token ids of the conversation put through the model's chat template."""
+    frontend = context.frontend
+    continues = bool(request.continue_final_message)
+    chat = ChatRequest(
+        messages=[_message(message) for message in request.messages or []],
+        # An open last message and the header of a new one exclude each other: asking for the first is enough.
+        add_generation_prompt=not continues
+        if request.add_generation_prompt is None
+        else request.add_generation_prompt,
+        continue_final_message=continues,
+        add_special_tokens=bool(request.add_special_tokens),
+        chat_template_kwargs=request.chat_template_kwargs or {},
+    )
+    return await ChatPrompt(frontend.tokenizer, frontend.template).token_ids_async(chat)
+
+
+def _message(message: Message) -> ChatMessage:
+    return ChatMessage(
+        role=message.role,
+        content=message.content,
+        name=message.name,
+        tool_calls=message.tool_calls,
+        tool_call_id=message.tool_call_id,
+        reasoning=message.reasoning if message.reasoning is not None else message.reasoning_content,
+    )
+
+
+async def chat_prompt(
+    context: Context, request: ChatCompletionRequest, sampling: SamplingParams
+) -> tuple[list[int], SamplingParams]:
+    """The conversation as checked token ids, with its parameters; errors name ``messages``."""
+    ids = await chat_ids(context, request)
+    try:
+        return context.frontend.prepare(ids, sampling)
+    except RequestError as error:
+        if error.param != "prompt":
+            raise
+        raise RequestError(error.cause, "messages", error.cure) from None

@@ -1,0 +1,107 @@
+"""The HTTP application: every route of the one table behind the same limits, authentication and error formatter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as StarletteRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from octavo import __version__
+from octavo.api.frontend import Frontend
+from octavo.api.openai.context import Context, Stream
+from octavo.api.server.auth import BearerAuth
+from octavo.api.server.body import BodyDecoder, check_media_type, read_body
+from octavo.api.server.errors import ClientGoneError, error_reply
+from octavo.api.server.limits import BodyLimit
+from octavo.api.server.metrics import RequestMetrics
+from octavo.api.server.openapi import document
+from octavo.api.server.options import ServerSettings
+from octavo.api.server.routes import Reply, Route, Service, route_table
+from octavo.api.server.sse import EventStream, until_disconnect
+from octavo.engine.client.base import EngineClient
+
+
+class Endpoint:
+    """One route as an ASGI app: reads and decodes the body, calls the handler, sends the reply or the error."""
+
+    def __init__(self, service: Service, route: Route) -> None:
+        self.service = service
+        self.route = route
+        self.decoder: BodyDecoder[Any] | None = None
+        if route.body is not None:
+            ignore = service.settings.ignore_unknown_fields
+            self.decoder = BodyDecoder(route.body, ignore_unknown=ignore)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._respond(Request(scope, receive))
+            await response(scope, receive, send)
+            self._count(response.status_code)
+        except ClientGoneError:
+            return
+        except Exception as error:  # noqa: BLE001  the one place where every failure becomes a reply
+            reply = error_reply(error)
+            self._count(reply.status)
+            await reply.response()(scope, receive, send)
+
+    def _count(self, status: int) -> None:
+        self.service.metrics.http[self.route.method, self.route.path, f"{status // 100}xx"] += 1
+
+    async def _respond(self, request: Request) -> Response | EventStream:
+        service = self.service
+        body = None
+        if self.decoder is not None:
+            raw = await read_body(request, service.settings.max_body_bytes)
+            check_media_type(request)
+            body = self.decoder.decode(raw)
+            reply: Reply = await until_disconnect(request.receive, self.route.handler(service, request, body))
+        else:
+            reply = await self.route.handler(service, request, None)
+        if isinstance(reply, Stream):
+            return EventStream(reply.events, reply.close, service.settings.sse_heartbeat_s)
+        if isinstance(reply, Response):
+            return reply
+        return Response(msgspec.json.encode(reply), media_type="application/json")
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    """No such path, wrong method."""
+    return error_reply(error).response()
+
+
+def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings) -> ASGIApp:
+    """The ASGI application that serves ``frontend`` over HTTP.
+
+    Every route wants a key when ``settings.api_keys`` is not empty, but for ``/health`` and ``/ping``.
+    """
+    metrics = RequestMetrics()
+    context = Context(frontend, client.info, settings.served_model_names, metrics.start, __version__)
+    service = Service(context, client, settings, metrics)
+    routes = [*route_table()]
+    made = msgspec.json.encode(
+        document(routes, version=__version__, root_path=settings.root_path, secured=bool(settings.api_keys))
+    )
+
+    async def openapi(_: Service, request: Request, body: None) -> Reply:
+        return Response(made, media_type="application/json")
+
+    routes.append(Route("GET", "/openapi.json", openapi, "This document."))
+    app: ASGIApp = Starlette(
+        routes=[StarletteRoute(r.path, Endpoint(service, r), methods=[r.method]) for r in routes],
+        exception_handlers={HTTPException: _routing_error},
+    )
+    app = BodyLimit(app, settings.max_body_bytes)
+    app = BearerAuth(app, settings.api_keys)
+    if settings.allowed_origins:
+        # Outside the authentication: a browser's preflight request carries no key.
+        app = CORSMiddleware(
+            app, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return app

@@ -1,0 +1,221 @@
+"""Prometheus metrics under vLLM's names: gauges and counters of the engine, timings of the requests.
+
+Timings are gathered in plain lists (a bisect and two additions a token) and become metric families only when the
+page is scraped. The prefix is ``octavo:`` or, for dashboards that exist, ``vllm:``.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from octavo.protocol.control import EngineInfo, EngineStats
+
+TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
+COUNT_BUCKETS = (1, 2, 5, 10, 20)
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_LATENCY_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BUCKETS = (
+    *(0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Histogram:
+    """Counts by upper bound and their sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count ``value`` in the first bucket whose bound is not below it."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts by bound, ``+Inf`` last."""
+        rows, running = [], 0
+        for bound, count in zip((*map(str, map(float, self.bounds)), "+Inf"), self.counts):
+            running += count
+            rows.append((bound, float(running)))
+        return rows
+
+
+class RequestMetrics:
+    """What the front half counts itself; one instance a server."""
+
+    def __init__(self) -> None:
+        self.histograms = {
+            "request_prompt_tokens": Histogram(TOKEN_BUCKETS),
+            "request_generation_tokens": Histogram(TOKEN_BUCKETS),
+            "request_max_num_generation_tokens": Histogram(TOKEN_BUCKETS),
+            "request_params_max_tokens": Histogram(TOKEN_BUCKETS),
+            "request_params_n": Histogram(COUNT_BUCKETS),
+            "time_to_first_token_seconds": Histogram(FIRST_TOKEN_BUCKETS),
+            "inter_token_latency_seconds": Histogram(TOKEN_LATENCY_BUCKETS),
+            "request_time_per_output_token_seconds": Histogram(TOKEN_LATENCY_BUCKETS),
+            "request_decode_time_seconds": Histogram(REQUEST_BUCKETS),
+            "e2e_request_latency_seconds": Histogram(REQUEST_BUCKETS),
+        }
+        self.finished: Counter[str] = Counter()
+        self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status class
+        self.prompt_tokens_cached = 0
+        self.in_flight = 0
+
+    def start(self, num_prompts: int, n: int, max_tokens: int | None) -> RequestTimer:
+        """A request of ``num_prompts`` prompts with ``n`` choices each begins."""
+        self.histograms["request_params_n"].observe(n)
+        if max_tokens is not None:
+            self.histograms["request_params_max_tokens"].observe(max_tokens)
+        self.in_flight += 1
+        return RequestTimer(self, num_prompts * n)
+
+
+class RequestTimer:
+    """Follows the choices of one request from arrival to the end."""
+
+    def __init__(self, metrics: RequestMetrics, num_choices: int) -> None:
+        self.metrics = metrics
+        self.arrival = time.perf_counter()
+        self.first = [0.0] * num_choices
+        self.last = [0.0] * num_choices
+        self.tokens = [0] * num_choices
+        self.closed = False
+        self.first_token = metrics.histograms["time_to_first_token_seconds"].observe
+        self.between_tokens = metrics.histograms["inter_token_latency_seconds"].observe
+
+    def delta(self, choice: int, num_tokens: int) -> None:
+        """``num_tokens`` more tokens of ``choice`` have arrived now."""
+        if not num_tokens:
+            return
+        now = time.perf_counter()
+        last = self.last[choice]
+        if last:
+            self.between_tokens(now - last)
+        else:
+            self.first[choice] = now
+            self.first_token(now - self.arrival)
+        self.last[choice] = now
+        self.tokens[choice] += num_tokens
+
+    def finish(self, choice: int, reason: str, num_prompt_tokens: int, num_cached_tokens: int) -> None:
+        """``choice`` has ended for ``reason``."""
+        now = time.perf_counter()
+        metrics, count = self.metrics, self.tokens[choice]
+        metrics.finished[reason] += 1
+        metrics.prompt_tokens_cached += num_cached_tokens
+        histograms = metrics.histograms
+        histograms["request_prompt_tokens"].observe(num_prompt_tokens)
+        histograms["request_generation_tokens"].observe(count)
+        histograms["e2e_request_latency_seconds"].observe(now - self.arrival)
+        decode = self.last[choice] - self.first[choice]
+        histograms["request_decode_time_seconds"].observe(decode)
+        if count > 1:
+            histograms["request_time_per_output_token_seconds"].observe(decode / (count - 1))
+
+    def close(self) -> None:
+        """The request is over, however it ended; safe to call twice."""
+        if not self.closed:
+            self.closed = True
+            self.metrics.in_flight -= 1
+            self.metrics.histograms["request_max_num_generation_tokens"].observe(max(self.tokens, default=0))
+
+
+COUNTERS = {
+    "num_preemptions": ("num_preemptions", "Sequences that lost their pages and were computed again."),
+    "prompt_tokens": ("num_prompt_tokens", "Prompt tokens computed."),
+    "generation_tokens": ("num_generation_tokens", "Tokens generated."),
+    "prefix_cache_queries": ("prefix_cache_queries", "Tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Tokens found in the prefix cache."),
+    "spec_decode_num_drafts": ("num_drafts", "Drafts verified."),
+    "spec_decode_num_draft_tokens": ("num_draft_tokens", "Draft tokens verified."),
+    "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Draft tokens accepted."),
+}
+GAUGES = {
+    "num_requests_running": ("num_running", "Sequences in the running batch."),
+    "num_requests_waiting": ("num_waiting", "Sequences in the queue."),
+    "kv_cache_usage_perc": ("kv_cache_usage", "Share of the KV cache in use; 1 is all of it."),
+}
+
+
+class _Snapshot(Collector):
+    """The metric families of one scrape."""
+
+    def __init__(
+        self, requests: RequestMetrics, info: EngineInfo, stats: EngineStats | None, prefix: str, model: str
+    ) -> None:
+        self.requests, self.info, self.stats, self.prefix = requests, info, stats, prefix
+        self.labels = ["model_name", "engine"]
+        self.values = [model, "0"]
+
+    def collect(self) -> Iterator[Metric]:
+        if self.stats is not None:
+            for name, (source, text) in GAUGES.items():
+                gauge = GaugeMetricFamily(f"{self.prefix}:{name}", text, labels=self.labels)
+                gauge.add_metric(self.values, getattr(self.stats, source))
+                yield gauge
+            for name, (source, text) in COUNTERS.items():
+                yield self._counter(name, text, {(): getattr(self.stats, source)})
+        yield self._counter(
+            "prompt_tokens_cached",
+            "Prompt tokens taken from the cache.",
+            {(): self.requests.prompt_tokens_cached},
+        )
+        finished: dict[tuple[str, ...], float] = {
+            (reason,): count for reason, count in self.requests.finished.items()
+        }
+        yield self._counter("request_success", "Requests that ended.", finished, ["finished_reason"])
+        for name, histogram in self.requests.histograms.items():
+            family = HistogramMetricFamily(
+                f"{self.prefix}:{name}", name.replace("_", " "), labels=self.labels
+            )
+            family.add_metric(self.values, histogram.buckets(), histogram.sum)
+            yield family
+        config = GaugeMetricFamily(
+            f"{self.prefix}:cache_config_info",
+            "Shape of the KV cache.",
+            labels=[*self.labels, "block_size", "num_gpu_blocks"],
+        )
+        config.add_metric([*self.values, str(self.info.page_size), str(self.info.num_pages)], 1)
+        yield config
+        http = CounterMetricFamily("http_requests", "HTTP requests.", labels=["method", "handler", "status"])
+        for key, count in self.requests.http.items():
+            http.add_metric(list(key), count)
+        yield http
+
+    def _counter(
+        self, name: str, text: str, values: dict[tuple[str, ...], float], labels: Sequence[str] = ()
+    ) -> Metric:
+        family = CounterMetricFamily(f"{self.prefix}:{name}", text, labels=[*self.labels, *labels])
+        for extra, value in values.items():
+            family.add_metric([*self.values, *extra], value)
+        return family
+
+
+def render(
+    requests: RequestMetrics, info: EngineInfo, stats: EngineStats | None, *, prefix: str, model: str
+) -> bytes:
+    """The metrics page in Prometheus' text format; without ``stats`` (a dead engine) the engine's part is left out."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(requests, info, stats, prefix, model))
+    return generate_latest(registry)

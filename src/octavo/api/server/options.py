@@ -1,0 +1,120 @@
+"""What the user chose for the HTTP server (``ServerOptions``, one flag a field) and what the app needs of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.config import option
+from octavo.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Flags of ``octavo serve`` that concern HTTP alone; names are vLLM's where it has them."""
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
+    port: int = option(8000, "TCP port; 0 picks a free one.")
+    uds: str | None = option(None, "Unix socket path to listen on instead of host and port.")
+    api_key: tuple[str, ...] = option(
+        (), "Key a client must send as a bearer token; repeat for several. Guards every route but /health."
+    )
+    api_key_file: str | None = option(None, "File with one key a line (not visible in the process list).")
+    allowed_origins: tuple[str, ...] = option(
+        (), "Origins whose web pages may call the server (CORS); '*' for all. None by default."
+    )
+    root_path: str = option("", "Path prefix under which a proxy publishes the server.")
+    ssl_keyfile: str | None = option(None, "Private key file; with --ssl-certfile turns TLS on.")
+    ssl_certfile: str | None = option(None, "Certificate file.")
+    ssl_ca_certs: str | None = option(None, "Certificates of the authorities that sign client certificates.")
+    max_body_bytes: int = option(32 << 20, "Largest request body in bytes; beyond it clients get 413.")
+    max_header_bytes: int = option(64 << 10, "Largest request head in bytes; beyond it clients get 431.")
+    shutdown_timeout: float = option(
+        30.0, "Seconds that running requests get to finish after SIGTERM; 0 aborts them at once."
+    )
+    timeout_keep_alive: int = option(5, "Seconds an idle connection is kept open.")
+    sse_heartbeat: float = option(
+        15.0, "Seconds between comment lines on a stream that waits for its first token; 0 for none."
+    )
+    metrics_prefix: str = option(
+        "octavo", "Prefix of the metric names; vllm fits existing dashboards.", ("octavo", "vllm")
+    )
+    ignore_unknown_fields: bool = option(
+        False, "Ignore request fields that are not known instead of answering 400."
+    )
+    disable_uvicorn_access_log: bool = option(False, "Do not log a line for every request.")
+    uvicorn_log_level: str = option(
+        "info", "Log level of the HTTP server.", ("debug", "info", "warning", "error", "critical")
+    )
+
+    def check(self) -> None:
+        """Raise ``UsageError`` where values contradict each other."""
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"--port must be between 0 and 65535, got {self.port}.")
+        if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
+            raise UsageError("TLS needs both --ssl-keyfile and --ssl-certfile.", "Give the other one too.")
+        for flag, value in (
+            ("--max-body-bytes", self.max_body_bytes),
+            ("--max-header-bytes", self.max_header_bytes),
+        ):
+            if value < 1024:
+                raise UsageError(f"{flag} must be at least 1024, got {value}.")
+        for flag, seconds in (
+            ("--shutdown-timeout", self.shutdown_timeout),
+            ("--sse-heartbeat", self.sse_heartbeat),
+        ):
+            if not 0 <= seconds < 1e6:
+                raise UsageError(f"{flag} must be a number of seconds from 0 on, got {seconds}.")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise UsageError(f"--root-path must begin with '/', got {self.root_path!r}.")
+
+    def keys(self) -> tuple[str, ...]:
+        """All keys, of the flags and of the file; ``UsageError`` for an empty one or an unreadable file."""
+        keys = list(self.api_key)
+        if self.api_key_file is not None:
+            try:
+                lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(
+                    f"--api-key-file {self.api_key_file} cannot be read: {type(error).__name__}."
+                ) from None
+            found = [line.strip() for line in lines if line.strip()]
+            if not found:
+                # An empty file would silently leave the server open.
+                raise UsageError(f"--api-key-file {self.api_key_file} holds no key.", "Put one key a line.")
+            keys += found
+        if any(not key.strip() for key in keys):
+            raise UsageError("--api-key is empty.", "Give a key of at least one character.")
+        return tuple(keys)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What ``build_app`` needs: decided values only.
+
+    ``served_model_names``: the first is the one in replies, all are accepted. ``api_keys``: empty means open.
+    """
+
+    served_model_names: tuple[str, ...]
+    api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    root_path: str = ""
+    max_body_bytes: int = 32 << 20
+    sse_heartbeat_s: float = 15.0
+    metrics_prefix: str = "octavo"
+    ignore_unknown_fields: bool = False
+
+    @classmethod
+    def of(cls, options: ServerOptions, served_model_names: tuple[str, ...]) -> ServerSettings:
+        """Take the parts of ``options`` that the app itself needs."""
+        options.check()
+        return cls(
+            served_model_names=served_model_names,
+            api_keys=options.keys(),
+            allowed_origins=options.allowed_origins,
+            root_path=options.root_path.rstrip("/"),
+            max_body_bytes=options.max_body_bytes,
+            sse_heartbeat_s=options.sse_heartbeat,
+            metrics_prefix=options.metrics_prefix,
+            ignore_unknown_fields=options.ignore_unknown_fields,
+        )

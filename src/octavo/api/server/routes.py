@@ -1,0 +1,172 @@
+"""The one route table: the router, the authentication test and ``/openapi.json`` all read it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.api.openai import schema
+from octavo.api.openai.chat import chat_completions
+from octavo.api.openai.completions import completions
+from octavo.api.openai.context import Context, Stream
+from octavo.api.openai.models import list_models, retrieve_model
+from octavo.api.openai.tokenize import detokenize, tokenize
+from octavo.api.server.metrics import CONTENT_TYPE, RequestMetrics, render
+from octavo.api.server.options import ServerSettings
+from octavo.engine.client.base import EngineClient
+from octavo.errors import EngineDeadError
+from octavo.protocol.control import EngineStats, GetStats
+
+Reply = msgspec.Struct | Stream | Response
+STATS_TIMEOUT_S = 5.0
+
+
+class Version(msgspec.Struct):
+    """Reply of ``GET /version``."""
+
+    version: str
+
+
+class Load(msgspec.Struct):
+    """Reply of ``GET /load``: generation requests under way."""
+
+    server_load: int
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the handlers work with; built once by ``build_app``."""
+
+    context: Context
+    client: EngineClient
+    settings: ServerSettings
+    metrics: RequestMetrics
+
+
+@dataclass(frozen=True)
+class Route:
+    """One path and method.
+
+    ``body`` is the type of the JSON body (None: no body), ``reply`` and ``chunk`` the types of a whole reply and of a
+    stream's events, for the OpenAPI document.
+    """
+
+    method: str
+    path: str
+    handler: Callable[[Service, Request, Any], Coroutine[Any, Any, Reply]]
+    summary: str
+    body: type[msgspec.Struct] | None = None
+    reply: type[msgspec.Struct] | None = None
+    chunk: type[msgspec.Struct] | None = None
+    reply_media_type: str = "application/json"
+
+
+async def _chat(service: Service, _: Request, body: schema.ChatCompletionRequest) -> Reply:
+    return await chat_completions(service.context, body)
+
+
+async def _completions(service: Service, _: Request, body: schema.CompletionRequest) -> Reply:
+    return await completions(service.context, body)
+
+
+async def _models(service: Service, _: Request, body: None) -> Reply:
+    return list_models(service.context)
+
+
+async def _model(service: Service, request: Request, body: None) -> Reply:
+    return retrieve_model(service.context, request.path_params["model"])
+
+
+async def _tokenize(service: Service, _: Request, body: schema.TokenizeRequest) -> Reply:
+    return await tokenize(service.context, body)
+
+
+async def _detokenize(service: Service, _: Request, body: schema.DetokenizeRequest) -> Reply:
+    return await detokenize(service.context, body)
+
+
+async def _health(service: Service, _: Request, body: None) -> Reply:
+    if not service.client.alive:
+        raise EngineDeadError("The engine has stopped.", "Restart the server; its log names the cause.")
+    return Response(status_code=200)
+
+
+async def _version(service: Service, _: Request, body: None) -> Reply:
+    return Version(service.context.version)
+
+
+async def _load(service: Service, _: Request, body: None) -> Reply:
+    return Load(service.metrics.in_flight)
+
+
+async def _metrics(service: Service, _: Request, body: None) -> Reply:
+    stats = None
+    if service.client.alive:
+        try:
+            async with asyncio.timeout(STATS_TIMEOUT_S):
+                reply = await service.client.control(GetStats())
+            stats = reply if isinstance(reply, EngineStats) else None
+        except (TimeoutError, EngineDeadError):
+            stats = None  # a busy or dying engine must not take the front half's own numbers away
+    page = render(
+        service.metrics,
+        service.context.info,
+        stats,
+        prefix=service.settings.metrics_prefix,
+        model=service.context.served_model_names[0],
+    )
+    return Response(page, media_type=CONTENT_TYPE)
+
+
+def route_table() -> tuple[Route, ...]:
+    """All routes but ``/openapi.json``, which is made from them."""
+    return (
+        Route(
+            "POST",
+            "/v1/chat/completions",
+            _chat,
+            "Answer a conversation.",
+            schema.ChatCompletionRequest,
+            schema.ChatCompletion,
+            schema.ChatCompletionChunk,
+        ),
+        Route(
+            "POST",
+            "/v1/completions",
+            _completions,
+            "Continue one or more prompts.",
+            schema.CompletionRequest,
+            schema.Completion,
+            schema.Completion,
+        ),
+        Route("GET", "/v1/models", _models, "List the served names.", reply=schema.ModelList),
+        Route("GET", "/v1/models/{model:path}", _model, "Describe one served name.", reply=schema.ModelCard),
+        Route(
+            "POST",
+            "/tokenize",
+            _tokenize,
+            "Token ids of a text or a conversation.",
+            schema.TokenizeRequest,
+            schema.TokenizeResponse,
+        ),
+        Route(
+            "POST",
+            "/detokenize",
+            _detokenize,
+            "Text of token ids.",
+            schema.DetokenizeRequest,
+            schema.DetokenizeResponse,
+        ),
+        Route("GET", "/health", _health, "200 while the engine runs, 503 after."),
+        Route("GET", "/ping", _health, "The same as /health."),
+        Route("POST", "/ping", _health, "The same as /health."),
+        Route("GET", "/version", _version, "The version of the server.", reply=Version),
+        Route("GET", "/load", _load, "Generation requests under way.", reply=Load),
+        Route("GET", "/metrics", _metrics, "Prometheus metrics.", reply_media_type="text/plain"),
+    )

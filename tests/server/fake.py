@@ -1,0 +1,161 @@
+"""A scripted engine behind the real front half: tokens come from a rule, one engine step at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from octavo.api.frontend import Frontend
+from octavo.api.server.app import build_app
+from octavo.api.server.options import ServerSettings
+from octavo.api.text.byte_tokenizer import build_byte_tokenizer
+from octavo.api.text.template import ChatTemplate
+from octavo.api.text.tokenizer import Tokenizer
+from octavo.engine.client.base import Sink
+from octavo.errors import EngineDeadError, QueueFullError
+from octavo.protocol.control import Control, ControlReply, EngineInfo, EngineStats, GetStats
+from octavo.protocol.generate import FinishReason, GenerateRequest, Logprob, TokenDelta
+
+EOS = 257
+VOCAB_SIZE = 300
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+# What the model "says": the request and how many tokens it has, to the tokens of the next step.
+Rule = Callable[[GenerateRequest, int], list[int]]
+
+
+def says(text: str, *, step: int = 3) -> Rule:
+    """The same text for everybody, ``step`` tokens an engine step, then end of sequence."""
+    tokens = [*text.encode(), EOS]
+    return lambda request, done: tokens[done : done + step]
+
+
+def for_ever(request: GenerateRequest, done: int) -> list[int]:
+    """Never stops by itself."""
+    return [ord("a") + done % 26]
+
+
+@dataclass
+class _Running:
+    request: GenerateRequest
+    sink: Sink
+    num_tokens: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """An ``EngineClient`` that steps on the event loop while it has requests (or by hand with ``paused``)."""
+
+    rule: Rule = field(default_factory=lambda: says("Hello, wörld 🎉! How are you?"))
+    max_model_len: int = 512
+    queue_limit: int = 1000
+    paused: bool = False
+    alive: bool = True
+
+    def __post_init__(self) -> None:
+        self.info = EngineInfo(
+            model="fake-model",
+            architecture="fake",
+            vocab_size=VOCAB_SIZE,
+            max_model_len=self.max_model_len,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            page_size=16,
+            num_pages=100,
+            dtype="float32",
+            device="cpu",
+        )
+        self.stats = EngineStats(num_prompt_tokens=0, prefix_cache_queries=7)
+        self.running: dict[int, _Running] = {}
+        self.submitted: list[GenerateRequest] = []
+        self.aborted: list[int] = []
+        self._stepping: asyncio.Task[None] | None = None
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        if not self.alive:
+            raise EngineDeadError("The engine has stopped.")
+        if len(self.running) >= self.queue_limit:
+            raise QueueFullError("The queue is full.", retry_after_s=3)
+        self.submitted.append(request)
+        self.stats.num_prompt_tokens += len(request.prompt_token_ids)
+        self.running[request.id] = _Running(request, sink)
+        if not self.paused and (self._stepping is None or self._stepping.done()):
+            self._stepping = asyncio.get_running_loop().create_task(self._steps())
+
+    def abort(self, ids: list[int]) -> None:
+        for i in ids:
+            if self.running.pop(i, None) is not None:
+                self.aborted.append(i)
+
+    async def control(self, command: Control) -> ControlReply:
+        self.stats.num_running = len(self.running)
+        return self.stats if isinstance(command, GetStats) else None
+
+    async def close(self) -> None:
+        self.alive = False
+
+    def die(self) -> None:
+        """Every open request gets its last delta, as the protocol says."""
+        self.alive = False
+        for running in list(self.running.values()):
+            running.sink(TokenDelta(running.request.id, [], "error", error="The engine process died."))
+        self.running.clear()
+
+    def step(self) -> None:
+        """One engine step: every running request gets what the rule says."""
+        for running in list(self.running.values()):
+            request, sampling = running.request, running.request.sampling
+            tokens = self.rule(request, running.num_tokens)
+            reason: FinishReason | None = None
+            stop_token = None
+            made = []
+            for token in tokens:
+                made.append(token)
+                if token in sampling.stop_token_ids or (
+                    token in request.eos_token_ids and not sampling.ignore_eos
+                ):
+                    reason, stop_token = "stop", token
+                    break
+                if running.num_tokens + len(made) == sampling.max_tokens:
+                    reason = "length"
+                    break
+            delta = TokenDelta(request.id, made, reason, stop_token, num_cached_tokens=2)
+            if sampling.logprobs is not None:
+                delta.logprobs = [_candidates(token, sampling.logprobs) for token in made]
+            if sampling.prompt_logprobs is not None and not running.num_tokens:
+                ids = request.prompt_token_ids[1:]
+                delta.prompt_logprobs = [_candidates(token, sampling.prompt_logprobs) for token in ids]
+            running.num_tokens += len(made)
+            self.stats.num_generation_tokens += len(made)
+            if reason is not None:
+                del self.running[request.id]
+            running.sink(delta)
+
+    async def _steps(self) -> None:
+        while self.running and not self.paused:
+            await asyncio.sleep(0)
+            self.step()
+
+
+def _candidates(token: int, num_top: int) -> list[Logprob]:
+    """The drawn token at rank 2, then the top ones, itself among them."""
+    top = [Logprob((token + 1) % 256, -0.25, 1), Logprob(token, -0.5, 2), Logprob((token + 2) % 256, -1.5, 3)]
+    return [top[1], *top[:num_top]]
+
+
+def make_tokenizer() -> Tokenizer:
+    return Tokenizer(build_byte_tokenizer({"vocab_size": VOCAB_SIZE, "eos_token_id": EOS}))
+
+
+def make_frontend(engine: FakeEngine, template: str | None = TEMPLATE) -> Frontend:
+    return Frontend(engine, make_tokenizer(), ChatTemplate(template), model_name="fake")
+
+
+def make_app(engine: FakeEngine, **settings: object):  # type: ignore[no-untyped-def]
+    """The whole application over ``engine``."""
+    given = {"served_model_names": ("fake", "alias"), **settings}
+    return build_app(make_frontend(engine), engine, ServerSettings(**given))  # type: ignore[arg-type]
