@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, TypedDict
@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self, TypedDict
 import msgspec
 
 from octavo import host
+from octavo.api.chat.request import ChatPrompt, ChatRequest
 from octavo.api.frontend import Frontend
 from octavo.api.generation import Choice, TextDelta
 from octavo.api.text.tokenizer import Tokenizer
@@ -319,6 +320,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many; a message is ``{"role": ..., "content": ...}``."""
@@ -326,7 +328,10 @@ class LLM:
         conversations: Any = messages if several else [messages]
         prompts: list[Prompt] = [
             self.chat_prompt(
-                one, add_generation_prompt=add_generation_prompt, chat_template_kwargs=chat_template_kwargs
+                one,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
             )
             for one in conversations
         ]
@@ -337,16 +342,22 @@ class LLM:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> TokensPrompt:
         """A conversation through the model's chat template, as token ids."""
-        text = self.frontend.template.render(
-            list(messages), add_generation_prompt=add_generation_prompt, kwargs=chat_template_kwargs
+        request = ChatRequest(
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
         )
-        # The template writes the special tokens itself.
-        return {"prompt_token_ids": self.frontend.tokenizer.encode(text, False)}
+        prompt = ChatPrompt(self.frontend.tokenizer, self.frontend.template)
+        return {"prompt_token_ids": prompt.token_ids(request)}
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamPiece]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[StreamPiece, None, None]:
         """Continue one prompt and yield text as it comes; closing the iterator aborts. ``n`` must be 1."""
         request = self._prepare(prompt, sampling_params or self.get_default_sampling_params())
         if request.sampling.n != 1:
@@ -394,11 +405,8 @@ class LLM:
     def _prepare(self, prompt: Prompt, sampling: SamplingParams) -> _Request:
         text: str | None = None
         if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                content: str | list[int] = prompt["prompt_token_ids"]
-            elif "prompt" in prompt:
-                content = prompt["prompt"]
-            else:
+            content: Any = prompt.get("prompt_token_ids", prompt.get("prompt"))
+            if content is None:
                 raise RequestError("A prompt dictionary needs prompt_token_ids or prompt.", param="prompt")
         else:
             content = prompt

@@ -172,8 +172,11 @@ def sharegpt_samples(path: Path, num_prompts: int, output_len: int | None, seed:
     for entry in entries:
         turns = entry.get("conversations", []) if isinstance(entry, dict) else []
         texts = [turn.get("value") for turn in turns[:2] if isinstance(turn, dict)]
-        if len(texts) == 2 and all(isinstance(text, str) and text for text in texts):
-            samples.append(Sample(texts[0], _tokens(texts[0]), output_len or _tokens(texts[1])))
+        if len(texts) < 2:
+            continue
+        prompt, reply = texts
+        if isinstance(prompt, str) and isinstance(reply, str) and prompt and reply:
+            samples.append(Sample(prompt, _tokens(prompt), output_len or _tokens(reply)))
     random.Random(seed).shuffle(samples)
     return _repeat(samples, num_prompts, path)
 

@@ -1,0 +1,24 @@
+"""``octavo bench offline``: loads the model, then measures (``bench/offline.py``)."""
+
+from __future__ import annotations
+
+import argparse
+
+from octavo.bench import offline as bench
+from octavo.cli.progress import Reporter
+from octavo.cli.talk import engine_options
+from octavo.errors import UsageError
+from octavo.llm import LLM
+
+
+def offline(args: argparse.Namespace) -> int:
+    """Measure throughput or latency of a model in this process."""
+    if not (args.model_tag or getattr(args, "model", None)):
+        raise UsageError("No model was named.", "Name one, like smollm2:135m.")
+    reporter = Reporter()
+    try:
+        llm = LLM(engine_options(args), progress=reporter)
+    finally:
+        reporter.close()
+    with llm:
+        return bench.run(args, llm)
