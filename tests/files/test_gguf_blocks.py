@@ -20,7 +20,9 @@ BLOCK_TYPES = [name for name, (_, kind) in GGUF_TYPES_BY_NAME.items() if kind.bl
 def oracle(raw: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     number, kind = GGUF_TYPES_BY_NAME[name]
     with np.errstate(all="ignore"):
-        return gguf.quants.dequantize(raw.reshape(-1, kind.nbytes), gguf.GGMLQuantizationType(number)).reshape(-1)
+        return gguf.quants.dequantize(
+            raw.reshape(-1, kind.nbytes), gguf.GGMLQuantizationType(number)
+        ).reshape(-1)
 
 
 def bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

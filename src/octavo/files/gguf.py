@@ -222,7 +222,7 @@ class _Reader:
                 (length,) = unpack(data, at)
                 at += 8
                 stop = at + length
-                append(str(data[at:stop], "utf-8"))
+                append(data[at:stop].decode())
                 at = stop
         except UnicodeDecodeError:
             raise self.fail(f"element {len(values)} of {key!r} is not UTF-8 text") from None
