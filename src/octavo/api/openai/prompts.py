@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from octavo.api.chat.request import ChatMessage, ChatPrompt, ChatRequest
+from octavo.api.chat.request import ChatPrompt, ChatRequest
 from octavo.api.frontend import LARGE_TEXT
 from octavo.api.openai.context import Context
-from octavo.api.openai.schema import ChatCompletionRequest, CompletionRequest, Message, TokenizeRequest
+from octavo.api.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from octavo.errors import RequestError
 from octavo.protocol import bounds
 from octavo.protocol.generate import SamplingParams
@@ -90,7 +90,7 @@ async def chat_ids(context: Context, request: ChatCompletionRequest | TokenizeRe
     frontend = context.frontend
     continues = bool(request.continue_final_message)
     chat = ChatRequest(
-        messages=[_message(message) for message in request.messages or []],
+        messages=request.messages or [],
         # An open last message and the header of a new one exclude each other: asking for the first is enough.
         add_generation_prompt=not continues
         if request.add_generation_prompt is None
@@ -100,17 +100,6 @@ async def chat_ids(context: Context, request: ChatCompletionRequest | TokenizeRe
         chat_template_kwargs=request.chat_template_kwargs or {},
     )
     return await ChatPrompt(frontend.tokenizer, frontend.template).token_ids_async(chat)
-
-
-def _message(message: Message) -> ChatMessage:
-    return ChatMessage(
-        role=message.role,
-        content=message.content,
-        name=message.name,
-        tool_calls=message.tool_calls,
-        tool_call_id=message.tool_call_id,
-        reasoning=message.reasoning if message.reasoning is not None else message.reasoning_content,
-    )
 
 
 async def chat_prompt(

@@ -31,22 +31,22 @@ Prompt = Annotated[
         },
     ),
 ]
+# The template room reads messages: which roles and parts there are is the model's business.
+Messages = Annotated[
+    list[dict[str, Any]],
+    Meta(
+        min_length=1,
+        max_length=16384,
+        extra_json_schema={
+            "items": {
+                "type": "object",
+                "properties": {"role": {"type": "string"}, "content": {}},
+                "required": ["role"],
+            }
+        },
+    ),
+]
 User = Annotated[str, Meta(max_length=1024)]
-
-
-class Message(msgspec.Struct, kw_only=True):
-    """One message of a conversation; fields beyond these (a reply sent back whole has some) are ignored."""
-
-    role: Annotated[str, Meta(min_length=1, max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None  # the older name of the same
-
-
-Messages = Annotated[list[Message], Meta(min_length=1, max_length=16384)]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):

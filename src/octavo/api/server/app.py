@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ from octavo.api.frontend import Frontend
 from octavo.api.openai.context import Context, Stream
 from octavo.api.server.auth import BearerAuth
 from octavo.api.server.body import BodyDecoder, check_media_type, read_body
-from octavo.api.server.errors import ClientGoneError, error_reply
+from octavo.api.server.errors import ClientGoneError, ShuttingDownError, error_reply
 from octavo.api.server.limits import BodyLimit
 from octavo.api.server.metrics import RequestMetrics
 from octavo.api.server.openapi import document
@@ -46,10 +47,16 @@ class Endpoint:
             self._count(response.status_code)
         except ClientGoneError:
             return
+        except asyncio.CancelledError:  # only a shutdown cancels a connection
+            error = ShuttingDownError("The server is shutting down.", "Send the request again.")
+            await self._fail(error, scope, receive, send)
         except Exception as error:  # noqa: BLE001  the one place where every failure becomes a reply
-            reply = error_reply(error)
-            self._count(reply.status)
-            await reply.response()(scope, receive, send)
+            await self._fail(error, scope, receive, send)
+
+    async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = error_reply(error)
+        self._count(reply.status)
+        await reply.response()(scope, receive, send)
 
     def _count(self, status: int) -> None:
         self.service.metrics.http[self.route.method, self.route.path, f"{status // 100}xx"] += 1

@@ -49,6 +49,10 @@ class MediaTypeError(RequestError):
     status = 415
 
 
+class ShuttingDownError(OctavoError):
+    """The server ends and does not wait for this request any longer (HTTP 503)."""
+
+
 class ClientGoneError(Exception):
     """The client closed its connection; there is nobody to answer."""
 
@@ -108,6 +112,8 @@ def error_reply(error: BaseException) -> ErrorReply:
     if isinstance(error, EngineDeadError):
         body = ErrorBody(_clean(str(error)), "service_unavailable_error", None, "engine_dead")
         return ErrorReply(503, body)
+    if isinstance(error, ShuttingDownError):
+        return ErrorReply(503, ErrorBody(str(error), "service_unavailable_error", None, "shutting_down"))
     number = uuid.uuid4().hex[:12]
     if isinstance(error, OctavoError):
         log.error("request failed [%s]: %s", number, error)

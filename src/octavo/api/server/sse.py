@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from octavo.api.server.errors import ClientGoneError, error_reply
+from octavo.api.server.errors import ClientGoneError, ShuttingDownError, error_reply
 
 T = TypeVar("T")
 
@@ -68,9 +68,11 @@ class EventStream:
             await until_disconnect(receive, self._stream(send))
         except ClientGoneError:
             return
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if not self.started:
                 raise
+            if isinstance(error, asyncio.CancelledError):  # only a shutdown cancels a connection
+                error = ShuttingDownError("The server is shutting down; the answer is not complete.")
             message = b"data: " + error_reply(error).encode() + b"\n\n" + DONE
             await send({"type": "http.response.body", "body": message, "more_body": False})
         finally:
