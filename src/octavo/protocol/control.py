@@ -20,6 +20,7 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     device: str
     kernels: dict[str, str] = {}
     timeline_s: dict[str, float] = {}
+    max_queue_len: int = 4096
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

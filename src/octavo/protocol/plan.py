@@ -97,7 +97,8 @@ class StepResult(msgspec.Struct, array_like=True):
     A row with d drafts returns between 1 and d + 1 tokens. ``num_drafts[i]`` is how many drafts the runner has
     ready for that slot's next step (empty list: none anywhere). ``logprobs`` and ``prompt_logprobs`` are None or
     per row None or one list a token (see ``TokenDelta``). ``errors`` maps a row to a message: that sequence failed
-    alone (for example NaN logits) and must be ended.
+    alone (for example NaN logits) and must be ended. ``draft_tokens[i]`` are those drafts as tokens, needed only for
+    rows whose sequence has a grammar (None: grammars then run without drafts).
     """
 
     step: int
@@ -106,3 +107,4 @@ class StepResult(msgspec.Struct, array_like=True):
     logprobs: list[list[list[Logprob]] | None] | None = None
     prompt_logprobs: list[list[list[Logprob]] | None] | None = None
     errors: dict[int, str] | None = None
+    draft_tokens: list[list[int]] | None = None

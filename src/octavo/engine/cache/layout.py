@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octavo.engine.cache.spec import ChunkedKV, KVSpec, StateKV, ceil_div, hull, with_page_size
+from octavo.engine.cache.spec import KVSpec, StateKV, ceil_div, with_page_size
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,7 @@ class CacheLayout:
 
     def pages_for(self, num_tokens: int, step_tokens: int = 1) -> int:
         """Most pages one sequence ever holds on its way to ``num_tokens``, growing ``step_tokens`` at a time."""
-        total = 0
-        for group in self.groups:
-            spec = group.spec
-            ends = {num_tokens}
-            if isinstance(spec, ChunkedKV):  # fullest just before a chunk ends
-                ends.add(max(0, num_tokens // spec.chunk * spec.chunk - 1))
-            total += max(len(hull(spec.live(max(0, end - step_tokens)), spec.live(end))) for end in ends)
-        return total
+        return sum(group.spec.peak(num_tokens, step_tokens) for group in self.groups)
 
 
 MAX_GROUPS = 16

@@ -10,11 +10,16 @@ A logical page k of a sequence covers the tokens [k*P, (k+1)*P).
 Everything else is derived: pages for a step from n to m = hull(live(n), live(m)) minus those held; pages to free
 after it = held minus live(m); a cached prefix of length n is a hit when every page of live(n), in every group,
 is in the index.
+
+Two facts hold for every kind and everything else relies on them: ``live(n).stop`` is ceil(n / P) and
+``live(n).start`` never falls as n grows. An empty range keeps its place: ``live(8)`` of the ChunkedKV above is
+``range(2, 2)``, so the hull with a later range still covers the tokens in between, which the step must store.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import ClassVar, TypeAlias
 
 
@@ -24,11 +29,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def hull(a: range, b: range) -> range:
-    """Smallest range that covers both."""
-    if not len(a):
-        return b
-    if not len(b):
-        return a
+    """Smallest range that covers both; an empty range counts with its place (see above)."""
     return range(min(a.start, b.start), max(a.stop, b.stop))
 
 
@@ -46,6 +47,10 @@ class FullKV:
     def live(self, n: int) -> range:
         """Pages needed after n computed tokens: all."""
         return range(ceil_div(n, self.page_size))
+
+    def peak(self, n: int, step: int) -> int:
+        """Most pages of hull(live(m - step), live(m)) over all m <= n."""
+        return ceil_div(n, self.page_size)
 
     @property
     def page_bytes(self) -> int:
@@ -66,6 +71,10 @@ class WindowKV:
         """Pages needed after n computed tokens: those the next token (position n) can see."""
         return range(max(0, n - self.window + 1) // self.page_size, ceil_div(n, self.page_size))
 
+    def peak(self, n: int, step: int) -> int:
+        """Most pages of hull(live(m - step), live(m)) over all m <= n."""
+        return min(ceil_div(n, self.page_size), 1 + ceil_div(self.window + step - 2, self.page_size))
+
     @property
     def page_bytes(self) -> int:
         """Bytes of one page of one layer."""
@@ -85,6 +94,12 @@ class ChunkedKV:
         """Pages needed after n computed tokens: the current chunk's (none at a chunk boundary)."""
         return range(n // self.chunk * self.chunk // self.page_size, ceil_div(n, self.page_size))
 
+    def peak(self, n: int, step: int) -> int:
+        """Most pages of hull(live(m - step), live(m)) over all m <= n."""
+        # Worst case: the chunk starts as late in a page as it can, and the step ends one chunk (and more) later.
+        offset = self.page_size - gcd(self.chunk, self.page_size)
+        return min(ceil_div(n, self.page_size), ceil_div(offset + self.chunk - 1 + step, self.page_size))
+
     @property
     def page_bytes(self) -> int:
         """Bytes of one page of one layer."""
@@ -103,6 +118,10 @@ class StateKV:
         """The single page that holds the state after n tokens (none for n = 0)."""
         last = ceil_div(n, self.page_size)
         return range(max(0, last - 1), last)
+
+    def peak(self, n: int, step: int) -> int:
+        """Most pages of hull(live(m - step), live(m)) over all m <= n."""
+        return min(ceil_div(n, self.page_size), 1 + ceil_div(step, self.page_size))
 
     @property
     def page_bytes(self) -> int:

@@ -1,0 +1,233 @@
+"""The engine's loop: requests in, tokens out. Everything it does happens in ``step``.
+
+    depth 0   schedule N   forward N                sample N   collect N   apply N
+    depth 1   schedule N   forward N   collect N-1  apply N-1  sample N           (host work hides under forward N)
+
+Both are the same lines; only the place of ``collect`` differs.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections import deque
+
+from octavo.engine.cache.layout import CacheLayout
+from octavo.engine.executor.base import Executor
+from octavo.engine.scheduler.queue import order_key
+from octavo.engine.scheduler.resources import Pages, Slots
+from octavo.engine.scheduler.scheduler import Scheduler, Step
+from octavo.engine.scheduler.sequence import Constraint, Sequence
+from octavo.engine.settings import EngineSettings
+from octavo.engine.validate import check_request
+from octavo.errors import OutOfMemoryError, QueueFullError, RequestError
+from octavo.protocol.control import (
+    CheckPool,
+    Control,
+    ControlReply,
+    EngineInfo,
+    EngineStats,
+    GetInfo,
+    GetStats,
+    ResetPrefixCache,
+    Shutdown,
+)
+from octavo.protocol.generate import GenerateRequest, TokenDelta
+from octavo.protocol.plan import GrammarMask
+
+
+class EngineCore:
+    """One engine over one executor. Not thread-safe: one thread calls everything.
+
+    ``info.max_model_len`` is the asked length or what the page pool holds for one sequence, whichever is less, so
+    a request that passes ``submit`` can always run to its end. Raises ``OutOfMemoryError`` where the pool holds not
+    even two tokens.
+    """
+
+    def __init__(self, executor: Executor, settings: EngineSettings) -> None:
+        self.executor = executor
+        self.settings = settings
+        self.pages = Pages(
+            executor.layout,
+            executor.num_pages,
+            root_key=secrets.token_bytes(32),
+            prefix_caching=settings.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(
+            [Slots(min(settings.max_num_seqs, executor.num_slots)), self.pages],
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+        )
+        self.stopping = False
+        self._depth = 1 if settings.overlap else 0
+        self._live: dict[int, Sequence] = {}
+        self._in_flight: deque[Step] = deque()
+        self._arrivals = 0
+        self._seeds = random.Random(settings.seed)
+        self.info = self._describe()
+
+    def _describe(self) -> EngineInfo:
+        settings, layout = self.settings, self.executor.layout
+        sizes = [group.spec.page_size for group in layout.groups]
+        return EngineInfo(
+            model=settings.model,
+            architecture=settings.architecture,
+            vocab_size=settings.vocab_size,
+            max_model_len=_fitting_length(layout, self.executor.num_pages, settings.max_model_len),
+            max_num_seqs=min(settings.max_num_seqs, self.executor.num_slots),
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            page_size=min(sizes, default=0),
+            num_pages=self.executor.num_pages,
+            dtype=settings.dtype,
+            device=settings.device,
+            kernels=settings.kernels,
+            timeline_s=settings.timeline_s,
+            max_queue_len=settings.max_queue_len,
+        )
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerateRequest, constraint: Constraint | None = None) -> None:
+        """Queue a request; raises ``RequestError`` or ``QueueFullError`` and then changes nothing."""
+        check_request(request, self.info)
+        if request.id in self._live:
+            raise RequestError(f"Request id {request.id} is already running.", "id")
+        if len(self.scheduler.waiting) >= self.settings.max_queue_len + self._idle_slots():
+            raise QueueFullError(f"{len(self.scheduler.waiting)} requests are waiting already.")
+        self._arrivals += 1
+        seq = Sequence(
+            request,
+            key=order_key(self.settings.scheduling_policy, request, self._arrivals),
+            max_model_len=self.info.max_model_len,
+            seed=self._seeds.getrandbits(63),
+            table=self.pages.table(),
+            constraint=constraint,
+        )
+        self._live[request.id] = seq
+        self.scheduler.waiting.push(seq)
+
+    def abort(self, ids: list[int]) -> None:
+        """End requests now; unknown ids are ignored. No delta follows."""
+        for id in ids:
+            seq = self._live.pop(id, None)
+            if seq is not None:
+                self.scheduler.finish(seq)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` would do anything."""
+        return bool(self._live or self._in_flight)
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def step(self) -> list[TokenDelta]:
+        """Run one step; returns what it (with overlap: the one before) brought."""
+        step = self.scheduler.schedule()
+        if step is not None:
+            self.executor.forward(step.plan)
+        deltas = self._collect() if self._depth else []
+        if step is not None:
+            self.executor.sample(self._masks(step))
+            self._in_flight.append(step)
+        return deltas if self._depth else self._collect()
+
+    def _collect(self) -> list[TokenDelta]:
+        """The oldest step's results, if one is in flight."""
+        if not self._in_flight:
+            return []
+        deltas = self.scheduler.apply(self._in_flight.popleft(), self.executor.collect())
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                del self._live[delta.id]
+        return deltas
+
+    def _masks(self, step: Step) -> list[GrammarMask]:
+        """Masks of the rows under a grammar: one for the next token and one after each draft it would accept."""
+        masks = []
+        for row, seq in enumerate(step.rows):
+            constraint = seq.constraint
+            if constraint is None or seq.finished or not step.plan.sample[row]:
+                continue
+            words = [constraint.mask()]
+            accepted = 0
+            planned = step.plan.num_drafts[row]
+            for draft in seq.drafts[:planned]:
+                if not constraint.accept(draft):
+                    break
+                accepted += 1
+                words.append(constraint.mask())
+            constraint.rewind(accepted)
+            # Positions behind a forbidden draft are never reached; the runner still expects a mask for each.
+            words += [words[-1]] * (1 + planned - len(words))
+            masks.append(GrammarMask(row, b"".join(words)))
+        return masks
+
+    # -- everything else ----------------------------------------------------------------------------------------
+
+    def control(self, command: Control) -> ControlReply:
+        """Carry out a command. ``Shutdown`` only sets ``stopping``: whoever calls ``step`` ends the loop."""
+        if isinstance(command, GetInfo):
+            return self.info
+        if isinstance(command, GetStats):
+            return self.stats()
+        if isinstance(command, ResetPrefixCache):
+            self.pages.forget_unused()
+        elif isinstance(command, CheckPool):
+            self.check()
+        elif isinstance(command, Shutdown):
+            self.stopping = True
+            if not command.drain:
+                self.abort(list(self._live))
+        return None
+
+    def stats(self) -> EngineStats:
+        """Gauges now and counters since the start."""
+        counters, pool = self.scheduler.counters, self.pages.pool
+        return EngineStats(
+            num_running=self.scheduler.num_running,
+            num_waiting=len(self.scheduler.waiting),
+            kv_cache_usage=1 - pool.num_free / pool.num_pages if pool.num_pages else 0.0,
+            num_preemptions=counters.num_preemptions,
+            prefix_cache_queries=self.pages.num_queries,
+            prefix_cache_hits=self.pages.num_hits,
+            num_steps=counters.num_steps,
+            num_prompt_tokens=counters.num_prompt_tokens,
+            num_generation_tokens=counters.num_generation_tokens,
+            num_drafts=counters.num_drafts,
+            num_draft_tokens=counters.num_draft_tokens,
+            num_accepted_tokens=counters.num_accepted_tokens,
+            step_tokens=counters.step_tokens,
+        )
+
+    def check(self) -> None:
+        """Prove that every page is accounted for; raises ``PoolError`` otherwise."""
+        held = [page for seq in self.scheduler.running() for page in seq.table.pages()]
+        self.pages.pool.check(held, self.pages.index.pages())
+
+    def close(self) -> None:
+        """Abort everything and stop the executor."""
+        self.abort(list(self._live))
+        self._in_flight.clear()
+        self.executor.close()
+
+    def _idle_slots(self) -> int:
+        """Requests that the next step lets in do not count against the queue's bound."""
+        return max(0, self.info.max_num_seqs - self.scheduler.num_running)
+
+
+def _fitting_length(layout: CacheLayout, num_pages: int, asked: int) -> int:
+    """The longest sequence, up to ``asked`` tokens, that has room in an otherwise empty pool."""
+    if layout.pages_for(asked) <= num_pages:
+        return asked
+    low, high = 0, asked
+    while low < high:
+        middle = (low + high + 1) // 2
+        if layout.pages_for(middle) <= num_pages:
+            low = middle
+        else:
+            high = middle - 1
+    if low < 2:
+        raise OutOfMemoryError(
+            f"The KV cache has {num_pages} pages, but a sequence of 2 tokens needs {layout.pages_for(2)}.",
+            "Give the cache more memory.",
+        )
+    return low

@@ -1,0 +1,334 @@
+"""One loop over sequences and resources: what runs in the next step, and what its results mean.
+
+``schedule`` plans on optimistic counts (every row in flight succeeds, every draft is accepted), ``apply`` corrects
+them. A sequence that needs nothing new (``room`` left) costs a few integer operations and asks nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from octavo.engine.scheduler import stop
+from octavo.engine.scheduler.queue import Queue
+from octavo.engine.scheduler.resources import Resource
+from octavo.engine.scheduler.sequence import Sequence
+from octavo.protocol.generate import FinishReason, TokenDelta
+from octavo.protocol.plan import StepPlan, StepResult
+
+
+@dataclass
+class Counters:
+    """What happened since the start."""
+
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    step_tokens: int = 0
+
+
+@dataclass
+class Step:
+    """A plan and the sequences behind its rows."""
+
+    plan: StepPlan
+    rows: list[Sequence]
+
+
+class Scheduler:
+    """Fills steps from running and waiting sequences.
+
+    ``max_num_batched_tokens`` may be changed at any time; it bounds the rows' tokens of one step.
+    """
+
+    def __init__(self, resources: list[Resource], *, max_num_batched_tokens: int) -> None:
+        self.resources = resources
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting = Queue()
+        # Running sequences are in exactly one of these two: all known tokens queued, or not yet.
+        self.decoding: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.counters = Counters()
+        self._preempted = False
+
+    def running(self) -> Iterator[Sequence]:
+        """All sequences that hold resources."""
+        yield from self.decoding
+        yield from self.prefilling
+
+    @property
+    def num_running(self) -> int:
+        """How many sequences hold resources."""
+        return len(self.decoding) + len(self.prefilling)
+
+    # -- planning -----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Step | None:
+        """The next step, or None where nothing can run now."""
+        step = Step(StepPlan(self.counters.num_steps, [], [], [], [], [], [], [], []), [])
+        self._preempted = False
+        budget = self._decode_rows(step, self.max_num_batched_tokens)
+        budget = self._prefill_rows(step, budget)
+        self._admit_waiting(step, budget)
+        for resource in self.resources:
+            resource.fill(step.plan)
+        if not step.rows:
+            return None
+        self.counters.num_steps += 1
+        self.counters.step_tokens = sum(step.plan.num_tokens)
+        return step
+
+    def _decode_rows(self, step: Step, budget: int) -> int:
+        """Rows of the sequences that wait only for their next token; they come first so that they never starve.
+
+        This loop runs once a sequence a step: it is the hot path.
+        """
+        plan, rows = step.plan, step.rows
+        slots, starts, counts, drafts, samples = (
+            plan.slots,
+            plan.starts,
+            plan.num_tokens,
+            plan.num_drafts,
+            plan.sample,
+        )
+        decoding = self.decoding[:]  # a preemption changes the list
+        for place, seq in enumerate(decoding):
+            n = 1 + seq.num_drafts
+            if n > seq.room or n > budget:
+                if budget <= 0:
+                    # A budget below the number of sequences: who got nothing comes first in the next step.
+                    left = [other for other in decoding[place:] if other.slot >= 0]
+                    self.decoding = left + [other for other in self.decoding if other not in left]
+                    break
+                n = self._ask(seq, min(n, budget), step)
+                if not n:
+                    continue
+            seq.room -= n
+            budget -= n
+            start = seq.num_queued
+            seq.num_queued = start + n
+            seq.num_promised += n
+            rows.append(seq)
+            slots.append(seq.slot)
+            starts.append(start)
+            counts.append(n)
+            drafts.append(n - 1)
+            samples.append(True)
+        return budget
+
+    def _prefill_rows(self, step: Step, budget: int) -> int:
+        """Chunks of the sequences that have known tokens left to compute, oldest first."""
+        for seq in sorted(self.prefilling, key=_by_key):
+            if budget <= 0:
+                break
+            n = self._ask(seq, min(len(seq.tokens) - seq.num_queued, budget), step)
+            if n:
+                budget -= n
+                self._add_chunk(seq, n, step)
+        return budget
+
+    def _admit_waiting(self, step: Step, budget: int) -> None:
+        """Let waiting sequences in, strictly in order, while everything they need is there.
+
+        Never after a preemption in this call: what was just freed belongs to the one who needed it.
+        """
+        while budget > 0 and not self._preempted:
+            seq = self.waiting.peek()
+            if seq is None:
+                break
+            for resource in self.resources:
+                resource.prepare(seq)
+            n = self._admit(seq, min(len(seq.tokens) - seq.num_queued, budget))
+            if n == 0:
+                break
+            self.waiting.pop()
+            self.prefilling.append(seq)
+            seq.commit_at = 0
+            self._reserve(seq, n)
+            if seq.num_cached < 0:  # the first time, not after a preemption
+                seq.num_cached = seq.num_computed
+                self.counters.num_prompt_tokens += seq.num_prompt
+            budget -= n
+            self._add_chunk(seq, n, step)
+
+    def _add_chunk(self, seq: Sequence, n: int, step: Step) -> None:
+        """A row of known tokens; the one that reaches their end draws the next token."""
+        plan = step.plan
+        step.rows.append(seq)
+        plan.slots.append(seq.slot)
+        plan.starts.append(seq.num_queued)
+        plan.num_tokens.append(n)
+        plan.num_drafts.append(0)
+        seq.num_queued += n
+        seq.room -= n
+        last = seq.num_queued == len(seq.tokens)
+        plan.sample.append(last)
+        if last:
+            seq.num_promised += 1
+            self.prefilling.remove(seq)
+            self.decoding.append(seq)
+
+    # -- resources ----------------------------------------------------------------------------------------------
+
+    def _admit(self, seq: Sequence, n: int) -> int:
+        for resource in self.resources:
+            n = resource.admit(seq, n)
+            if n <= 0:
+                return 0
+        return n
+
+    def _reserve(self, seq: Sequence, n: int) -> None:
+        room = seq.max_len - 1 - seq.num_queued
+        for resource in self.resources:
+            room = min(room, resource.reserve(seq, n))
+        seq.room = room
+
+    def _ask(self, seq: Sequence, n: int, step: Step) -> int:
+        """How many of ``n`` tokens a running sequence may queue; takes what they need, from others if it must.
+
+        Progress is certain: the sequence that is first in order can take from everybody else, and alone it fits
+        (checked when it was submitted). A sequence with rows in flight may hold pages that the result will free,
+        so it waits for that rather than give up itself.
+        """
+        if seq.slot < 0:  # preempted earlier in this call
+            return 0
+        n = min(n, seq.max_len - 1 - seq.num_queued)
+        if n <= 0:  # what is in flight will end it
+            return 0
+        while True:
+            granted = self._admit(seq, n)
+            if granted:
+                self._reserve(seq, granted)
+                return granted
+            victim = max(self.running(), key=_by_key)
+            if victim is seq and seq.num_queued > seq.num_computed:
+                return 0
+            self._preempt(victim, step)
+            if victim is seq:
+                return 0
+
+    def _preempt(self, seq: Sequence, step: Step) -> None:
+        """Take everything from a sequence and put it back in line; its tokens are kept, the rest is recomputed.
+
+        A row of it in this very plan is taken out again. A row in flight stays valid: ``apply`` appends its tokens.
+        """
+        if seq in step.rows:
+            row = step.rows.index(seq)
+            if step.plan.sample[row]:
+                seq.num_promised -= 1 + step.plan.num_drafts[row]
+            del step.rows[row]
+            plan = step.plan
+            for column in (plan.slots, plan.starts, plan.num_tokens, plan.num_drafts, plan.sample):
+                del column[row]
+        self._release(seq)
+        seq.num_computed = seq.num_queued = seq.room = seq.num_drafts = 0
+        seq.drafts = []
+        self.waiting.push(seq)
+        self._preempted = True
+        self.counters.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        """The one place where a running sequence loses what it holds."""
+        running = self.prefilling if seq in self.prefilling else self.decoding
+        running.remove(seq)
+        for resource in self.resources:
+            resource.release(seq)
+
+    # -- results ------------------------------------------------------------------------------------------------
+
+    def apply(self, step: Step, result: StepResult) -> list[TokenDelta]:
+        """Correct the counts by what the step really drew; returns what to tell the clients.
+
+        Rows of sequences that have ended meanwhile are ignored. Rows of sequences preempted meanwhile bring valid
+        tokens, but no computed pages.
+        """
+        plan, deltas = step.plan, []
+        reported = result.num_drafts or None
+        for row, seq in enumerate(step.rows):
+            if seq.finished:
+                continue
+            if result.errors is not None and row in result.errors:
+                deltas.append(self._fail(seq, result.errors[row]))
+                continue
+            if result.prompt_logprobs is not None and result.prompt_logprobs[row] is not None:
+                seq.prompt_logprobs = (seq.prompt_logprobs or []) + (result.prompt_logprobs[row] or [])
+            drawn = result.tokens[row]
+            n = plan.num_tokens[row]
+            sampled = plan.sample[row]
+            if sampled:
+                if not drawn:
+                    deltas.append(self._fail(seq, "The runner drew no token for this request."))
+                    continue
+                drafts = plan.num_drafts[row]
+                seq.num_promised -= 1 + drafts
+                if drafts:
+                    n -= self._reject(seq, drafts, 1 + drafts - len(drawn))
+            if seq.slot >= 0:
+                seq.num_computed += n
+                if seq.num_computed >= seq.commit_at:
+                    seq.commit_at = min([resource.confirm(seq) for resource in self.resources])
+                if reported is not None:
+                    self._note_drafts(seq, result, row)
+                elif seq.num_drafts:
+                    seq.num_drafts = 0
+            if sampled:
+                deltas.append(self._deliver(seq, drawn, result, row))
+        return deltas
+
+    def _reject(self, seq: Sequence, drafts: int, rejected: int) -> int:
+        """Take back the optimism about rejected drafts; returns their number."""
+        self.counters.num_drafts += 1
+        self.counters.num_draft_tokens += drafts
+        self.counters.num_accepted_tokens += drafts - rejected
+        if seq.slot >= 0:
+            seq.num_queued -= rejected
+            seq.room += rejected
+        return rejected
+
+    def _note_drafts(self, seq: Sequence, result: StepResult, row: int) -> None:
+        """Remember what the runner offers for the next row; a constraint must see drafts to allow them."""
+        if seq.constraint is None:
+            seq.num_drafts = result.num_drafts[row]
+        elif result.draft_tokens is not None:
+            seq.drafts = result.draft_tokens[row]
+            seq.num_drafts = len(seq.drafts)
+
+    def _deliver(self, seq: Sequence, drawn: list[int], result: StepResult, row: int) -> TokenDelta:
+        """Append drawn tokens, end the sequence where they end it."""
+        tokens, reason, stop_token = stop.append(seq, drawn)
+        if seq.constraint is not None:
+            for token in tokens:
+                seq.constraint.accept(token)
+        self.counters.num_generation_tokens += len(tokens)
+        delta = TokenDelta(seq.id, tokens, reason, stop_token, None, seq.num_cached)
+        if result.logprobs is not None:
+            found = result.logprobs[row]
+            delta.logprobs = found if found is None else found[: len(tokens)]
+        if seq.prompt_logprobs is not None:
+            delta.prompt_logprobs = seq.prompt_logprobs
+            seq.prompt_logprobs = None
+        if reason is not None:
+            self.finish(seq)
+        return delta
+
+    def _fail(self, seq: Sequence, message: str) -> TokenDelta:
+        reason: FinishReason = "error"
+        seq.failed = True
+        self.finish(seq)
+        return TokenDelta(seq.id, [], reason, None, message, max(0, seq.num_cached))
+
+    def finish(self, seq: Sequence) -> None:
+        """End a sequence at any point: running, waiting, or with rows in flight (their results are ignored)."""
+        seq.finished = True
+        if seq.slot >= 0:
+            self._release(seq)
+        else:
+            self.waiting.remove(seq)
+
+
+def _by_key(seq: Sequence) -> tuple[float, ...]:
+    return seq.key

@@ -1,0 +1,104 @@
+"""A sequence: what the engine knows of one request. No phases, only counts.
+
+    tokens          p p p p p p p g g            known to the host (prompt p, generated g)
+    num_computed    c c c c c c c c              confirmed: a collected step has computed them
+    num_queued      c c c c c c c c q q          optimistic: what rows in flight compute on top, drafts included
+    num_promised                      t t        optimistic: tokens that rows in flight will draw at most
+
+A row starts at ``num_queued`` and may go up to ``len(tokens) + num_promised``. A decode row in flight promises one
+token; with d drafts it promises d + 1 and the result corrects the counts. The runner knows the true positions.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from octavo.engine.cache.prefix import HashChain
+from octavo.engine.cache.table import PageTable
+from octavo.protocol.generate import GenerateRequest, Logprob, SamplingParams
+
+
+class Constraint(Protocol):
+    """A grammar over the generated tokens, with a memory that can go back (drafts are tried and taken back)."""
+
+    def accept(self, token: int) -> bool:
+        """Go on by one token; False (and no change) where the grammar forbids it."""
+
+    def rewind(self, count: int) -> None:
+        """Take the last ``count`` accepted tokens back."""
+
+    def mask(self) -> bytes:
+        """Bit mask of the tokens allowed next: ceil(vocabulary / 32) little-endian int32 words."""
+
+
+class Sequence:
+    """Mutable state of one request; ``slot`` is -1 while it waits."""
+
+    __slots__ = (
+        "cache_salt",
+        "chain",
+        "commit_at",
+        "constraint",
+        "drafts",
+        "failed",
+        "finished",
+        "id",
+        "key",
+        "max_len",
+        "min_len",
+        "num_cached",
+        "num_computed",
+        "num_drafts",
+        "num_promised",
+        "num_prompt",
+        "num_queued",
+        "prompt_logprobs",
+        "room",
+        "sampling",
+        "seed",
+        "slot",
+        "stop_ids",
+        "table",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        key: tuple[float, ...],
+        max_model_len: int,
+        seed: int,
+        table: PageTable,
+        constraint: Constraint | None = None,
+    ) -> None:
+        """``key`` orders sequences (smaller runs first); ``seed`` is used where the request brings none."""
+        sampling = request.sampling
+        self.id = request.id
+        self.key = key
+        self.tokens = list(request.prompt_token_ids)
+        self.num_prompt = len(self.tokens)
+        self.sampling: SamplingParams = sampling
+        self.seed = seed if sampling.seed is None else sampling.seed
+        self.cache_salt = request.cache_salt
+        self.constraint = constraint
+        self.table = table
+        self.chain: HashChain | None = None
+        # Lengths count prompt and answer; the last token is never computed, so rows end at max_len - 1.
+        wanted = max_model_len if sampling.max_tokens is None else self.num_prompt + sampling.max_tokens
+        self.max_len = min(wanted, max_model_len)
+        self.min_len = self.num_prompt + sampling.min_tokens
+        eos = [] if sampling.ignore_eos else request.eos_token_ids
+        self.stop_ids = frozenset([*eos, *sampling.stop_token_ids])
+        self.slot = -1
+        self.num_computed = 0
+        self.num_queued = 0
+        self.num_promised = 0
+        self.num_cached = -1  # not admitted yet
+        self.num_drafts = 0  # drafts the runner has ready for the next row
+        self.drafts: list[int] = []  # the same as tokens, where a constraint must see them
+        self.room = 0  # tokens that may be queued without asking any resource
+        self.commit_at = 0  # confirmed count at which the pages must be looked at again
+        self.finished = False
+        self.failed = False
+        self.prompt_logprobs: list[list[Logprob]] | None = None

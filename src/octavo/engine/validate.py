@@ -1,0 +1,42 @@
+"""Checks of a request that need the engine's facts; the same for every client and for the core itself."""
+
+from __future__ import annotations
+
+from octavo.errors import RequestError
+from octavo.protocol.control import EngineInfo
+from octavo.protocol.generate import GenerateRequest
+
+
+def check_request(request: GenerateRequest, info: EngineInfo) -> None:
+    """Raise ``RequestError`` (naming the field) for a request that this engine cannot run to its end."""
+    prompt, sampling, vocab = request.prompt_token_ids, request.sampling, info.vocab_size
+    if not prompt:
+        raise RequestError("The prompt is empty.", "prompt", "Send at least one token.")
+    _check_ids("prompt", prompt, vocab)
+    if len(prompt) >= info.max_model_len:
+        raise RequestError(
+            f"The prompt has {len(prompt)} tokens; this model is served with a context of {info.max_model_len} "
+            f"tokens for prompt and answer (KV cache: {info.num_pages} pages).",
+            "prompt",
+            "Send a shorter prompt or start the server with a larger --max-model-len.",
+        )
+    _check_ids("stop_token_ids", sampling.stop_token_ids, vocab)
+    if sampling.logit_bias:
+        _check_ids("logit_bias", list(sampling.logit_bias), vocab)
+    if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+        raise RequestError(
+            f"min_tokens ({sampling.min_tokens}) is more than max_tokens ({sampling.max_tokens}).",
+            "min_tokens",
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        asked = getattr(sampling, name)
+        if asked is not None and asked > vocab:
+            raise RequestError(f"{name} asks for {asked} tokens; the vocabulary has {vocab}.", name)
+
+
+def _check_ids(name: str, ids: list[int], vocab_size: int) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        place = next(i for i, token in enumerate(ids) if not 0 <= token < vocab_size)
+        raise RequestError(
+            f"{name}[{place}] is token {ids[place]}; the vocabulary has tokens 0 to {vocab_size - 1}.", name
+        )
