@@ -186,9 +186,7 @@ def add_half(context, target, source, factor):
     """16 floats: target += source * factor."""
 
     def generate(ctx, b, signature, args):
-        total = v.fma(
-            b, v.load(b, args[1], v.VF, 4), v.splat(b, args[2]), v.load(b, args[0], v.VF, 4)
-        )
+        total = v.fma(b, v.load(b, args[1], v.VF, 4), v.splat(b, args[2]), v.load(b, args[0], v.VF, 4))
         v.store(b, total, args[0], 4)
         return ctx.get_dummy_value()
 
@@ -253,7 +251,9 @@ def tile(args, scratch, item, h, row0, rows):
     for r in range(rows):
         query, head = (row0 + r) // group, h * group + (row0 + r) % group
         place = (part + query) * heads + head
-        mem.store_i64(scratch + QUERIES_AT + 8 * r, address_of(args, 5) + ((token + query) * heads + head) * size * 2)
+        mem.store_i64(
+            scratch + QUERIES_AT + 8 * r, address_of(args, 5) + ((token + query) * heads + head) * size * 2
+        )
         mem.store_i64(scratch + OUTPUTS_AT + 8 * r, address_of(args, 12) + place * size * 4)
         mem.store_f32(address_of(args, 13) + place * 8, types.float32(HIDDEN))
         mem.store_f32(address_of(args, 13) + place * 8 + 4, types.float32(0))
@@ -282,7 +282,9 @@ def tile(args, scratch, item, h, row0, rows):
             stats = address_of(args, 13) + place * 8
             before = mem.load_f32(stats)
             most = max(before, largest(row, blocks))
-            keep = types.float32(math.exp(before - most)) if before > types.float32(HIDDEN) else types.float32(0)
+            keep = (
+                types.float32(math.exp(before - most)) if before > types.float32(HIDDEN) else types.float32(0)
+            )
             total = exponentials(row, scratch + WEIGHTS_AT + r * STRETCH * 2, blocks, most)
             mem.store_f32(stats, most)
             mem.store_f32(stats + 4, mem.load_f32(stats + 4) * keep + total)
@@ -329,7 +331,8 @@ def join(args, target, m, head, dim):
     for i in range(count + 1):
         place = (m if i == 0 else extra + i - 1) * heads + head
         share = types.float32(math.exp(mem.load_f32(stats + place * 8) - most))
-        add_half(target, out + (place * size + dim) * 4, share / total)
+        if share != types.float32(0):  # an empty part's outputs were never written
+            add_half(target, out + (place * size + dim) * 4, share / total)
 
 
 def combine(args, thread, threads):

@@ -11,8 +11,8 @@ from numba.extending import intrinsic
 
 from octavo.device.kernels.numba import vector as v
 from octavo.device.kernels.numba.linear import (
-    ALPHA,
     ADD,
+    ALPHA,
     BIAS,
     BIAS_BYTES,
     BLOCKS,
@@ -36,7 +36,9 @@ def _weights(b, target, dtype, address):
     if dtype == "F32":
         return [v.load(b, v.at(b, address, 64 * i), v.VF, 4) for i in range(2)]
     if dtype == "F16":
-        return [v.widen_half(b, v.load(b, v.at(b, address, 32 * i), v.vector(v.I16), 2), target) for i in range(2)]
+        return [
+            v.widen_half(b, v.load(b, v.at(b, address, 32 * i), v.vector(v.I16), 2), target) for i in range(2)
+        ]
     pair = v.load(b, address, v.VI, 4)
     high = b.and_(pair, v.ints(0xFFFF0000 - (1 << 32)))
     return [b.bitcast(b.shl(pair, v.ints(16)), v.VF), b.bitcast(high, v.VF)]

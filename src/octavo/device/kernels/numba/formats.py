@@ -214,7 +214,9 @@ def _split_6k(raw, in_features):
     blocks = _blocks(raw, 210)
     n, count = blocks.shape[:2]
     low = blocks[:, :, :128].reshape(n, count, 2, 2, 32)  # half, first or second 32 bytes
-    low = np.stack([low[:, :, :, 0] & 15, low[:, :, :, 1] & 15, low[:, :, :, 0] >> 4, low[:, :, :, 1] >> 4], axis=3)
+    low = np.stack(
+        [low[:, :, :, 0] & 15, low[:, :, :, 1] & 15, low[:, :, :, 0] >> 4, low[:, :, :, 1] >> 4], axis=3
+    )
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(4, 1)
     high = (blocks[:, :, 128:192].reshape(n, count, 2, 1, 32) >> shifts) & 3
     groups = [_half(blocks[:, :, 208:210]), np.ascontiguousarray(blocks[:, :, 192:208])]

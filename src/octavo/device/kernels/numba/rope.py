@@ -59,7 +59,12 @@ def rope_store(args, thread, threads):
     """args: count, qkv, heads, kv heads, head dim, q weight, k weight, eps, cos/sin table [tokens, rotary], rotary, slot
     table (int64: page * page size + offset), page tensor, page bytes, page size, q out (bfloat16 [tokens, heads, D])."""
     tokens = mem.load_i64(address_of(args, 0))
-    qkv, heads, kv_heads, size = address_of(args, 1), address_of(args, 2), address_of(args, 3), address_of(args, 4)
+    qkv, heads, kv_heads, size = (
+        address_of(args, 1),
+        address_of(args, 2),
+        address_of(args, 3),
+        address_of(args, 4),
+    )
     q_weight, k_weight, eps = address_of(args, 5), address_of(args, 6), float_of(args, 7)
     tables, rotary, slots = address_of(args, 8), address_of(args, 9), address_of(args, 10)
     pages, page_bytes, page_size = address_of(args, 11), address_of(args, 12), address_of(args, 13)

@@ -23,9 +23,7 @@ def emit_quantize(b, low, high, quants, meta):
     poison = b.fmul(b.extract_element(low, ir.Constant(v.I32, 0)), ir.Constant(v.F32, 0.0))
     d = b.fadd(b.fmul(largest, ir.Constant(v.F32, float(1 / 127))), poison)
     positive = b.fcmp_ordered(">", largest, ir.Constant(v.F32, 0.0))
-    inverse = b.select(
-        positive, b.fdiv(ir.Constant(v.F32, 127.0), largest), ir.Constant(v.F32, 0.0)
-    )
+    inverse = b.select(positive, b.fdiv(ir.Constant(v.F32, 127.0), largest), ir.Constant(v.F32, 0.0))
     scale, sums = v.splat(b, inverse), []
     for half, x in enumerate((low, high)):
         rounded = v.call(b, "llvm.rint.v16f32", v.VF, b.fmul(x, scale))
@@ -71,9 +69,7 @@ def scale_block(context, x, weight, factor, plain, quants, meta):
 
     def generate(ctx, b, signature, args):
         factor = v.splat(b, args[2])
-        parts = [
-            b.fmul(b.fmul(value, factor), w) for value, w in zip(_pair(b, args[0]), _pair(b, args[1]))
-        ]
+        parts = [b.fmul(b.fmul(value, factor), w) for value, w in zip(_pair(b, args[0]), _pair(b, args[1]))]
         emit_write(b, *parts, *args[3:])
         return ctx.get_dummy_value()
 
@@ -245,7 +241,12 @@ def norm(args, thread, threads):
     sums its rows' squares itself, which is cheaper than waiting for another.
     """
     tokens = mem.load_i64(address_of(args, 0))
-    x, table, weight, size = address_of(args, 1), address_of(args, 2), address_of(args, 3), address_of(args, 4)
+    x, table, weight, size = (
+        address_of(args, 1),
+        address_of(args, 2),
+        address_of(args, 3),
+        address_of(args, 4),
+    )
     eps, plain = float_of(args, 5), address_of(args, 6)
     quants, meta = address_of(args, 7), address_of(args, 8)
     blocks = size // 32

@@ -70,9 +70,12 @@ def execute(control, system, tape, length, thread, threads, arrivals):
 
 
 def run(control, system, tape, length, threads):
-    """Execute a tape with the helpers and return when all of them are done with it (thread 0)."""
+    """Execute a tape with the helpers and return when all of them are done with it (thread 0).
+
+    ``threads`` -1 only wakes the helpers, so that they see STOP.
+    """
     arrivals = mem.atomic_load(line(control, ARRIVALS))
-    if threads > 1:
+    if threads != 1:
         mem.store_i64(line(control, TAPE), tape)
         mem.store_i64(line(control, LENGTH), length)
         mem.store_i64(line(control, THREADS), threads)
@@ -92,7 +95,9 @@ def wake(control, system):
     """Wake parked helpers (a futex of the generation's low half; little-endian processors only)."""
     if mem.atomic_load(line(control, PARKED)) > 0 and mem.load_i64(system + 8 * SYSCALL) != 0:
         number = mem.load_i64(system + 8 * FUTEX)
-        mem.call_system(mem.load_i64(system + 8 * SYSCALL), number, line(control, GENERATION), 129, 1 << 30, 0)
+        mem.call_system(
+            mem.load_i64(system + 8 * SYSCALL), number, line(control, GENERATION), 129, 1 << 30, 0
+        )
 
 
 @register_jitable
@@ -102,7 +107,9 @@ def park(control, system, seen):
     if mem.load_i64(system + 8 * SYSCALL) != 0:
         number, low = mem.load_i64(system + 8 * FUTEX), seen & 0xFFFFFFFF
         if mem.atomic_load(line(control, GENERATION)) == seen:
-            mem.call_system(mem.load_i64(system + 8 * SYSCALL), number, line(control, GENERATION), 128, low, 0)
+            mem.call_system(
+                mem.load_i64(system + 8 * SYSCALL), number, line(control, GENERATION), 128, low, 0
+            )
     else:
         mem.call_system(mem.load_i64(system + 8 * NAP), 500, 0, 0, 0, 0)
     mem.atomic_add(line(control, PARKED), -1)

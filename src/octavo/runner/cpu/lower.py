@@ -1,0 +1,380 @@
+"""From a model's description and weights to tapes: one for the layers, one for the output head.
+
+Nothing here runs per step: buffers, argument tables and instructions are laid out once. A step fills the ``StepTables``
+and executes the tapes.
+
+    layer:  norm | qkv | rope_store | attend | combine | output (+ add_norm) | norm | gate_up | gate | down (+ add_norm)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.device.kernels.numba import attention as attention_kernels
+from octavo.device.kernels.numba.linear import META_BYTES
+from octavo.device.kernels.numba.rows import ACTIVATIONS
+from octavo.engine.cache.layout import CacheLayout
+from octavo.model.blocks import Attention, DecoderSpec, Layer, Linear, Norm, Rope
+from octavo.runner.cpu.program import Program, aligned, float_bits
+from octavo.runner.cpu.weights import Panels, WeightReader
+
+COUNTER_LINE = 8  # int64 entries between two work counters: a cache line
+EXTRA_PARTS = 256  # parts of split contexts beyond one part a token
+
+
+@dataclass
+class StepTables:
+    """What changes from step to step; the tapes hold the addresses.
+
+    ``counts``: tokens, head rows, then the items of each group. Tokens: ``token_ids``, ``slots`` [groups, tokens]
+    (page * page size + offset), ``ropes`` (cos | sin per distinct rope), ``items`` per group, ``splits`` [tokens, 2].
+    Head: ``head_rows`` (which tokens). ``counters`` must be zero when a tape starts.
+    """
+
+    counts: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    ropes: dict[Rope, NDArray[np.float32]]
+    items: NDArray[np.int64]
+    splits: NDArray[np.int64]
+    head_rows: NDArray[np.int64]
+    counters: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Activations of up to ``tokens`` tokens; all layers share them."""
+
+    tokens: int
+    x: NDArray[np.float32]  # the residual stream
+    y: NDArray[np.float32]  # a branch's output before its post norm
+    wide: NDArray[np.float32]  # qkv, gate_up
+    plain: NDArray[np.float32]  # inputs of plain linears
+    quants: NDArray[np.int8]  # inputs of quantized linears
+    meta: NDArray[np.float32]
+    queries: NDArray[np.uint16]  # bfloat16
+    parts: NDArray[np.float32]  # attention output before normalization
+    stats: NDArray[np.float32]
+    scratch: NDArray[np.uint8]  # per thread
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Everything a step needs. ``head_out`` is the argument table of the head's linear: OUT may be changed."""
+
+    body: NDArray[np.int64]
+    head: NDArray[np.int64]
+    tables: StepTables
+    buffers: Buffers
+    head_out: list[NDArray[np.int64]]
+    logits_width: int
+    weight_bytes: int
+    kernels: dict[str, int]
+
+
+def buffers(spec: DecoderSpec, tokens: int, threads: int) -> Buffers:
+    """Activation memory for ``tokens`` tokens."""
+    layers = spec.layers
+    hidden = spec.embedding.hidden
+    inner = max(
+        max(a.output.in_features, layer.mlp.intermediate) for layer in layers for a in [layer.attention]
+    )
+    wide = max(max(x.attention.qkv.out_features, x.mlp.gate_up.out_features) for x in layers)
+    inner, attended = max(hidden, inner), max(x.attention.output.in_features for x in layers)
+    heads = max(x.attention.num_heads for x in layers)
+    parts = tokens + EXTRA_PARTS
+    return Buffers(
+        tokens=tokens,
+        x=aligned((tokens, hidden), np.float32),
+        y=aligned((tokens, hidden), np.float32),
+        wide=aligned((tokens, wide), np.float32),
+        plain=aligned((tokens, inner), np.float32),
+        quants=aligned((tokens, inner), np.int8),
+        meta=aligned((tokens * inner // 32, META_BYTES // 4), np.float32),
+        queries=aligned((tokens, attended), np.uint16),
+        parts=aligned((parts, attended), np.float32, zero=True),  # 0 * garbage must not be NaN
+        stats=aligned((parts, heads, 2), np.float32),
+        scratch=aligned((threads, attention_kernels.SCRATCH_BYTES), np.uint8),
+    )
+
+
+def step_tables(spec: DecoderSpec, layout: CacheLayout, tokens: int, item_tokens: int) -> StepTables:
+    """Empty tables for steps of up to ``tokens`` tokens."""
+    groups = len(layout.groups)
+    ropes = {x.attention.rope for x in spec.layers if x.attention.rope is not None}
+    # Pieces of ``item_tokens`` queries; each row adds at most one that is not full, and splits add EXTRA_PARTS.
+    items = 2 * tokens + EXTRA_PARTS + tokens // item_tokens
+    return StepTables(
+        counts=np.zeros(2 + groups, np.int64),
+        token_ids=np.zeros(tokens, np.int64),
+        slots=np.zeros((groups, tokens), np.int64),
+        ropes={rope: np.zeros((tokens, rope.dim), np.float32) for rope in ropes},
+        items=np.zeros((groups, items, attention_kernels.ITEM_FIELDS), np.int64),
+        splits=np.zeros((tokens, 2), np.int64),
+        head_rows=np.zeros(tokens, np.int64),
+        counters=np.zeros((len(spec.layers), COUNTER_LINE), np.int64),
+    )
+
+
+class Lowering:
+    """Builds both tapes; see the module's drawing."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        layout: CacheLayout,
+        weights: WeightReader,
+        program: Program,
+        memory: Buffers,
+        tables: StepTables,
+        pages: NDArray[np.uint8],
+        logits: NDArray[np.float32],
+    ) -> None:
+        self.spec = spec
+        self.layout = layout
+        self.weights = weights
+        self.program = program
+        self.memory = memory
+        self.tables = tables
+        self.pages = pages
+        self.logits = logits
+        self.no_bias = aligned(16, np.float32, zero=True)
+        self.weight_bytes = 0
+        program.keep += [self.no_bias, pages, logits]
+
+    def lower(self) -> Lowered:
+        """Read the weights, lay out the instructions."""
+        embedding = self.weights.embedding(self.spec.embedding)
+        self._embed(embedding)
+        for index, layer in enumerate(self.spec.layers):
+            self._attention(index, layer)
+            self._mlp(index, layer)
+        body = self.program.tape()
+        self.program.instructions.clear()
+        head_out = self._head(embedding)
+        self.weights.finish()
+        names = self.program.names
+        kernels = {name: names.count(name) for name in dict.fromkeys(names)}
+        return Lowered(
+            body=body,
+            head=self.program.tape(),
+            tables=self.tables,
+            buffers=self.memory,
+            head_out=head_out,
+            logits_width=self.logits.shape[1],
+            weight_bytes=self.weight_bytes,
+            kernels=kernels,
+        )
+
+    # What follows appends one kernel each; argument orders are those of the kernels' docstrings.
+
+    def _count(self, index: int) -> int:
+        return int(self.tables.counts.ctypes.data) + 8 * index
+
+    def _keep(self, array: NDArray[np.generic]) -> int:
+        self.program.keep.append(array)
+        return int(array.ctypes.data)
+
+    def _embed(self, table: Panels) -> None:
+        self.program.add(
+            "embed",
+            [
+                self._count(0),
+                self.tables.token_ids.ctypes.data,
+                self._keep(table.weights),
+                self._keep(table.scales),
+                table.weights.shape[1],
+                table.scales.shape[1],
+                table.code,
+                table.in_features,
+                self.memory.x.ctypes.data,
+                float_bits(self.spec.embedding.scale),
+            ],
+        )
+
+    def _norm(self, norm: Norm, prefix: str, users: list[Panels], rows: int = 0, count: int = 0) -> None:
+        """RMSNorm of x for the linears that read it: int8, float32, or both."""
+        plain, quants = _forms(users)
+        self.program.add(
+            "norm",
+            [
+                self._count(count),
+                self.memory.x.ctypes.data,
+                rows,
+                self._keep(self.weights.norm(norm, prefix)),
+                norm.size,
+                float_bits(norm.eps),
+                self.memory.plain.ctypes.data if plain else 0,
+                self.memory.quants.ctypes.data if quants else 0,
+                self.memory.meta.ctypes.data,
+            ],
+        )
+
+    def _linear(
+        self,
+        parts: list[Panels],
+        out: NDArray[np.float32],
+        width: int,
+        alpha: float,
+        add: bool,
+        count: int = 0,
+    ) -> list[NDArray[np.int64]]:
+        """out [tokens, width] = (or +=) alpha * (inputs x weights) + bias."""
+        tables, first = [], 0
+        for index, part in enumerate(parts):
+            if part.quantized:
+                source = [self.memory.quants.ctypes.data, self.memory.meta.ctypes.data]
+            else:
+                source = [self.memory.plain.ctypes.data, part.in_features * 4]
+            bias = part.bias if part.bias is not None else self.no_bias
+            arguments = [
+                self._count(count),
+                self._keep(part.weights),
+                self._keep(part.scales),
+                part.in_features // 32,
+                len(part.weights),
+                *source,
+                out.ctypes.data + 4 * first,
+                width * 4,
+                self._keep(bias),
+                64 if part.bias is not None else 0,
+                float_bits(alpha),
+                int(add),
+            ]
+            tables.append(self.program.add(part.kernel, arguments, barrier=index == len(parts) - 1))
+            first += part.out_features
+            self.weight_bytes += part.nbytes
+        return tables
+
+    def _branch(self, parts: list[Panels], layer: Layer, post: Norm | None, prefix: str) -> None:
+        """The end of a branch: its last linear, the post norm where there is one, and the residual addition."""
+        hidden = self.spec.embedding.hidden
+        if post is None:
+            self._linear(parts, self.memory.x, hidden, layer.residual_scale, True)
+            return
+        self._linear(parts, self.memory.y, hidden, 1.0, False)
+        self.program.add(
+            "add_norm",
+            [
+                self._count(0),
+                self.memory.y.ctypes.data,
+                self._keep(self.weights.norm(post, prefix)),
+                post.size,
+                float_bits(post.eps),
+                float_bits(layer.residual_scale),
+                self.memory.x.ctypes.data,
+            ],
+        )
+
+    def _attention(self, index: int, layer: Layer) -> None:
+        block, prefix = layer.attention, self.weights.prefix(index)
+        qkv = self.weights.linear(block.qkv, prefix)
+        output = self.weights.linear(block.output, prefix)
+        self._norm(layer.input_norm, prefix, qkv)
+        self._linear(qkv, self.memory.wide, block.qkv.out_features, 1.0, False)
+        group, tensor = self.layout.place(index)
+        pages = self.pages[tensor].ctypes.data
+        self._rope_store(block, prefix, group, pages)
+        self._attend(block, index, group, pages)
+        plain, quants = _forms(output)
+        self.program.add(
+            "combine",
+            [
+                self._count(0),
+                self.memory.parts.ctypes.data,
+                self.memory.stats.ctypes.data,
+                block.num_heads,
+                block.head_dim,
+                self.tables.splits.ctypes.data,
+                self.memory.plain.ctypes.data if plain else 0,
+                self.memory.quants.ctypes.data if quants else 0,
+                self.memory.meta.ctypes.data,
+                self.memory.scratch.ctypes.data,
+            ],
+        )
+        self._branch(output, layer, layer.post_attention_norm, prefix)
+
+    def _rope_store(self, block: Attention, prefix: str, group: int, pages: int) -> None:
+        rope = block.rope
+        norms = [0, 0]
+        for i, norm in enumerate((block.q_norm, block.k_norm)):
+            if norm is not None:
+                norms[i] = self._keep(self.weights.norm(norm, prefix))
+        eps = block.q_norm.eps if block.q_norm else block.k_norm.eps if block.k_norm else 0.0
+        self.program.add(
+            "rope_store",
+            [
+                self._count(0),
+                self.memory.wide.ctypes.data,
+                block.num_heads,
+                block.num_kv_heads,
+                block.head_dim,
+                *norms,
+                float_bits(eps),
+                self.tables.ropes[rope].ctypes.data if rope else 0,
+                rope.dim if rope else 0,
+                self.tables.slots[group].ctypes.data,
+                pages,
+                self.layout.page_bytes,
+                self.layout.groups[group].spec.page_size,
+                self.memory.queries.ctypes.data,
+            ],
+        )
+
+    def _attend(self, block: Attention, index: int, group: int, pages: int) -> None:
+        self.program.add(
+            "attend",
+            [
+                self._count(2 + group),
+                self.tables.items[group].ctypes.data,
+                block.num_heads,
+                block.num_kv_heads,
+                block.head_dim,
+                self.memory.queries.ctypes.data,
+                pages,
+                self.layout.page_bytes,
+                self.layout.groups[group].spec.page_size,
+                float_bits(block.scale),
+                float_bits(block.softcap),
+                block.window,
+                self.memory.parts.ctypes.data,
+                self.memory.stats.ctypes.data,
+                self.memory.scratch.ctypes.data,
+                self.tables.counters[index].ctypes.data,
+            ],
+        )
+
+    def _mlp(self, index: int, layer: Layer) -> None:
+        block, prefix = layer.mlp, self.weights.prefix(index)
+        gate_up = self.weights.linear(block.gate_up, prefix)
+        down = self.weights.linear(block.down, prefix)
+        self._norm(layer.pre_mlp_norm, prefix, gate_up)
+        self._linear(gate_up, self.memory.wide, 2 * block.intermediate, 1.0, False)
+        plain, quants = _forms(down)
+        self.program.add(
+            "gate",
+            [
+                self._count(0),
+                self.memory.wide.ctypes.data,
+                block.intermediate,
+                ACTIVATIONS[block.activation],
+                self.memory.plain.ctypes.data if plain else 0,
+                self.memory.quants.ctypes.data if quants else 0,
+                self.memory.meta.ctypes.data,
+            ],
+        )
+        self._branch(down, layer, layer.post_mlp_norm, prefix)
+
+    def _head(self, embedding: Panels) -> list[NDArray[np.int64]]:
+        head: Linear | None = self.spec.head
+        parts = [embedding] if head is None else self.weights.linear(head, "")
+        self._norm(self.spec.norm, "", parts, rows=self.tables.head_rows.ctypes.data, count=1)
+        return self._linear(parts, self.logits, self.logits.shape[1], self.spec.logit_scale, False, count=1)
+
+
+def _forms(users: list[Panels]) -> tuple[bool, bool]:
+    """(float32 wanted, int8 wanted) by the linears that read a buffer."""
+    return any(not user.quantized for user in users), any(user.quantized for user in users)

@@ -1,0 +1,48 @@
+"""A tape under construction: memory by address, argument tables, instructions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from octavo.device.kernels.numba.library import KernelLibrary
+
+ALIGNMENT = 64
+
+
+def aligned(shape: tuple[int, ...] | int, dtype: DTypeLike, zero: bool = False) -> NDArray[np.generic]:
+    """An array whose first byte lies on a cache line. Not cleared unless asked: untouched pages cost no memory."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = (np.zeros if zero else np.empty)(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def float_bits(value: float) -> int:
+    """A float32 as an entry of an argument table."""
+    return int(np.float32(value).view(np.uint32))
+
+
+@dataclass
+class Program:
+    """Instructions in order. ``keep`` holds every array whose address is in some argument table."""
+
+    library: KernelLibrary
+    keep: list[NDArray[np.generic]] = field(default_factory=list)
+    instructions: list[tuple[int, int, int]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def add(self, kernel: str, arguments: list[int], barrier: bool = True) -> NDArray[np.int64]:
+        """Append a kernel call; returns its argument table, whose entries may be changed between runs."""
+        table = np.array(arguments, np.int64)
+        self.keep.append(table)
+        self.names.append(kernel)
+        self.instructions.append((self.library.address(kernel), table.ctypes.data, int(barrier)))
+        return table
+
+    def tape(self) -> NDArray[np.int64]:
+        """The finished table [instructions, 3]."""
+        return np.array(self.instructions, np.int64).reshape(-1, 3)

@@ -1,0 +1,188 @@
+"""Checkpoint tensors into panels: names, row order, one repacking pass, no second copy kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.device.kernels.numba import formats
+from octavo.errors import ModelFileError
+from octavo.files.base import ModelFiles, TensorInfo
+from octavo.model.blocks import DecoderSpec, Embedding, Linear, Norm, Part
+from octavo.runner.cpu.program import aligned
+
+PACK_BYTES = 8 << 20  # raw bytes repacked at a time: bounds the temporary copies
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Some output rows of a linear, packed. ``quantized``: tokens must be int8, else float32."""
+
+    kernel: str
+    code: int
+    quantized: bool
+    weights: NDArray[np.uint8]  # [panels, bytes]
+    scales: NDArray[np.uint8]  # [panels, bytes], empty for plain weights
+    in_features: int
+    out_features: int
+    bias: NDArray[np.float32] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a pass over the matrix reads."""
+        return self.weights.nbytes + self.scales.nbytes
+
+
+class WeightReader:
+    """Reads a model's tensors by the names of its blocks and counts what was used."""
+
+    def __init__(
+        self, files: ModelFiles, spec: DecoderSpec, progress: Callable[[int, int], None] | None
+    ) -> None:
+        self.files = files
+        self.spec = spec
+        self.gguf = files.format == "gguf"
+        self.progress = progress
+        self.total = sum(info.nbytes for info in files.tensors.values())
+        self.done = 0
+        self.used: set[str] = set()
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return (self.spec.gguf_layer_prefix if self.gguf else self.spec.hf_layer_prefix).format(layer)
+
+    def linear(self, linear: Linear, prefix: str) -> list[Panels]:
+        """All parts of a linear in order; neighbours of one type become one matrix."""
+        groups: list[list[Part]] = []
+        for part in linear.parts:
+            if groups and self._info(prefix, part).dtype == self._info(prefix, groups[-1][-1]).dtype:
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        return [self._pack(parts, linear, prefix) for parts in groups]
+
+    def embedding(self, embedding: Embedding) -> Panels:
+        """The token embedding as panels (also the output matrix where it is tied)."""
+        part = Part(embedding.hf, embedding.gguf, embedding.vocab_size)
+        return self._pack([part], Linear(embedding.hidden, (part,)), "")
+
+    def norm(self, norm: Norm, prefix: str) -> NDArray[np.float32]:
+        """A norm's weights with its offset added (GGUF files hold the sum)."""
+        name = prefix + (norm.gguf if self.gguf else norm.hf) + ".weight"
+        values = self._floats(name, norm.size)
+        return values if self.gguf else values + np.float32(norm.offset)
+
+    def finish(self) -> None:
+        """Raise ``ModelFileError`` where the file holds tensors that nothing used."""
+        unused = [
+            name
+            for name in self.files.tensors
+            if name not in self.used and not any(ignored in name for ignored in self.spec.ignored)
+        ]
+        tied = {"lm_head.weight", "output.weight"} if self.spec.head is None else set()
+        unused = [name for name in unused if name not in tied and name != "rope_freqs.weight"]
+        if unused:
+            raise ModelFileError(
+                f"{self.files.name} holds {len(unused)} tensors that this architecture does not use: "
+                f"{', '.join(unused[:5])}.",
+                "The file may belong to a variant of the architecture that is not supported.",
+            )
+
+    def _name(self, prefix: str, part: Part) -> str:
+        return prefix + (part.gguf if self.gguf else part.hf)
+
+    def _info(self, prefix: str, part: Part) -> TensorInfo:
+        name = self._name(prefix, part) + ".weight"
+        if name not in self.files.tensors:
+            raise ModelFileError(f"{self.files.name} has no tensor {name}.", "Download the model again.")
+        return self.files.tensors[name]
+
+    def _floats(self, name: str, size: int) -> NDArray[np.float32]:
+        """A vector of plain numbers as float32."""
+        if name not in self.files.tensors:
+            raise ModelFileError(f"{self.files.name} has no tensor {name}.", "Download the model again.")
+        info = self.files.tensors[name]
+        if info.dtype not in formats.DENSE_CODES or info.shape != (size,):
+            raise ModelFileError(
+                f"{self.files.name}: {name} is {info.dtype} {info.shape}, expected ({size},)."
+            )
+        raw = self._read(name)
+        if info.dtype == "BF16":
+            wide = raw.view(np.uint16).astype(np.uint32) << np.uint32(16)
+            return wide.view(np.float32)
+        return raw.view(np.float32 if info.dtype == "F32" else np.float16).astype(np.float32)
+
+    def _read(self, name: str) -> NDArray[np.uint8]:
+        self.used.add(name)
+        raw = self.files.read(name)
+        self.done += raw.nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        return raw
+
+    def _pack(self, parts: list[Part], linear: Linear, prefix: str) -> Panels:
+        """Repack neighbouring parts of one type into one run of panels; the last one is padded with zero rows."""
+        inputs, info = linear.in_features, self._info(prefix, parts[0])
+        outputs = sum(part.out_features for part in parts)
+        panels = -(-outputs // formats.ROWS)
+        form = formats.BY_DTYPE.get(info.dtype)
+        if form is not None:
+            shape = (panels, form.panel_bytes(inputs)), (panels, form.scale_bytes(inputs))
+        else:
+            shape = (panels, inputs * formats.ROWS * formats.DENSE_BYTES[info.dtype]), (panels, 0)
+        weights, scales = aligned(shape[0], np.uint8), aligned(shape[1], np.uint8)
+        bias = np.zeros(panels * formats.ROWS, np.float32) if linear.bias else None
+        first = 0
+        for part in parts:
+            self._check(prefix, part, inputs)
+            name = self._name(prefix, part)
+            raw = self._read(name + ".weight").reshape(part.out_features, -1)
+            order = self._order(part)
+            self._fill(info.dtype, raw, order, inputs, weights[first // 16 :], scales[first // 16 :])
+            if bias is not None:
+                values = self._floats(name + ".bias", part.out_features)
+                bias[first : first + part.out_features] = values if order is None else values[order]
+            first += part.out_features
+        kernel = f"linear_{form.name}" if form else f"dense_{info.dtype.lower()}"
+        code = form.code if form else formats.DENSE_CODES[info.dtype]
+        return Panels(kernel, code, form is not None, weights, scales, inputs, outputs, bias)
+
+    def _check(self, prefix: str, part: Part, inputs: int) -> None:
+        info = self._info(prefix, part)
+        if info.shape != (part.out_features, inputs):
+            raise ModelFileError(
+                f"{self.files.name}: {info.name} has shape {info.shape}, expected {(part.out_features, inputs)}."
+            )
+
+    def _order(self, part: Part) -> NDArray[np.int64] | None:
+        """Rows in the order that puts each head's rotary halves one after the other."""
+        if not (self.gguf and part.heads):
+            return None
+        pairs = np.arange(part.out_features).reshape(part.heads, -1, 2)
+        return pairs.transpose(0, 2, 1).reshape(-1)
+
+    def _fill(
+        self,
+        dtype: str,
+        raw: NDArray[np.uint8],
+        order: NDArray[np.int64] | None,
+        inputs: int,
+        weights: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+    ) -> None:
+        """Pack rows piece by piece, so that temporaries stay small."""
+        step = max(formats.ROWS, PACK_BYTES // raw.shape[1] // formats.ROWS * formats.ROWS)
+        for start in range(0, len(raw), step):
+            piece = raw[start : start + step] if order is None else raw[order[start : start + step]]
+            if len(piece) % formats.ROWS:
+                padding = np.zeros((-len(piece) % formats.ROWS, raw.shape[1]), np.uint8)
+                piece = np.concatenate([piece, padding])
+            panel = start // formats.ROWS
+            body = weights[panel : panel + len(piece) // formats.ROWS]
+            if dtype in formats.BY_DTYPE:
+                formats.pack(dtype, piece, inputs, body, scales[panel : panel + len(body)])
+            else:
+                formats.pack_dense(dtype, piece, body)
