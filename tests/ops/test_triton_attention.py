@@ -28,13 +28,17 @@ def make(
     num_pages = len(rows) * max_pages + 1
     order = torch.randperm(num_pages, generator=generator)
     kv = torch.full((num_pages, 2, heads[1], page_size, head_dim), float("nan"))
-    table = torch.full((len(rows), max_pages), -(10**6), dtype=torch.int32)  # entries past the row are garbage
+    table = torch.full(
+        (len(rows), max_pages), -(10**6), dtype=torch.int32
+    )  # entries past the row are garbage
     next_page = 0
     for row, (_, length) in enumerate(rows):
         for page in range(-(-length // page_size)):
             table[row, page] = order[next_page]
             filled = min(page_size, length - page * page_size)
-            kv[order[next_page], :, :, :filled] = torch.randn(2, heads[1], filled, head_dim, generator=generator)
+            kv[order[next_page], :, :, :filled] = torch.randn(
+                2, heads[1], filled, head_dim, generator=generator
+            )
             next_page += 1
     counts = torch.tensor([0] + [new for new, _ in rows])
     tokens = int(counts.sum())
@@ -106,7 +110,9 @@ def test_softcap_and_sinks(rows: list[tuple[int, int]]) -> None:
     [
         pytest.param(
             torch.bfloat16,
-            marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as integers"),
+            marks=pytest.mark.skipif(
+                DEVICE == "cpu", reason="the interpreter multiplies bfloat16 as integers"
+            ),
         ),
         torch.float16,
     ],
@@ -116,7 +122,9 @@ def test_half_precision(rows: list[tuple[int, int]], dtype: torch.dtype) -> None
     check(make(rows, dtype=dtype), tolerance=4e-3)
 
 
-@pytest.mark.parametrize("rows", [[(0, 9), (3, 9), (0, 1)], [(0, 3), (1, 20), (0, 0)]], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    "rows", [[(0, 9), (3, 9), (0, 1)], [(0, 3), (1, 20), (0, 0)]], ids=["mixed", "decode"]
+)
 def test_rows_without_queries_and_padding_tokens(rows: list[tuple[int, int]]) -> None:
     check(make(rows, padding=3))
 
@@ -132,6 +140,8 @@ def test_the_same_row_in_another_bound_or_layout_of_q() -> None:
 
 
 def test_splits_come_from_bounds_and_are_few() -> None:
-    splits = {kernels.num_splits(r, h, kv, 64) for r in range(1, 300) for h in (1, 2, 8) for kv in (64, 2048, 10**6)}
+    splits = {
+        kernels.num_splits(r, h, kv, 64) for r in range(1, 300) for h in (1, 2, 8) for kv in (64, 2048, 10**6)
+    }
     assert splits == {1, 2, 4, 8, 16, 32, 64}
     assert kernels.num_splits(1, 8, 64, 64) == 1 and kernels.num_splits(256, 8, 8192, 64) == 1

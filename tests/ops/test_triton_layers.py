@@ -33,7 +33,10 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_norms(dtype: torch.dtype, size: int) -> None:
     x, residual, weight = draw(5, size, dtype=dtype), draw(5, size, dtype=dtype) * 3, draw(size, dtype=dtype)
     close(norm_kernels.rms_norm(x, weight, 1e-5), norm.rms_norm(x, weight, 1e-5))
-    close(norm_kernels.rms_norm(x.view(5, 1, size), weight, 1e-5), norm.rms_norm(x.view(5, 1, size), weight, 1e-5))
+    close(
+        norm_kernels.rms_norm(x.view(5, 1, size), weight, 1e-5),
+        norm.rms_norm(x.view(5, 1, size), weight, 1e-5),
+    )
     close(norm_kernels.rms_norm(x[:, :48], weight[:48], 1e-5), norm.rms_norm(x[:, :48], weight[:48], 1e-5))
     ours, theirs = residual.clone(), residual.clone()
     close(norm_kernels.add_rms_norm(x, ours, weight, 1e-6), norm.add_rms_norm(x, theirs, weight, 1e-6))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.device.ops.bind import Op
+from octavo.device.ops.bind import Op, triton_rows
 
 
 def act_mul(gate_up: Tensor, activation: str) -> Tensor:
@@ -16,4 +16,4 @@ def act_mul(gate_up: Tensor, activation: str) -> Tensor:
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 
 
-ACT_MUL = Op("act_mul", act_mul)
+ACT_MUL = Op("act_mul", act_mul, triton_rows("activation:act_mul"))

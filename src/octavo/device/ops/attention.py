@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.device.ops.bind import Op
+from octavo.device.ops.bind import Op, triton_rows
 
 
 def paged_attention(
@@ -66,4 +66,4 @@ def paged_attention(
     return out
 
 
-PAGED_ATTENTION = Op("paged_attention", paged_attention)
+PAGED_ATTENTION = Op("paged_attention", paged_attention, triton_rows("attention:paged_attention"))

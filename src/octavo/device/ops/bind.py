@@ -41,6 +41,23 @@ class Implementation:
     requires: str | None = None
 
 
+def triton_rows(target: str, hopper: bool = True) -> tuple[Implementation, ...]:
+    """Rows for a Triton kernel ``module:function`` of this package; ``hopper``: there is ``function_hopper`` too.
+
+    The Hopper form takes larger tiles and programmatic dependent launch: compute capability 9.0 and 10.x.
+    """
+    target = f"octavo.device.kernels.triton.{target}"
+    portable = Implementation("triton", target, lambda spec: spec.device == "cuda", "triton")
+    if not hopper:
+        return (portable,)
+    tuned = Implementation("triton-hopper", f"{target}_hopper", _is_hopper, "triton")
+    return (tuned, portable)
+
+
+def _is_hopper(spec: OpSpec) -> bool:
+    return spec.device == "cuda" and 90 <= spec.capability < 120
+
+
 @dataclass(frozen=True)
 class Op:
     """Signature and semantics (``reference``) and the implementations, best first."""

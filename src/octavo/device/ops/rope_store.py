@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.device.ops.bind import Op
+from octavo.device.ops.bind import Op, triton_rows
 from octavo.device.ops.norm import rms_norm
 
 
@@ -55,4 +55,4 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat((turned, x[..., dim:]), dim=-1)
 
 
-ROPE_STORE = Op("rope_store", rope_store)
+ROPE_STORE = Op("rope_store", rope_store, triton_rows("rope_store:rope_store"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.device.ops.bind import Op
+from octavo.device.ops.bind import Op, triton_rows
 
 IN_PROMPT = 1 << 30  # bit of a token count: the token occurs in the prompt
 COUNT_MASK = IN_PROMPT - 1  # the bits below: how many times it was generated
@@ -63,7 +63,9 @@ def _threshold(z: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor
     weights = torch.exp(ordered - best[rows].unsqueeze(1)) * (ordered >= floor.unsqueeze(1))
     mass = weights.cumsum(dim=-1)
     enough = mass >= (top_p[rows] * mass[:, -1]).unsqueeze(1)
-    first = torch.argmax(enough.to(torch.int8), dim=-1, keepdim=True)  # fewest tokens whose mass reaches top_p
+    first = torch.argmax(
+        enough.to(torch.int8), dim=-1, keepdim=True
+    )  # fewest tokens whose mass reaches top_p
     nucleus = torch.where(top_p[rows] < 1, ordered.gather(1, first).squeeze(1), float("-inf"))
     return least.index_put((rows,), torch.maximum(floor, nucleus))
 
@@ -136,8 +138,8 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.squeeze(1) - torch.logsumexp(wide, dim=-1), ranks
 
 
-GREEDY = Op("greedy", greedy)
-SAMPLE = Op("sample", sample)
-PENALIZE = Op("penalize", penalize)
-COUNT_TOKENS = Op("count_tokens", count_tokens)
-LOGPROBS_OF = Op("logprobs_of", logprobs_of)
+GREEDY = Op("greedy", greedy, triton_rows("logits:greedy", hopper=False))
+SAMPLE = Op("sample", sample, triton_rows("draw:sample"))
+PENALIZE = Op("penalize", penalize, triton_rows("logits:penalize", hopper=False))
+COUNT_TOKENS = Op("count_tokens", count_tokens, triton_rows("logits:count_tokens", hopper=False))
+LOGPROBS_OF = Op("logprobs_of", logprobs_of, triton_rows("logits:logprobs_of", hopper=False))

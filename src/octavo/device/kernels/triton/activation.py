@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,9 @@ def _act_mul_kernel(
     elif ACTIVATION == 1:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         small = tl.exp(-2.0 * tl.abs(inner))
-        gate = gate * tl.where(inner > 0, 1.0, small) / (1.0 + small)  # (1 + tanh(inner)) / 2, never overflows
+        gate = (
+            gate * tl.where(inner > 0, 1.0, small) / (1.0 + small)
+        )  # (1 + tanh(inner)) / 2, never overflows
     else:
         gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     tl.store(out + row * SIZE + at, (gate * up).to(out.dtype.element_ty), mask=inside)
@@ -47,3 +51,6 @@ def act_mul(gate_up: Tensor, activation: str, *, pdl: bool = False) -> Tensor:
         ACTIVATION={"silu": 0, "gelu_tanh": 1}.get(activation, 2), PDL=pdl, num_warps=4, **launch,
     )  # fmt: skip
     return out
+
+
+act_mul_hopper = partial(act_mul, pdl=True)

@@ -9,6 +9,7 @@ Grids depend on host bounds alone, everything else is read on the device, so tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -206,10 +207,12 @@ def _decode_kernel(
     head = kv_head * GROUP + lanes
     real = lanes < GROUP
     inside = real[:, None] & (dims < D)[None, :]
-    queries = tl.load(q + begin.to(tl.int64) * stride_q + head[:, None] * D + dims[None, :], mask=inside, other=0.0)
+    queries = tl.load(
+        q + begin.to(tl.int64) * stride_q + head[:, None] * D + dims[None, :], mask=inside, other=0.0
+    )
     best = tl.full((GPAD,), LOWEST, tl.float32)
     total = tl.zeros((GPAD,), tl.float32)
-    if SINKS:
+    if SINKS:  # noqa: SIM102  one is known at compile time, the other is not
         if split == 0:
             best = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
             total = tl.full((GPAD,), 1.0, tl.float32)
@@ -354,3 +357,6 @@ def paged_attention(
             SPLITS=splits, WINDOW=window > 0, SINGLES=False, PDL=pdl, num_warps=4, **launch,
         )  # fmt: skip
     return out
+
+
+paged_attention_hopper = partial(paged_attention, large=True, pdl=True)

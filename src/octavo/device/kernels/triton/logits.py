@@ -15,7 +15,10 @@ BLOCK = 4096
 CHUNK = 4096  # vocabulary entries a program of a first pass scans
 
 
-@triton.jit(do_not_specialize=["vocab"], do_not_specialize_on_alignment=["rows", "presence", "frequency", "repetition"])
+@triton.jit(
+    do_not_specialize=["vocab"],
+    do_not_specialize_on_alignment=["rows", "presence", "frequency", "repetition"],
+)
 def _penalize_kernel(
     logits, counts, rows, presence, frequency, repetition, vocab, stride_logits, stride_counts,
     stride_presence, stride_frequency, stride_repetition, BLOCK: tl.constexpr,
@@ -96,7 +99,9 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     ranks = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows:
-        _logprob_kernel[(num_rows,)](logprobs, ranks, logits, tokens, vocab, logits.stride(0), BLOCK=BLOCK, num_warps=8)
+        _logprob_kernel[(num_rows,)](
+            logprobs, ranks, logits, tokens, vocab, logits.stride(0), BLOCK=BLOCK, num_warps=8
+        )
     return logprobs, ranks
 
 
@@ -120,7 +125,9 @@ def _argmax_merge_kernel(tokens, values, ids, chunks, PAD: tl.constexpr):
     x = tl.load(values + row * chunks + at, mask=at < chunks, other=float("-inf"))
     token = tl.load(ids + row * chunks + at, mask=at < chunks, other=2147483647)
     lowest = tl.min(tl.where(x == tl.max(x, 0), token, 2147483647), 0)
-    tl.store(tokens + row, lowest.to(tl.int64))
+    tl.store(
+        tokens + row, tl.where(lowest == 2147483647, 0, lowest).to(tl.int64)
+    )  # NaN logits: still a token
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -132,6 +139,10 @@ def greedy(logits: Tensor) -> Tensor:
     chunks = triton.cdiv(vocab, CHUNK)
     values = torch.empty((num_rows, chunks), dtype=torch.float32, device=logits.device)
     ids = torch.empty((num_rows, chunks), dtype=torch.int32, device=logits.device)
-    _argmax_chunk_kernel[(num_rows, chunks)](values, ids, logits, vocab, logits.stride(0), CHUNK=CHUNK, num_warps=4)
-    _argmax_merge_kernel[(num_rows,)](tokens, values, ids, chunks, PAD=triton.next_power_of_2(chunks), num_warps=1)
+    _argmax_chunk_kernel[(num_rows, chunks)](
+        values, ids, logits, vocab, logits.stride(0), CHUNK=CHUNK, num_warps=4
+    )
+    _argmax_merge_kernel[(num_rows,)](
+        tokens, values, ids, chunks, PAD=triton.next_power_of_2(chunks), num_warps=1
+    )
     return tokens

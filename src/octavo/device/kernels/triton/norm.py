@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -65,3 +67,7 @@ def _launch(
         out, x, residual, weight, eps, x.stride(0), residual.stride(0),
         SIZE=size, BLOCK=block, ADD=add, PDL=pdl, num_warps=warps_for(block), **launch,
     )  # fmt: skip
+
+
+rms_norm_hopper = partial(rms_norm, pdl=True)
+add_rms_norm_hopper = partial(add_rms_norm, pdl=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -100,3 +102,6 @@ def rope_store(
         Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PDL=pdl, num_warps=1 if heads == 2 else 4, **launch,
     )  # fmt: skip
     return out
+
+
+rope_store_hopper = partial(rope_store, pdl=True)
