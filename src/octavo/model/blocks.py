@@ -145,4 +145,4 @@ class DecoderSpec:
     logit_scale: float = 1.0
     hf_layer_prefix: str = "model.layers.{}."
     gguf_layer_prefix: str = "blk.{}."
-    ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
+    ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq", "rope_freqs.weight"))

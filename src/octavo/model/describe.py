@@ -1,0 +1,46 @@
+"""From architecture numbers to blocks: the family is the file named like the model_type."""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from importlib import import_module
+
+from octavo.engine.cache.spec import FullKV, KVSpec, WindowKV
+from octavo.errors import UnsupportedModelError
+from octavo.model import families
+from octavo.model.arch import ArchConfig
+from octavo.model.blocks import DecoderSpec
+from octavo.model.decoder import Decoder
+
+ALIASES = {"gemma3": "gemma3_text"}
+
+
+def supported() -> list[str]:
+    """Every model_type that has a family file."""
+    return sorted(module.name for module in pkgutil.iter_modules(families.__path__))
+
+
+def describe(arch: ArchConfig) -> DecoderSpec:
+    """The model as blocks; raises ``UnsupportedModelError`` that names the nearest supported types."""
+    name = ALIASES.get(arch.model_type, arch.model_type)
+    if name not in supported():
+        near = difflib.get_close_matches(name, supported(), n=3, cutoff=0.4)
+        hint = f"Nearest supported: {', '.join(near)}." if near else f"Supported: {', '.join(supported())}."
+        raise UnsupportedModelError(f"The architecture {arch.model_type!r} is not supported.", hint)
+    module = import_module(f"octavo.model.families.{name}")
+    family: type[Decoder] = module.FAMILY
+    return family(arch).spec()
+
+
+def cache_specs(spec: DecoderSpec, page_size: int, element_bytes: int) -> dict[int, KVSpec]:
+    """Layer -> cache kind, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
+    kinds: dict[int, KVSpec] = {}
+    for i, layer in enumerate(spec.layers):
+        attention = layer.attention
+        token_bytes = 2 * attention.num_kv_heads * attention.head_dim * element_bytes
+        if attention.window:
+            kinds[i] = WindowKV(page_size, token_bytes, attention.window)
+        else:
+            kinds[i] = FullKV(page_size, token_bytes)
+    return kinds
