@@ -155,15 +155,16 @@ class Frontend:
         return generation
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # A text this long cannot fit, so do not spend seconds on finding out by how much.
-        most = self.max_model_len * self.tokenizer.longest_token
-        if len(text) > most:
-            raise RequestError(
-                f"The prompt has {len(text)} characters, more than the model's context of {self.max_model_len} tokens "
-                f"can hold (at most {most}).",
-                param="prompt",
-                cure="Shorten the prompt.",
-            )
+        # A text that cannot fit is not tokenized just to find out by how much.
+        if len(text) > self.max_model_len:
+            most = self.max_model_len * self.tokenizer.longest_token
+            if len(text) > most:
+                raise RequestError(
+                    f"The prompt has {len(text)} characters, but the model's context of {self.max_model_len} tokens "
+                    f"holds at most {most}.",
+                    param="prompt",
+                    cure="Shorten the prompt.",
+                )
         return self.tokenizer.encode(text, add_special_tokens)
 
     def _check_sampling(self, sampling: SamplingParams) -> None:

@@ -67,9 +67,11 @@ def build_from_gguf(metadata: Mapping[str, Any]) -> BuiltTokenizer:
         for i, token_type in enumerate(types)
         if token_type in (CONTROL, UNKNOWN) and tokens[i]
     ]
-    # User-defined symbols are found in the raw text, the longest first, and never merged further.
+    # User-defined symbols are cut out first, the longest at each place, and never merged further. SentencePiece looks for
+    # them where spaces are already written as its mark; a space put before the text would become part of the symbol.
+    normalized = kind == "llama" and not _adds_space(metadata)
     literal = [
-        AddedToken(tokens[i], special=False, normalized=False)
+        AddedToken(tokens[i], special=False, normalized=normalized)
         for i, token_type in enumerate(types)
         if token_type == USER_DEFINED and tokens[i]
     ]
@@ -141,12 +143,16 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
         decoders.ByteFallback(),
         decoders.Fuse(),
     ]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if _adds_space(metadata):
         spaces.insert(0, normalizers.Prepend(SPACE_MARK))
         parts.append(decoders.Strip(" ", 1, 0))
     backend.normalizer = normalizers.Sequence(spaces)
     backend.decoder = decoders.Sequence(parts)
     return backend
+
+
+def _adds_space(metadata: Mapping[str, Any]) -> bool:
+    return bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
 
 
 def sentencepiece_merges(
@@ -159,15 +165,16 @@ def sentencepiece_merges(
     usable = {tokens[i]: i for i, kind in enumerate(types) if kind in (NORMAL, UNUSED)}
     order = sorted((i for i in usable.values() if len(tokens[i]) > 1), key=lambda i: -scores[i])
     merges: list[tuple[str, str]] = []
-    for i in order:
-        token = tokens[i]
-        cuts = [
-            (usable[token[:cut]], usable[token[cut:]])
-            for cut in range(1, len(token))
-            if token[:cut] in usable and token[cut:] in usable
-        ]
-        cuts.sort()
-        merges += [(tokens[left], tokens[right]) for left, right in cuts]
+    for i in order:  # a quarter of a million entries in Gemma's vocabulary: look up little, sort only where needed
+        token, start = tokens[i], len(merges)
+        for cut in range(1, len(token)):
+            left = token[:cut]
+            if left in usable:
+                right = token[cut:]
+                if right in usable:
+                    merges.append((left, right))
+        if len(merges) > start + 1:
+            merges[start:] = sorted(merges[start:], key=lambda pair: (usable[pair[0]], usable[pair[1]]))
     return merges
 
 

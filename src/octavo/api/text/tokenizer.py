@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,11 @@ class Tokenizer:
         self._to_bytes = rules.compiled()
         self.strip_start = rules.strip_start
         self._table: list[bytes | None] = [None] * self.vocab_size
-        self.longest_token: int = max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest vocabulary entry: no text of more than n times this fits n tokens."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written out in the text become their ids."""
