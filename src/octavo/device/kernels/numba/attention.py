@@ -24,7 +24,7 @@ STRETCH = 512  # keys between two softmax corrections
 ROWS = 4  # query rows of a tile
 # A thread's scratch: block addresses, query and output addresses, scores, probabilities, one block of 32 floats.
 BLOCKS_AT = 0
-QUERIES_AT = BLOCKS_AT + STRETCH // 16 * 8
+QUERIES_AT = BLOCKS_AT + (STRETCH // 16 + 1) * 8  # one more: the block to fetch ahead
 OUTPUTS_AT = QUERIES_AT + ROWS * 8
 SCORES_AT = OUTPUTS_AT + ROWS * 8
 WEIGHTS_AT = SCORES_AT + ROWS * STRETCH * 4
@@ -41,17 +41,23 @@ def scores(rows, target):
     """Intrinsic: scores of ``rows`` query rows against blocks of 16 keys, times ``scale``."""
 
     @intrinsic
-    def compute(context, scratch, blocks, size, scale):
+    def compute(context, scratch, blocks, size, scale, value_at):
         def generate(ctx, b, signature, args):
-            scratch, blocks, size, scale = args
+            scratch, blocks, size, scale, value_at = args
             factor = v.splat(b, scale)
             queries = [v.load(b, v.at(b, scratch, QUERIES_AT + 8 * r), v.I64, 8) for r in range(rows)]
             sums = [cgutils.alloca_once(b, v.VF) for _ in range(2 * rows)]
             with cgutils.for_range(b, blocks) as block:
                 keys = v.load(b, b.add(v.at(b, scratch, BLOCKS_AT), b.mul(block.index, v.const(8))), v.I64, 8)
+                # The values of this block and the keys of the next: the processor does not guess across pages.
+                after = v.load(b, b.add(v.at(b, scratch, BLOCKS_AT + 8), b.mul(block.index, v.const(8))), v.I64, 8)
                 for slot in sums:
                     b.store(v.floats(0.0), slot)
                 with cgutils.for_range(b, b.sdiv(size, v.const(4))) as loop:
+                    ahead = b.mul(loop.index, v.const(128))
+                    for base in (after, b.add(keys, value_at)):
+                        v.prefetch(b, b.add(base, ahead))
+                        v.prefetch(b, v.at(b, b.add(base, ahead), 64))
                     for half in range(2):
                         pair = v.at(b, b.mul(loop.index, v.const(2)), half)
                         key = v.load(b, b.add(keys, b.mul(pair, v.const(64))), v.VI, 64)
@@ -66,7 +72,7 @@ def scores(rows, target):
             return ctx.get_dummy_value()
 
         i = types.int64
-        return types.void(i, i, i, types.float32), generate
+        return types.void(i, i, i, types.float32, i), generate
 
     return compute
 
@@ -206,16 +212,16 @@ def write_block(context, source, plain, quants, meta):
 
 
 @register_jitable
-def multiply(scratch, rows, blocks, size, scale):
+def multiply(scratch, rows, blocks, size, scale, value_at):
     """Scores of a tile; the row count picks the compiled width."""
     if rows == 4:
-        SCORES_4(scratch, blocks, size, scale)
+        SCORES_4(scratch, blocks, size, scale, value_at)
     elif rows == 3:
-        SCORES_3(scratch, blocks, size, scale)
+        SCORES_3(scratch, blocks, size, scale, value_at)
     elif rows == 2:
-        SCORES_2(scratch, blocks, size, scale)
+        SCORES_2(scratch, blocks, size, scale, value_at)
     else:
-        SCORES_1(scratch, blocks, size, scale)
+        SCORES_1(scratch, blocks, size, scale, value_at)
 
 
 @register_jitable
@@ -267,8 +273,10 @@ def tile(args, scratch, item, h, row0, rows):
             at = start + 16 * i
             page = types.int64(mem.load_i32(table + at // page_size * 4))
             inside = h * page_size * size * 4 + at % page_size * size * 2
-            mem.store_i64(scratch + BLOCKS_AT + 8 * i, pages + page * page_bytes + inside)
-        multiply(scratch, rows, blocks, size, scale)
+            address = pages + page * page_bytes + inside
+            mem.store_i64(scratch + BLOCKS_AT + 8 * i, address)
+            mem.store_i64(scratch + BLOCKS_AT + 8 * i + 8, address)
+        multiply(scratch, rows, blocks, size, scale, value_at)
         for r in range(rows):
             row = scratch + SCORES_AT + r * STRETCH * 4
             query = (row0 + r) // group

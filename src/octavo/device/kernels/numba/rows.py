@@ -18,22 +18,38 @@ from octavo.device.kernels.numba.linear import HOST
 
 def emit_quantize(b, low, high, quants, meta):
     """Quantize 32 values (two <16 x float>) to 32 int8 and four floats in memory."""
-    size = v.maximum(b, *[v.call(b, "llvm.fabs.v16f32", v.VF, x) for x in (low, high)])
-    largest = v.reduce_max(b, size)
-    poison = b.fmul(b.extract_element(low, ir.Constant(v.I32, 0)), ir.Constant(v.F32, 0.0))
-    d = b.fadd(b.fmul(largest, ir.Constant(v.F32, float(1 / 127))), poison)
-    positive = b.fcmp_ordered(">", largest, ir.Constant(v.F32, 0.0))
-    inverse = b.select(positive, b.fdiv(ir.Constant(v.F32, 127.0), largest), ir.Constant(v.F32, 0.0))
-    scale, sums = v.splat(b, inverse), []
+    # Magnitudes compare as integers, and a NaN as the largest of them: it ends up in d.
+    mask = v.ints(0x7FFFFFFF)
+    first, second = (b.and_(b.bitcast(x, v.VI), mask) for x in (low, high))
+    size = b.select(b.icmp_signed(">", first, second), first, second)
+    for distance in (8, 4, 2, 1):
+        other = v.rotate_lanes(b, size, distance)
+        size = b.select(b.icmp_signed(">", size, other), size, other)
+    largest = b.bitcast(size, v.VF)
+    d = b.fmul(largest, v.floats(1 / 127))
+    positive = b.fcmp_ordered(">", largest, v.floats(0.0))
+    scale = b.select(positive, b.fdiv(v.floats(127.0), largest), v.floats(0.0))
+    whole = []
     for half, x in enumerate((low, high)):
         rounded = v.call(b, "llvm.rint.v16f32", v.VF, b.fmul(x, scale))
-        whole = v.call(b, "llvm.fptosi.sat.v16i32.v16f32", v.VI, rounded)
-        v.store(b, b.trunc(whole, v.vector(v.I8)), v.at(b, quants, 16 * half), 16)
-        sums.append(b.sitofp(v.reduce_add_int(b, whole), v.F32))
-    facts = ir.Constant(v.vector(v.F32, 4), ir.Undefined)
-    for i, value in enumerate((d, b.fmul(d, b.fadd(*sums)), b.fmul(d, sums[0]), b.fmul(d, sums[1]))):
-        facts = b.insert_element(facts, value, ir.Constant(v.I32, i))
-    v.store(b, facts, meta, 16)
+        whole.append(b.fptosi(rounded, v.VI))  # a NaN becomes some byte; d is NaN then
+        v.store(b, b.trunc(whole[-1], v.vector(v.I8)), v.at(b, quants, 16 * half), 16)
+    # Both sums at once: lanes 0-7 add up the first half, lanes 8-15 the second.
+    joined = [
+        b.shuffle_vector(*whole, ir.Constant(v.VI, [start + i + 16 * (i > 7) - 8 * (i > 7) for i in range(16)]))
+        for start in (0, 8)
+    ]
+    sums = b.add(*joined)
+    for distance in (4, 2, 1):
+        sums = b.add(sums, v.rotate_lanes(b, sums, distance))
+    swapped = v.rotate_lanes(b, sums, 8)
+    # meta = d * (1, both, first, second): lane 0 of d, then the sums.
+    mix = b.shuffle_vector(b.add(sums, swapped), sums, ir.Constant(v.vector(v.I32, 4), [0, 0, 16, 24]))
+    ones = ir.Constant(v.vector(v.I32, 4), [1, 0, 0, 0])
+    keep = ir.Constant(v.vector(v.I32, 4), [0, -1, -1, -1])
+    factors = b.sitofp(b.or_(b.and_(mix, keep), ones), v.vector(v.F32, 4))
+    four = b.shuffle_vector(d, d, ir.Constant(v.vector(v.I32, 4), [0, 1, 2, 3]))
+    v.store(b, b.fmul(four, factors), meta, 16)
 
 
 def emit_write(b, low, high, plain, quants, meta):
@@ -250,25 +266,26 @@ def norm(args, thread, threads):
     eps, plain = float_of(args, 5), address_of(args, 6)
     quants, meta = address_of(args, 7), address_of(args, 8)
     blocks = size // 32
-    first, last = tokens * blocks * thread // threads, tokens * blocks * (thread + 1) // threads
-    current, source, factor = -1, x, types.float32(1)
-    for item in range(first, last):
-        m, block = item // blocks, item % blocks
-        if m != current:
-            current = m
-            row = m if table == 0 else mem.load_i64(table + 8 * m)
-            source = x + row * size * 4
-            mean = sum_squares(source, size) / types.float32(size)
-            factor = types.float32(1) / types.float32((mean + eps) ** types.float32(0.5))
-        at = m * blocks + block
-        scale_block(
-            source + block * 128,
-            weight + block * 128,
-            factor,
-            0 if plain == 0 else plain + at * 128,
-            0 if quants == 0 else quants + at * 32,
-            meta + at * 16,
-        )
+    item, last = tokens * blocks * thread // threads, tokens * blocks * (thread + 1) // threads
+    m = item // blocks
+    while item < last:
+        row = m if table == 0 else mem.load_i64(table + 8 * m)
+        source = x + row * size * 4
+        mean = sum_squares(source, size) / types.float32(size)
+        factor = types.float32(1) / types.float32((mean + eps) ** types.float32(0.5))
+        m += 1
+        stop = min(last, m * blocks)
+        at = source - (m - 1) * blocks * 128
+        for i in range(item, stop):
+            scale_block(
+                at + i * 128,
+                weight + (at - source) + i * 128,
+                factor,
+                0 if plain == 0 else plain + i * 128,
+                0 if quants == 0 else quants + i * 32,
+                meta + i * 16,
+            )
+        item = stop
 
 
 def add_norm(args, thread, threads):
@@ -290,15 +307,21 @@ def gate(args, thread, threads):
     source, size, kind = address_of(args, 1), address_of(args, 2), address_of(args, 3)
     plain, quants, meta = address_of(args, 4), address_of(args, 5), address_of(args, 6)
     blocks = size // 32
-    first, last = tokens * blocks * thread // threads, tokens * blocks * (thread + 1) // threads
-    for item in range(first, last):
-        gates = source + item // blocks * size * 8 + item % blocks * 128
-        ups = gates + size * 4
-        out = 0 if plain == 0 else plain + item * 128
-        small = 0 if quants == 0 else quants + item * 32
-        if kind == 0:
-            silu_block(gates, ups, out, small, meta + item * 16)
-        elif kind == 1:
-            gelu_tanh_block(gates, ups, out, small, meta + item * 16)
-        else:
-            gelu_block(gates, ups, out, small, meta + item * 16)
+    item, last = tokens * blocks * thread // threads, tokens * blocks * (thread + 1) // threads
+    m = item // blocks
+    while item < last:
+        # Row m's gates begin at block 2 m: half of each row of the source are the ups.
+        gates = source + m * blocks * 128
+        m += 1
+        stop = min(last, m * blocks)
+        for i in range(item, stop):
+            g = gates + i * 128
+            out = 0 if plain == 0 else plain + i * 128
+            small = 0 if quants == 0 else quants + i * 32
+            if kind == 0:
+                silu_block(g, g + size * 4, out, small, meta + i * 16)
+            elif kind == 1:
+                gelu_tanh_block(g, g + size * 4, out, small, meta + i * 16)
+            else:
+                gelu_block(g, g + size * 4, out, small, meta + i * 16)
+        item = stop

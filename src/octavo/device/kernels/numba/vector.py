@@ -79,34 +79,53 @@ def call(b, name, result, *arguments, fastmath=()):
     return b.call(function, list(arguments), fastmath=fastmath)
 
 
+def prefetch(b, address):
+    """Start to bring a cache line in for reading."""
+    name, kinds = "llvm.prefetch.p0", [POINTER, I32, I32, I32]
+    function = b.module.globals.get(name)
+    if function is None:
+        function = ir.Function(b.module, ir.FunctionType(ir.VoidType(), kinds), name)
+    b.call(function, [b.inttoptr(address, POINTER)] + [ir.Constant(I32, x) for x in (0, 3, 1)])
+
+
 def fma(b, x, y, z):
     """x * y + z, rounded once."""
     return call(b, "llvm.fma.v16f32", VF, x, y, z)
 
 
 def maximum(b, x, y):
-    """Lane-wise maximum; a NaN loses."""
-    return call(b, "llvm.maxnum.v16f32", VF, x, y)
+    """Lane-wise x > y ? x : y (one instruction; y where x is NaN)."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def minimum(b, x, y):
+    """Lane-wise x < y ? x : y (y where x is NaN)."""
+    return b.select(b.fcmp_ordered("<", x, y), x, y)
+
+
+def rotate_lanes(b, x, distance, group=LANES):
+    """Lane i of the result is lane i ^ distance (within aligned groups the order of a butterfly)."""
+    mask = ir.Constant(vector(I32), [i ^ distance for i in range(group)])
+    return b.shuffle_vector(x, x, mask)
 
 
 def reduce_add(b, x):
     """Sum of 16 float lanes, in tree order."""
-    return call(b, "llvm.vector.reduce.fadd.v16f32", F32, ir.Constant(F32, 0.0), x, fastmath=("reassoc",))
+    for distance in (8, 4, 2, 1):
+        x = b.fadd(x, rotate_lanes(b, x, distance))
+    return b.extract_element(x, ir.Constant(I32, 0))
 
 
 def reduce_max(b, x):
-    """Largest of 16 float lanes."""
-    return call(b, "llvm.vector.reduce.fmax.v16f32", F32, x)
-
-
-def reduce_add_int(b, x):
-    """Sum of 16 int32 lanes."""
-    return call(b, "llvm.vector.reduce.add.v16i32", I32, x)
+    """Largest of 16 float lanes (no NaN among them)."""
+    for distance in (8, 4, 2, 1):
+        x = maximum(b, x, rotate_lanes(b, x, distance))
+    return b.extract_element(x, ir.Constant(I32, 0))
 
 
 def exp(b, x):
     """e^x for 16 lanes, relative error below 2e-7; results below e^-87 flush to e^-87 (Cephes' polynomial)."""
-    x = call(b, "llvm.minnum.v16f32", VF, maximum(b, x, floats(-87.0)), floats(88.0))
+    x = minimum(b, maximum(b, x, floats(-87.0)), floats(88.0))
     whole = call(b, "llvm.rint.v16f32", VF, b.fmul(x, floats(1.4426950408889634)))
     part = fma(b, whole, floats(-0.693359375), x)
     part = fma(b, whole, floats(2.12194440e-4), part)
