@@ -1,0 +1,136 @@
+"""The engine's own process: build, report, loop. The other end is ``client/socket.py``.
+
+The process ends when it is told to, when it fails, or when its parent is gone: the parent holds the other end of
+our standard input and never writes, so the end of input means that it died (even by ``kill -9``, even while we load).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from octavo.engine.cache.pool import PoolError
+from octavo.engine.client import messages
+from octavo.engine.core import EngineCore
+from octavo.errors import OctavoError
+from octavo.protocol.control import Control, EngineInfo, EngineStats
+from octavo.protocol.generate import TokenDelta
+
+log = logging.getLogger("octavo.engine")
+
+ProgressCall = Callable[[str, int, int], None]  # phase, done, total
+Build = Callable[[bytes, ProgressCall], EngineCore]
+
+
+def run_engine(address: str, build: Build) -> int:
+    """Connect to the client that listens at ``address``, build the engine from its options, serve until told to stop.
+
+    Returns the process's exit status.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_watch_parent, daemon=True).start()
+    context = zmq.Context()
+    requests, results = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    for socket in (requests, results):
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.LINGER, 2000)
+    requests.connect(f"{address}/requests")
+    results.connect(f"{address}/results")
+    try:
+        return EngineProcess(requests, results).run(build)
+    finally:
+        context.destroy(linger=2000)
+
+
+def _watch_parent() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+class EngineProcess:
+    """The loop over two sockets."""
+
+    def __init__(self, requests: zmq.Socket[bytes], results: zmq.Socket[bytes]) -> None:
+        self._requests = requests
+        self._results = results
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(messages.ToEngine).decode
+
+    def run(self, build: Build) -> int:
+        """Build and loop; failures are reported to the client."""
+        core = None
+        try:
+            start = self._decode(self._requests.recv())
+            if not isinstance(start, messages.Start):
+                raise OctavoError(f"The first message was {type(start).__name__}, not Start.")
+            core = build(start.options, self._progress)
+            self._send(messages.Ready(core.info))
+            self._loop(core)
+        except OctavoError as error:
+            self._send(messages.Failed(type(error).__name__, error.cause, error.cure))
+            return 1
+        except Exception as error:
+            log.exception("The engine failed.")
+            self._send(messages.Failed(type(error).__name__, f"{type(error).__name__}: {error}"))
+            return 1
+        finally:
+            if core is not None:
+                core.close()
+        return 0
+
+    def _loop(self, core: EngineCore) -> None:
+        while not core.stopping or core.has_work:
+            self._drain(core)
+            if core.has_work:
+                deltas = core.step()
+                if deltas:
+                    self._send(messages.Deltas(deltas))
+
+    def _drain(self, core: EngineCore) -> None:
+        """Take every message that is there; an idle engine sleeps here."""
+        flags = zmq.NOBLOCK if core.has_work else 0
+        while True:
+            try:
+                message = self._decode(self._requests.recv(flags))
+            except zmq.Again:
+                return
+            self._handle(core, message)
+            flags = zmq.NOBLOCK
+
+    def _handle(self, core: EngineCore, message: messages.ToEngine) -> None:
+        if isinstance(message, messages.Submit):
+            try:
+                core.submit(message.request)
+            except OctavoError as error:
+                refused = TokenDelta(message.request.id, [], "error", None, str(error))
+                self._send(messages.Deltas([refused]))
+        elif isinstance(message, messages.Abort):
+            core.abort(message.ids)
+        elif isinstance(message, messages.Order):
+            self._send(_answer(core, message.number, message.command))
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        self._send(messages.Progress(phase, done, total))
+
+    def _send(self, message: messages.FromEngine) -> None:
+        self._results.send(self._encode(message))
+
+
+def _answer(core: EngineCore, number: int, command: Control) -> messages.Answer:
+    try:
+        reply = core.control(command)
+    except (OctavoError, PoolError) as error:
+        return messages.Answer(number, error=str(error))
+    return messages.Answer(
+        number,
+        info=reply if isinstance(reply, EngineInfo) else None,
+        stats=reply if isinstance(reply, EngineStats) else None,
+    )
