@@ -165,7 +165,9 @@ def sentencepiece_merges(
     usable = {tokens[i]: i for i, kind in enumerate(types) if kind in (NORMAL, UNUSED)}
     order = sorted((i for i in usable.values() if len(tokens[i]) > 1), key=lambda i: -scores[i])
     merges: list[tuple[str, str]] = []
-    for i in order:  # a quarter of a million entries in Gemma's vocabulary: look up little, sort only where needed
+    for i in (
+        order
+    ):  # a quarter of a million entries in Gemma's vocabulary: look up little, sort only where needed
         token, start = tokens[i], len(merges)
         for cut in range(1, len(token)):
             left = token[:cut]

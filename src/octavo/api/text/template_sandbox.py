@@ -8,6 +8,7 @@ each filter and ``~`` is measured; operators and calls are measured by the sandb
 from __future__ import annotations
 
 import re
+import string
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
@@ -30,8 +31,7 @@ MAX_SECONDS = 5.0
 _CHARS_PER_STEP = 1024
 _STEPS_PER_CLOCK = 64
 
-# A width or precision of six digits and more, or one that is itself computed: "{:999999999}", "%0999999999d", "{:{w}}".
-_WIDE_FORMAT = re.compile(r"[0-9]{6,}|:[^{}]*\{")
+_WIDE = re.compile(r"[0-9]{6,}")  # a width or precision that only fills memory
 
 _PASSES, _VALUE, _CALL = "_count_passes", "_count_value", "_count_call"
 
@@ -130,13 +130,16 @@ def _guarded(filter: Callable[..., Any]) -> Callable[..., Any]:
 def _format(value: Any, *args: Any, **kwargs: Any) -> str:
     """jinja2's ``format`` filter (printf style) without enormous widths."""
     template = str(value)
-    _check_format(template)
+    if "%" in template and _WIDE.search(template):
+        raise BudgetError("it formats with a width of six digits")
     return template % (kwargs or args)
 
 
 def _check_format(template: str) -> None:
-    if _WIDE_FORMAT.search(template):
-        raise BudgetError("it formats with a width of six digits or a computed one")
+    """Refuse ``str.format`` with an enormous width, or with one computed from the arguments."""
+    for _, _, spec, _ in string.Formatter().parse(template):
+        if spec and ("{" in spec or _WIDE.search(spec)):
+            raise BudgetError("it formats with a width of six digits or a computed one")
 
 
 class _Generation(jinja2.ext.Extension):
