@@ -110,6 +110,7 @@ class Pages:
         self._checkpoints = [spec.page_size for spec in specs if isinstance(spec, StateKV)]
         self._states = [group for group, spec in enumerate(specs) if isinstance(spec, StateKV)]
         self._writes: list[tuple[Sequence, int, int, list[int]]] = []
+        self._zeros: list[ZeroPage] = []
 
     def table(self) -> PageTable:
         """An empty page table for a new sequence."""
@@ -158,6 +159,8 @@ class Pages:
             self._adopt(seq)
         for group, first, pages in table.extend(seq.num_computed, seq.num_queued + n, self.pool):
             self._writes.append((seq, group, first, pages))
+            if first == 0 and group in self._states:  # a new state, not a checkpoint that was found
+                self._zeros.append(ZeroPage(pages[0]))
         return table.lease(seq.num_queued) if table.groups else FOREVER
 
     def confirm(self, seq: Sequence) -> int:
@@ -178,12 +181,11 @@ class Pages:
     def fill(self, plan: StepPlan) -> None:
         """See ``Resource.fill``; a sequence preempted after it reserved has lost those pages again."""
         for seq, group, first, pages in self._writes:
-            if seq.slot < 0:
-                continue
-            plan.page_writes.append(PageWrite(group, seq.slot, first, pages))
-            if first == 0 and group in self._states:
-                plan.page_ops.append(ZeroPage(pages[0]))
+            if seq.slot >= 0:
+                plan.page_writes.append(PageWrite(group, seq.slot, first, pages))
+        plan.page_ops.extend(self._zeros)
         self._writes.clear()
+        self._zeros.clear()
 
     def forget_unused(self) -> None:
         """Empty the prefix index but for pages that sequences hold."""
