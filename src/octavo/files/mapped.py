@@ -31,7 +31,7 @@ class MappedFile:
                 raise ModelFileError(f"{path} is not a regular file.")
             if status.st_size == 0:
                 raise ModelFileError(f"{path} is empty.", "Download it again.")
-            self.data = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
+            self.data = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
         finally:
             os.close(descriptor)
         self.size = status.st_size

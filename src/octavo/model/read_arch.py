@@ -137,7 +137,7 @@ def _hf_rope(config: Mapping[str, Any], kinds: set[str]) -> dict[str, Mapping[st
     base = dict(given) if isinstance(given, Mapping) else {"rope_theta": theta, **(scaling or {})}
     base.setdefault("rope_theta", theta)
     base.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    rope: dict[str, Mapping[str, Any]] = {kind: base for kind in kinds}
+    rope: dict[str, Mapping[str, Any]] = dict.fromkeys(kinds, base)
     if SLIDING in kinds and config.get("rope_local_base_freq"):
         rope[SLIDING] = {"rope_theta": config["rope_local_base_freq"]}
     return rope

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from octavo.config import Hardware
 from octavo.device.ops.bind import OpSpec
-from octavo.device.platform.cpu import DTYPE_NAMES, usable_cores
+from octavo.device.platform.cpu import DTYPE_NAMES
+from octavo.device.platform.machine import usable_cores
 
 
 class CUDAPlatform:

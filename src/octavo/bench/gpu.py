@@ -1,0 +1,206 @@
+"""``octavo bench gpu``: what the runner itself can do on this device, against the floors measured in the same run.
+
+Decode: N rows at a given context, graph replays back to back. Prefill: one step of T tokens. Random weights of a
+built-in shape; plans are written by hand, so neither scheduler nor HTTP is in the figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from octavo import host
+from octavo.config import EngineOptions
+from octavo.device.platform.select import open_platform
+from octavo.engine.cache.spec import ceil_div
+from octavo.protocol.generate import SamplingParams
+from octavo.protocol.plan import PageWrite, SlotInit, StepPlan
+from octavo.runner.runner import TorchRunner
+
+
+@dataclass
+class Row:
+    """One figure: ``floor_ms`` is the larger of bytes over copy bandwidth and operations over matmul rate."""
+
+    name: str
+    ms: float
+    tokens_per_s: float
+    floor_ms: float
+    share: float
+
+
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """(bytes/s of a large copy, counting reads and writes; bf16 FLOP/s of an 8192^3 product on random data)."""
+    source = torch.randn(1 << 29, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy_s = timed(partial(target.copy_, source), 10)
+    del source, target
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    matmul_s = timed(partial(torch.mm, a, b), 10)
+    return 2 * (1 << 30) / copy_s, 2 * 8192**3 / matmul_s
+
+
+def timed(work: Callable[[], object], repeats: int) -> float:
+    """Seconds a call, by device events around ``repeats`` calls after two warm-ups; the median of three rounds."""
+    work()
+    work()
+    rounds = []
+    for _ in range(3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        torch.cuda.synchronize()
+        rounds.append(start.elapsed_time(end) / 1e3 / repeats)
+    return sorted(rounds)[1]
+
+
+class Driver:
+    """Writes plans for ``rows`` sequences straight into a runner."""
+
+    def __init__(self, runner: TorchRunner, sampling: SamplingParams) -> None:
+        self.runner = runner
+        self.sampling = sampling
+        self.step = 0
+
+    def start(self, rows: int, context: int, room: int) -> None:
+        """Give every slot pages for context + room tokens and a known history of ``context`` tokens."""
+        admits, writes = [], []
+        next_page = 1
+        for slot in range(rows):
+            admits.append(SlotInit(slot, [1 + slot % 97] * context, context, self.sampling, slot, []))
+            for index, group in enumerate(self.runner.layout.groups):
+                count = ceil_div(context + room, group.spec.page_size)
+                writes.append(PageWrite(index, slot, 0, list(range(next_page, next_page + count))))
+                next_page += count
+        if next_page > self.runner.num_pages:
+            raise ValueError(f"{rows} rows of {context + room} tokens need {next_page} pages")
+        empty = StepPlan(0, [], [], [], [], [], admits, writes, [])
+        self.runner.builder.build(empty)
+        self.runner.slots.admit(admits)
+        self.runner.sampler.admit(admits)
+
+    def run(self, rows: int, start: int, count: int, sample: bool = True) -> None:
+        """One step: every row computes ``count`` tokens from ``start`` on."""
+        self.step += 1
+        every = list(range(rows))
+        plan = StepPlan(
+            self.step, every, [start] * rows, [count] * rows, [0] * rows, [sample] * rows, [], [], []
+        )
+        self.runner.forward(plan)
+        self.runner.sample([])
+
+
+def decode(runner: TorchRunner, rows: int, context: int, steps: int, sampling: SamplingParams) -> float:
+    """Seconds a decode step, host loop included, one step in flight while the next is queued."""
+    driver = Driver(runner, sampling)
+    driver.start(rows, context, 2 * steps + 8)
+    at = context
+    for _ in range(4):
+        driver.run(rows, at, 1)
+        at += 1
+    for _ in range(4):
+        runner.collect()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    driver.run(rows, at, 1)
+    for _ in range(steps - 1):
+        at += 1
+        driver.run(rows, at, 1)
+        runner.collect()
+    runner.collect()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / steps
+
+
+def prefill(runner: TorchRunner, rows: int, length: int, repeats: int) -> float:
+    """Seconds a step that computes ``length`` prompt tokens in each of ``rows`` rows."""
+    driver = Driver(runner, SamplingParams(temperature=0.0))
+    driver.start(rows, length, 1)
+    driver.run(rows, 0, length)
+    runner.collect()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        driver.run(rows, 0, length)
+        runner.collect()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeats
+
+
+def main(argv: list[str]) -> int:
+    """Print the table and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(prog="octavo bench gpu", description=__doc__)
+    parser.add_argument("--model", default="llama-3.1-8b", help="built-in shape, run with random weights")
+    parser.add_argument("--batch", default="1,8,32,64,128,256", help="decode rows, comma separated")
+    parser.add_argument("--context", type=int, default=160, help="tokens before the timed decode steps")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps timed for each batch")
+    parser.add_argument("--prefill", default="512,2048,4096,8192", help="prefill step sizes, comma separated")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("octavo bench gpu needs a CUDA device; none is visible.", file=sys.stderr)
+        return 1
+    prefills = [int(size) for size in args.prefill.split(",") if size]
+    batches = [int(size) for size in args.batch.split(",") if size]
+    options = EngineOptions.of(
+        model=args.model,
+        load_format="dummy",
+        max_model_len="8192",
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=max([8192, *prefills]),
+        dtype=args.dtype,
+    )
+    platform = open_platform("cuda")
+    bandwidth, flops = ceilings(platform.device)
+    timeline = host.Timeline.start()
+    built = host.build_runner(options, host.open_files(options), timeline=timeline)
+    runner = built.runner
+    if not isinstance(runner, TorchRunner):
+        raise TypeError("bench gpu drives the torch runner")
+    print(f"{platform.hardware().name}: copy {bandwidth / 1e9:.0f} GB/s, bf16 {flops / 1e12:.0f} TFLOP/s")
+    print("start: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in timeline.phases.items()))
+    print("kernels: " + str(built.kernels))
+    weights = runner.network.matrix_bytes()
+    token_bytes = sum(len(g.layers) * g.spec.page_bytes / g.spec.page_size for g in runner.layout.groups)
+    operations = weights  # 2 FLOP a parameter, 2 bytes a parameter
+    sampling = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=4096)
+    rows: list[Row] = []
+    for batch in batches:
+        seconds = decode(runner, batch, args.context, args.steps, sampling)
+        moved = weights + batch * token_bytes * (args.context + args.steps / 2)
+        floor = max(moved / bandwidth, operations * batch / flops)
+        rows.append(Row(f"decode x{batch}", seconds * 1e3, batch / seconds, floor * 1e3, floor / seconds))
+    for size in prefills:
+        seconds = prefill(runner, 1, size, 5) if size <= 8192 else prefill(runner, size // 4096, 4096, 3)
+        floor = max(weights / bandwidth, operations * size / flops)
+        rows.append(Row(f"prefill {size}", seconds * 1e3, size / seconds, floor * 1e3, floor / seconds))
+    print(f"{'step':<16}{'ms':>10}{'tok/s':>12}{'floor ms':>11}{'share':>8}")
+    for row in rows:
+        print(f"{row.name:<16}{row.ms:>10.3f}{row.tokens_per_s:>12.0f}{row.floor_ms:>11.3f}{row.share:>8.0%}")
+    if args.output:
+        table = {
+            "device": platform.hardware().name,
+            "model": args.model,
+            "rows": [asdict(row) for row in rows],
+        }
+        table |= {"copy_bytes_per_s": bandwidth, "bf16_flops": flops, "start_s": timeline.phases}
+        args.output.write_text(json.dumps(table, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""The composition root: from options to a running engine. Only this package sees every floor.
+
+    open_files -> build_core: [torch_engine | compiled_engine] -> EngineCore -> connect: EngineClient -> build_frontend
+
+Importing it loads no torch; the backend that is chosen loads what it needs. ``python -m octavo.host ADDRESS`` is the
+engine's own process.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import msgspec
+
+from octavo.api.frontend import Frontend
+from octavo.api.text.template import ChatTemplate
+from octavo.api.text.tokenizer import load_tokenizer
+from octavo.config import EngineOptions
+from octavo.engine.client.base import EngineClient
+from octavo.engine.client.inprocess import InProcessClient
+from octavo.engine.client.socket import SocketClient
+from octavo.engine.core import EngineCore
+from octavo.engine.executor.inline import InlineExecutor
+from octavo.engine.settings import EngineSettings
+from octavo.errors import UsageError
+from octavo.files.base import ModelFiles
+from octavo.files.resolve import open_model
+from octavo.host.built import Built, Progress, Timeline, quiet
+from octavo.host.choose import choose_backend
+from octavo.model.read_arch import read_arch
+
+BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.compiled_engine:build"}
+
+
+def open_files(options: EngineOptions, progress: Progress | None = None) -> ModelFiles:
+    """Find and open the model the options name, fetching it where that is needed."""
+    model = options.model
+    return open_model(
+        model.model,
+        revision=model.revision,
+        download_dir=model.download_dir,
+        load_format=model.load_format,
+        progress=progress,
+    )
+
+
+def build_runner(
+    options: EngineOptions,
+    files: ModelFiles,
+    progress: Progress | None = None,
+    timeline: Timeline | None = None,
+) -> Built:
+    """Load the model with the backend that fits model and device, and size its cache."""
+    arch = read_arch(files)
+    backend = choose_backend(options, files, arch)
+    module, _, attribute = BACKENDS[backend].partition(":")
+    timeline = timeline or Timeline.start()
+    built: Built = getattr(import_module(module), attribute)(
+        options, files, arch, timeline, progress or quiet
+    )
+    return built
+
+
+def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> EngineCore:
+    """An engine in this process and thread."""
+    timeline = Timeline.start()
+    built = build_runner(options, files, progress, timeline)
+    settings = EngineSettings.of(
+        built.resolved,
+        vocab_size=built.arch.vocab_size,
+        model=options.model.served_model_name or files.name,
+        architecture=built.arch.model_type,
+        device=built.device,
+        kernels=built.kernels,
+        timeline_s=timeline.phases,
+    )
+    return EngineCore(InlineExecutor(built.runner), settings)
+
+
+def connect(
+    options: EngineOptions,
+    files: ModelFiles,
+    *,
+    in_process: bool = False,
+    progress: Progress | None = None,
+) -> EngineClient:
+    """An engine in its own process (or in a thread of this one), ready to serve."""
+    if in_process:
+        return InProcessClient(build_core(options, files, progress))
+    return SocketClient.launch(
+        [sys.executable, "-m", "octavo.host"], encode_options(options), progress or quiet
+    )
+
+
+def build_frontend(options: EngineOptions, files: ModelFiles, client: EngineClient) -> Frontend:
+    """Tokenizer, template and sampling defaults around an engine."""
+    model = options.model
+    tokenizer = load_tokenizer(files, model.tokenizer)
+    source = files.chat_template
+    if model.chat_template is not None:
+        try:
+            source = Path(model.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--chat-template {model.chat_template} cannot be read: {error}.") from None
+    template = ChatTemplate(source, tokenizer.specials)
+    return Frontend(
+        client,
+        tokenizer,
+        template,
+        model_name=model.served_model_name or files.name,
+        defaults=sampling_defaults(options, files),
+    )
+
+
+def sampling_defaults(options: EngineOptions, files: ModelFiles) -> dict[str, object]:
+    """What --generation-config asks for: the model's advice, nothing, or a folder's file."""
+    chosen = options.model.generation_config
+    if chosen == "auto":
+        return dict(files.generation_config)
+    if chosen == "vllm":
+        return {}
+    path = Path(chosen) / "generation_config.json"
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(f"--generation-config: {path} cannot be read: {error}.") from None
+    return content
+
+
+def encode_options(options: EngineOptions) -> bytes:
+    """Options for the engine's process."""
+    return msgspec.msgpack.encode(options)
+
+
+def decode_options(raw: bytes) -> EngineOptions:
+    """The reverse of ``encode_options``."""
+    return msgspec.msgpack.decode(raw, type=EngineOptions)

@@ -1,0 +1,64 @@
+"""Attention over pages: one fused projection, one kernel for norm + rope + store, one for attention, one projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.device.ops.attention import PAGED_ATTENTION
+from octavo.device.ops.rope_store import ROPE_STORE
+from octavo.model.batch import Batch
+from octavo.model.blocks import Attention
+from octavo.model.layers.build import Build
+from octavo.model.layers.linear import LinearLayer
+from octavo.model.layers.load import LoadItem
+from octavo.model.layers.norm import NormLayer
+
+
+class AttentionLayer:
+    """Holds its cache pages (bound later) and the group whose tables it reads."""
+
+    def __init__(self, block: Attention, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
+        self.block = block
+        self.qkv = LinearLayer(block.qkv, build, hf_prefix, gguf_prefix)
+        self.output = LinearLayer(block.output, build, hf_prefix, gguf_prefix)
+        self.q_norm = NormLayer(block.q_norm, build, hf_prefix, gguf_prefix) if block.q_norm else None
+        self.k_norm = NormLayer(block.k_norm, build, hf_prefix, gguf_prefix) if block.k_norm else None
+        self.cos_sin = build.cos_sin(block.rope) if block.rope else None
+        self.eps = block.q_norm.eps if block.q_norm else 0.0
+        self.store = build.binder.bind(ROPE_STORE, build.spec)
+        self.attend = build.binder.bind(PAGED_ATTENTION, build.spec)
+        self.pages = torch.empty(0)
+        self.group = 0
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        block, tables = self.block, batch.groups[self.group]
+        q = self.store(
+            self.qkv(x),
+            self.q_norm.weight if self.q_norm else None,
+            self.k_norm.weight if self.k_norm else None,
+            self.eps,
+            self.cos_sin,
+            batch.positions,
+            self.pages,
+            tables.slot_mapping,
+            block.num_heads,
+        )
+        mixed: Tensor = self.attend(
+            q,
+            self.pages,
+            tables.page_table,
+            batch.query_start,
+            batch.kv_lens,
+            batch.max_query,
+            batch.max_kv,
+            block.scale,
+            block.window,
+            block.softcap,
+        )
+        return self.output(mixed.view(mixed.shape[0], -1))
+
+    def items(self) -> list[LoadItem]:
+        """What the loader must fill."""
+        norms = [norm.items() for norm in (self.q_norm, self.k_norm) if norm is not None]
+        return self.qkv.items() + self.output.items() + [item for items in norms for item in items]

@@ -1,0 +1,135 @@
+"""Fills parameters from model files: streamed tensor by tensor, strict about what is missing or left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.errors import ModelFileError
+from octavo.files.base import ModelFiles
+from octavo.model.blocks import DecoderSpec
+from octavo.model.layers.load import LoadItem
+from octavo.model.quantization.decode import dequantize
+
+TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHOWN = 8  # names listed in an error
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was read: tensors, bytes in the files, and names that were known to be of no use."""
+
+    num_tensors: int
+    num_bytes: int
+    ignored: tuple[str, ...]
+
+
+def fill(
+    items: list[LoadItem],
+    files: ModelFiles,
+    spec: DecoderSpec,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Fill every item from ``files``; see ``Network.load``."""
+    gguf = files.format == "gguf"
+    prefix = "" if gguf else name_prefix(files)
+    names = [item.gguf if gguf else prefix + item.hf for item in items]
+    ignored = check_names(names, files, spec, prefix)
+    total = sum(files.tensors[name].nbytes for name in names)
+    done = 0
+    for name, item in zip(names, items):
+        info = files.tensors[name]
+        if info.shape != tuple(item.target.shape):
+            raise ModelFileError(
+                f"Tensor {name} has shape {list(info.shape)}, but the configuration asks {list(item.target.shape)}.",
+                "The configuration and the weights do not belong together.",
+            )
+        read_into(item, files, name, gguf)
+        done += info.nbytes
+        if progress:
+            progress(done, total)
+    return LoadReport(len(items), total, ignored)
+
+
+def name_prefix(files: ModelFiles) -> str:
+    """What a multimodal checkpoint puts before its language model's names."""
+    return (
+        "language_model." if any(name.startswith("language_model.model.") for name in files.tensors) else ""
+    )
+
+
+def check_names(names: list[str], files: ModelFiles, spec: DecoderSpec, prefix: str) -> tuple[str, ...]:
+    """Raise ``ModelFileError`` for missing or unknown tensors; returns those that are known to be of no use."""
+    missing = [name for name in names if name not in files.tensors]
+    unused = sorted(set(files.tensors) - set(names))
+    useless = []
+    for name in list(unused):
+        tied = spec.head is None and name in ("lm_head.weight", f"{prefix}lm_head.weight")
+        other_tower = bool(prefix) and not name.startswith(prefix)
+        if tied or other_tower or any(name.endswith(suffix) for suffix in spec.ignored):
+            unused.remove(name)
+            useless.append(name)
+    if missing or unused:
+        parts = []
+        for what, found in (("missing", missing), ("not used by this architecture", unused)):
+            if found:
+                more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+                parts.append(f"{len(found)} tensors are {what}: {', '.join(found[:SHOWN])}{more}")
+        raise ModelFileError(
+            f"The weights of {files.name} do not fit its configuration: {'; '.join(parts)}.",
+            "Check that all files belong to one model and were downloaded completely.",
+        )
+    return tuple(useless)
+
+
+def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
+    """Decode one stored tensor into its target."""
+    info = files.tensors[name]
+    raw = files.read(name)
+    turned = gguf and item.heads > 0
+    if info.dtype in TORCH_TYPES:
+        stored = torch.from_numpy(raw).view(TORCH_TYPES[info.dtype]).view(info.shape)
+    elif not turned:
+        dequantize(raw, info.dtype, info.shape, out=item.target)
+        return
+    else:
+        stored = dequantize(raw, info.dtype, info.shape)
+    if turned:
+        stored = untangle(stored, item.heads)
+    if item.offset and not gguf:
+        stored = stored.to(torch.float32) + item.offset
+    item.target.copy_(stored)
+
+
+def untangle(rows: Tensor, heads: int) -> Tensor:
+    """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves."""
+    shape = rows.shape
+    return rows.view(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+
+
+def fill_random(
+    items: list[LoadItem], progress: Callable[[int, int], None] | None = None, seed: int = 0
+) -> LoadReport:
+    """Random weights of sane scale (normal, 1/sqrt(inputs)), norms as ones; drawn on the device itself."""
+    total = sum(item.target.numel() * item.target.element_size() for item in items)
+    done = 0
+    generators: dict[torch.device, torch.Generator] = {}
+    for item in items:
+        target = item.target
+        if target.device not in generators:
+            generators[target.device] = torch.Generator(target.device).manual_seed(seed)
+        if item.constant is not None:
+            target.fill_(item.constant)
+        else:
+            target.normal_(
+                0.0,
+                target.shape[-1] ** -0.5 if target.dim() > 1 else 0.02,
+                generator=generators[target.device],
+            )
+        done += target.numel() * target.element_size()
+        if progress:
+            progress(done, total)
+    return LoadReport(len(items), total, ())

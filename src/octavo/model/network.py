@@ -1,0 +1,100 @@
+"""A decoder as torch executes it: allocated on the device, loaded by streaming, run on one ``Batch``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.device.ops.bind import Binder, OpSpec
+from octavo.files.base import ModelFiles
+from octavo.model.batch import Batch
+from octavo.model.blocks import DecoderSpec
+from octavo.model.layers.build import Build
+from octavo.model.layers.decoder import DecoderLayer
+from octavo.model.layers.linear import LinearLayer
+from octavo.model.layers.load import LoadItem
+from octavo.model.layers.norm import NormLayer
+from octavo.model.load import LoadReport, fill, fill_random
+
+
+class Network:
+    """embed -> layers -> norm -> head, for any ``DecoderSpec``."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        binder: Binder,
+        op_spec: OpSpec,
+        max_position: int,
+    ) -> None:
+        """Parameters are allocated on ``device``, uninitialized; ``load`` fills them."""
+        self.spec = spec
+        build = Build(dtype, device, binder, op_spec, max_position)
+        embedding = spec.embedding
+        self.embedding = build.empty(embedding.vocab_size, embedding.hidden)
+        # Rounded to the run type, as the models were trained.
+        self.embedding_scale = float(torch.tensor(embedding.scale, dtype=dtype))
+        self.layers = [
+            DecoderLayer(layer, build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i))
+            for i, layer in enumerate(spec.layers)
+        ]
+        self.norm = NormLayer(spec.norm, build)
+        self.head = LinearLayer(spec.head, build, "", "") if spec.head is not None else None
+
+    def items(self) -> list[LoadItem]:
+        """Every tensor the loader must fill."""
+        embedding = self.spec.embedding
+        found = [LoadItem(f"{embedding.hf}.weight", f"{embedding.gguf}.weight", self.embedding)]
+        for layer in self.layers:
+            found += layer.items()
+        found += self.norm.items()
+        return found + (self.head.items() if self.head is not None else [])
+
+    def load(self, files: ModelFiles, progress: Callable[[int, int], None] | None = None) -> LoadReport:
+        """Fill every parameter; reports (bytes done, bytes in all). Raises ``ModelFileError`` for what is missing,
+        of another shape, or left over."""
+        if files.format == "dummy":
+            return fill_random(self.items(), progress)
+        return fill(self.items(), files, self.spec, progress)
+
+    def matrix_bytes(self) -> int:
+        """Bytes of the matrices that every decode step reads (the floor of a step)."""
+        matrices = [item.target for item in self.items() if item.target.dim() == 2]
+        total = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
+        if self.head is not None:
+            total -= self.embedding.numel() * self.embedding.element_size()
+        return total
+
+    def bind_cache(self, pages: dict[int, Tensor], groups: dict[int, int]) -> None:
+        """Give every layer its pages [num_pages, 2, Hkv, P, D] and its group's index."""
+        for i, layer in enumerate(self.layers):
+            layer.attention.pages = pages[i]
+            layer.attention.group = groups[i]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Normed hidden states [S, E] of the tokens at ``batch.sample_at``."""
+        residual = F.embedding(batch.token_ids, self.embedding)
+        if self.embedding_scale != 1.0:
+            residual = residual * self.embedding_scale
+        branch: Tensor | None = None
+        for layer in self.layers:
+            branch = layer(branch, residual, batch)
+        if branch is None:
+            return self.norm(residual[batch.sample_at])
+        return self.norm.add(branch[batch.sample_at], residual[batch.sample_at])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[S, V] float32 for hidden states [S, E]."""
+        out = self.head(hidden) if self.head is not None else F.linear(hidden, self.embedding)
+        out = out.float()
+        if self.spec.logit_scale != 1.0:
+            out = out * self.spec.logit_scale
+        if self.spec.logit_softcap:
+            out = torch.tanh(out / self.spec.logit_softcap) * self.spec.logit_softcap
+        return out
