@@ -25,7 +25,7 @@ IMPORTS: dict[str, set[str]] = {
     "model.families": {"model"},
     "device": {"device", "protocol"},
     "device.kernels": {"device.kernels"},
-    "bench": {"bench", "protocol", "engine", "api", "host", "llm", "files"},
+    "bench": {"api", "bench", "device", "engine", "files", "host", "llm", "protocol", "runner"},
     # The composition root and what stands on it may see every floor.
     "host": {"api", "engine", "runner", "model", "device", "protocol", "files", "host"},
     "llm": {"api", "engine", "host", "protocol", "files"},

@@ -21,6 +21,7 @@ from octavo import host
 from octavo.config import EngineOptions
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.spec import ceil_div
+from octavo.host.built import Timeline
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import PageWrite, SlotInit, StepPlan
 from octavo.runner.runner import TorchRunner
@@ -54,14 +55,14 @@ def timed(work: Callable[[], object], repeats: int) -> float:
     work()
     rounds = []
     for _ in range(3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(repeats):
             work()
         end.record()
         torch.cuda.synchronize()
         rounds.append(start.elapsed_time(end) / 1e3 / repeats)
-    return sorted(rounds)[1]
+    return float(sorted(rounds)[1])
 
 
 class Driver:
@@ -137,8 +138,8 @@ def prefill(runner: TorchRunner, rows: int, length: int, repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def main(argv: list[str]) -> int:
-    """Print the table and write it as JSON where asked."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="octavo bench gpu", description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b", help="built-in shape, run with random weights")
     parser.add_argument("--batch", default="1,8,32,64,128,256", help="decode rows, comma separated")
@@ -150,53 +151,64 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def measure(runner: TorchRunner, args: argparse.Namespace, bandwidth: float, flops: float) -> list[Row]:
+    """All rows of the table."""
+    weights = runner.network.matrix_bytes()  # 2 bytes and 2 operations a parameter: the same number
+    token_bytes = sum(len(g.layers) * g.spec.page_bytes / g.spec.page_size for g in runner.layout.groups)
+    sampling = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=4096)
+    rows: list[Row] = []
+    for batch in numbers(args.batch):
+        seconds = decode(runner, batch, args.context, args.steps, sampling)
+        moved = weights + batch * token_bytes * (args.context + args.steps / 2)
+        floor = max(moved / bandwidth, weights * batch / flops)
+        rows.append(Row(f"decode x{batch}", seconds * 1e3, batch / seconds, floor * 1e3, floor / seconds))
+    for size in numbers(args.prefill):
+        seconds = prefill(runner, 1, size, 5)
+        floor = max(weights / bandwidth, weights * size / flops)
+        rows.append(Row(f"prefill {size}", seconds * 1e3, size / seconds, floor * 1e3, floor / seconds))
+    return rows
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers from "1,8,32"."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def main(argv: list[str]) -> int:
+    """Print the table and write it as JSON where asked."""
+    args = parse(argv)
     if not torch.cuda.is_available():
         print("octavo bench gpu needs a CUDA device; none is visible.", file=sys.stderr)
         return 1
-    prefills = [int(size) for size in args.prefill.split(",") if size]
-    batches = [int(size) for size in args.batch.split(",") if size]
     options = EngineOptions.of(
         model=args.model,
         load_format="dummy",
+        device="cuda",
         max_model_len="8192",
         max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=max([8192, *prefills]),
+        max_num_batched_tokens=max([8192, *numbers(args.prefill)]),
         dtype=args.dtype,
     )
     platform = open_platform("cuda")
+    name = platform.hardware().name
     bandwidth, flops = ceilings(platform.device)
-    timeline = host.Timeline.start()
+    timeline = Timeline.start()
     built = host.build_runner(options, host.open_files(options), timeline=timeline)
     runner = built.runner
     if not isinstance(runner, TorchRunner):
         raise TypeError("bench gpu drives the torch runner")
-    print(f"{platform.hardware().name}: copy {bandwidth / 1e9:.0f} GB/s, bf16 {flops / 1e12:.0f} TFLOP/s")
+    print(f"{name}: copy {bandwidth / 1e9:.0f} GB/s, bf16 {flops / 1e12:.0f} TFLOP/s")
     print("start: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in timeline.phases.items()))
     print("kernels: " + str(built.kernels))
-    weights = runner.network.matrix_bytes()
-    token_bytes = sum(len(g.layers) * g.spec.page_bytes / g.spec.page_size for g in runner.layout.groups)
-    operations = weights  # 2 FLOP a parameter, 2 bytes a parameter
-    sampling = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=4096)
-    rows: list[Row] = []
-    for batch in batches:
-        seconds = decode(runner, batch, args.context, args.steps, sampling)
-        moved = weights + batch * token_bytes * (args.context + args.steps / 2)
-        floor = max(moved / bandwidth, operations * batch / flops)
-        rows.append(Row(f"decode x{batch}", seconds * 1e3, batch / seconds, floor * 1e3, floor / seconds))
-    for size in prefills:
-        seconds = prefill(runner, 1, size, 5) if size <= 8192 else prefill(runner, size // 4096, 4096, 3)
-        floor = max(weights / bandwidth, operations * size / flops)
-        rows.append(Row(f"prefill {size}", seconds * 1e3, size / seconds, floor * 1e3, floor / seconds))
+    rows = measure(runner, args, bandwidth, flops)
     print(f"{'step':<16}{'ms':>10}{'tok/s':>12}{'floor ms':>11}{'share':>8}")
     for row in rows:
         print(f"{row.name:<16}{row.ms:>10.3f}{row.tokens_per_s:>12.0f}{row.floor_ms:>11.3f}{row.share:>8.0%}")
     if args.output:
-        table = {
-            "device": platform.hardware().name,
-            "model": args.model,
-            "rows": [asdict(row) for row in rows],
-        }
+        table = {"device": name, "model": args.model, "rows": [asdict(row) for row in rows]}
         table |= {"copy_bytes_per_s": bandwidth, "bf16_flops": flops, "start_s": timeline.phases}
         args.output.write_text(json.dumps(table, indent=1))
     return 0

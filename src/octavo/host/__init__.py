@@ -104,7 +104,7 @@ def build_frontend(options: EngineOptions, files: ModelFiles, client: EngineClie
             source = Path(model.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--chat-template {model.chat_template} cannot be read: {error}.") from None
-    template = ChatTemplate(source, tokenizer.specials)
+    template = ChatTemplate(source, tokenizer.special_tokens)
     return Frontend(
         client,
         tokenizer,

@@ -91,10 +91,7 @@ class BatchBuilder:
         positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
         token_slots = np.repeat(row_slots, counts)
         from_device = starts >= slots.num_known[row_slots]
-        token_ids = np.zeros(num_tokens, np.int64)
-        for row in np.flatnonzero(~from_device):
-            start, count, at = starts[row], counts[row], query_start[row]
-            token_ids[at : at + count] = slots.known[row_slots[row]][start : start + count]
+        token_ids = self._known_tokens(row_slots, starts, counts, query_start, ~from_device)
         rows = np.flatnonzero(np.asarray(plan.sample, bool))
         sample_at, prompt_rows = self._sample_at(plan, rows, row_slots, starts, counts, query_start)
         where, pages = slots.write_pages(plan.page_writes)
@@ -140,6 +137,16 @@ class BatchBuilder:
             up[10].long(),
             prompt_rows,
         )
+
+    def _known_tokens(
+        self, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints, rows: NDArray[np.bool_]
+    ) -> Ints:
+        """Token ids [T] of the rows that the host knows; zeros elsewhere."""
+        token_ids = np.zeros(int(query_start[-1]), np.int64)
+        for row in np.flatnonzero(rows):
+            start, count, at = starts[row], counts[row], query_start[row]
+            token_ids[at : at + count] = self.slots.known[row_slots[row]][start : start + count]
+        return token_ids
 
     def _sample_at(
         self, plan: StepPlan, rows: Ints, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints
