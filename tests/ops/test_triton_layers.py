@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.device.ops import activation, norm, rope_store
+from octavo.device.ops import activation, linear, norm, rope_store
 
 pytest.importorskip("triton")
 from octavo.device.kernels.triton import activation as activation_kernels
+from octavo.device.kernels.triton import linear as linear_kernels
 from octavo.device.kernels.triton import norm as norm_kernels
 from octavo.device.kernels.triton import rope_store as rope_kernels
 
@@ -86,3 +87,12 @@ def test_rope_store_into_a_view_of_the_pool() -> None:
     rope_kernels.rope_store(qkv, None, None, 1e-6, None, positions, pool[:, 1], slots, 2)
     assert (pool[:, 0] == 7.0).all() and (pool[:, 2] == 7.0).all()
     torch.testing.assert_close(pool[2, 1, 1, :, 1], qkv.view(2, 6, 32)[1, 4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17])
+def test_linear(dtype: torch.dtype, tokens: int) -> None:
+    """One token, a few, the most, and one more than the kernel takes; sizes that fill no tile."""
+    x, weight, bias = draw(tokens, 600, dtype=dtype), draw(70, 600, dtype=dtype) / 24, draw(70, dtype=dtype)
+    close(linear_kernels.linear(x, weight, bias), linear.linear(x, weight, bias))
+    close(linear_kernels.linear(x, weight), linear.linear(x, weight))

@@ -117,8 +117,8 @@ def _argmax_chunk_kernel(values, ids, logits, vocab, stride, CHUNK: tl.constexpr
     tl.store(ids + place, tl.min(tl.where(x == best, at, 2147483647), 0))
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def _argmax_merge_kernel(tokens, values, ids, chunks, PAD: tl.constexpr):
+@triton.jit(do_not_specialize=["chunks", "vocab"])
+def _argmax_merge_kernel(tokens, values, ids, chunks, vocab, PAD: tl.constexpr):
     """The best chunk of one row; the first among equals holds the lowest id."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, PAD)
