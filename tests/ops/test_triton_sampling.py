@@ -88,8 +88,8 @@ def test_broken_logits_still_give_a_token() -> None:
     """A row of NaN (a broken model) must not index outside the vocabulary, hang, or disturb its neighbour."""
     logits = row_of("random", 2)
     logits[0] = float("nan")
-    for options in FILTERS.values():
-        table = columns(2, *options)
+    for name in ("plain", "all", "p"):
+        table = columns(2, *FILTERS[name])
         token, neighbour = draw.sample(logits, **table).tolist()
         assert 0 <= token < VOCAB
         assert neighbour == ops.sample(logits, **table)[1].item()

@@ -26,7 +26,7 @@ NO_TOKEN = tl.constexpr(2147483647)
 CHUNK = 4096  # vocabulary entries a program of the scan; the second kernel skips whole chunks
 GRAIN = 64  # tokens that share one stored maximum
 CAPACITY = 1024  # tokens above a top_k bound that are settled in registers
-MAX_ROUNDS = 4096  # far more than rejections can be; ends the loop on NaN
+MAX_ROUNDS = 256  # far more than rejections can be; ends the loop on NaN
 UNALIGNED = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
 
 

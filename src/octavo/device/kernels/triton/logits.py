@@ -125,9 +125,8 @@ def _argmax_merge_kernel(tokens, values, ids, chunks, vocab, PAD: tl.constexpr):
     x = tl.load(values + row * chunks + at, mask=at < chunks, other=float("-inf"))
     token = tl.load(ids + row * chunks + at, mask=at < chunks, other=2147483647)
     lowest = tl.min(tl.where(x == tl.max(x, 0), token, 2147483647), 0)
-    tl.store(
-        tokens + row, tl.where(lowest == 2147483647, 0, lowest).to(tl.int64)
-    )  # NaN logits: still a token
+    # Where all logits are NaN nothing compares: still a token.
+    tl.store(tokens + row, tl.where(lowest < vocab, lowest, 0).to(tl.int64))
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -143,6 +142,6 @@ def greedy(logits: Tensor) -> Tensor:
         values, ids, logits, vocab, logits.stride(0), CHUNK=CHUNK, num_warps=4
     )
     _argmax_merge_kernel[(num_rows,)](
-        tokens, values, ids, chunks, PAD=triton.next_power_of_2(chunks), num_warps=1
+        tokens, values, ids, chunks, vocab, PAD=triton.next_power_of_2(chunks), num_warps=1
     )
     return tokens
