@@ -15,37 +15,37 @@ from collections.abc import Iterator
 from octavo.engine.cache.layout import CacheLayout
 from octavo.engine.cache.pool import Pool
 from octavo.engine.cache.prefix import HashChain, PrefixIndex
-from octavo.engine.cache.spec import KVSpec, hull
+from octavo.engine.cache.spec import KVSpec
 
 
 class Held:
     """The run of pages a sequence holds in one group; ``next_full`` is the first page not yet offered to the index."""
 
-    __slots__ = ("first", "next_full", "pages", "size", "spec")
+    __slots__ = ("first", "next_full", "pages", "sheds", "size", "spec")
 
     def __init__(self, spec: KVSpec) -> None:
         self.spec = spec
         self.size = spec.page_size
+        self.sheds = spec.live(1 << 40).start > 0  # full attention never drops a page
         self.first = 0
         self.pages: list[int] = []
         self.next_full = 0
 
     def missing(self, computed: int, end: int) -> int:
-        """How many more pages are needed to compute up to ``end`` tokens when ``computed`` are confirmed."""
-        return max(0, self._need(computed, end).stop - self._stop(computed, end))
+        """How many more pages are needed to compute up to ``end`` tokens when ``computed`` are confirmed.
 
-    def _need(self, computed: int, end: int) -> range:
-        return hull(self.spec.live(computed), self.spec.live(end))
-
-    def _stop(self, computed: int, end: int) -> int:
-        return self.first + len(self.pages) if self.pages else self._need(computed, end).start
+        That is hull(live(computed), live(end)) minus what is held, by the two facts that ``spec.py`` states.
+        """
+        have = self.first + len(self.pages) if self.pages else self.spec.live(computed).start
+        return -(-end // self.size) - have
 
     def extend(self, computed: int, end: int, pool: Pool) -> tuple[int, list[int]]:
         """Take the missing pages; returns the logical number of the first one and the pages."""
-        start = self._stop(computed, end)
+        count = self.missing(computed, end)
         if not self.pages:
-            self.first = start
-        new = pool.take(self.missing(computed, end))
+            self.first = self.spec.live(computed).start
+        start = self.first + len(self.pages)
+        new = pool.take(count) if count > 0 else []
         self.pages += new
         return start, new
 
@@ -72,10 +72,10 @@ class PageTable:
     def missing(self, computed: int, end: int) -> int:
         """New pages needed over all groups to compute up to ``end``, beyond those held and those just found."""
         total = 0
-        for held, hit in zip(self.groups, self.hit):
-            total += held.missing(computed, end)
-            if hit:  # nothing is held yet and live(computed) is exactly what was found
-                total -= len(hit)
+        for held in self.groups:
+            total += max(0, held.missing(computed, end))
+        if not self.open:  # nothing is held yet, and live(computed) is exactly what was found
+            total -= sum(map(len, self.hit))
         return total
 
     def adopt(self, computed: int, pool: Pool) -> None:
@@ -110,7 +110,8 @@ class PageTable:
                     if index.add(group, chain.upto((number + 1) * held.size), page):
                         pool.index(page)
                 held.next_full = full
-            held.shed(computed, pool)
+            if held.sheds:
+                held.shed(computed, pool)
 
     def release(self, pool: Pool) -> None:
         """Give every page back; the end of the sequence first, so that a common beginning is kept longest."""

@@ -140,12 +140,14 @@ class Pages:
             free -= sum(not self.pool.is_held(page) for page in found)
             if self.layout.pages_for(len(seq.tokens)) - len(found) > free:
                 return 0
-        else:
-            self.confirm(seq)  # pages that fell behind since the last look come first
+        elif table.missing(seq.num_computed, seq.num_queued + n) > free:
+            self.confirm(seq)  # drop what fell behind since the last look
             free = self.pool.num_free
+        else:
+            return n
         low, high = 0, n
-        while low < high:  # usually one look: everything fits
-            middle = high if low == 0 and high == n else (low + high + 1) // 2
+        while low < high:
+            middle = (low + high + 1) // 2
             if table.missing(seq.num_computed, seq.num_queued + middle) <= free:
                 low = middle
             else:

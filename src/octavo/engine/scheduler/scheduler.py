@@ -88,13 +88,7 @@ class Scheduler:
         This loop runs once a sequence a step: it is the hot path.
         """
         plan, rows = step.plan, step.rows
-        slots, starts, counts, drafts, samples = (
-            plan.slots,
-            plan.starts,
-            plan.num_tokens,
-            plan.num_drafts,
-            plan.sample,
-        )
+        starts, counts = plan.starts, plan.num_tokens
         decoding = self.decoding[:]  # a preemption changes the list
         for place, seq in enumerate(decoding):
             n = 1 + seq.num_drafts
@@ -113,11 +107,12 @@ class Scheduler:
             seq.num_queued = start + n
             seq.num_promised += n
             rows.append(seq)
-            slots.append(seq.slot)
             starts.append(start)
             counts.append(n)
-            drafts.append(n - 1)
-            samples.append(True)
+        # Columns that say nothing new are filled at once; a preemption above has only these three to undo.
+        plan.slots.extend([seq.slot for seq in rows])
+        plan.num_drafts.extend([n - 1 for n in counts])
+        plan.sample.extend([True] * len(rows))
         return budget
 
     def _prefill_rows(self, step: Step, budget: int) -> int:
@@ -217,19 +212,24 @@ class Scheduler:
         A row of it in this very plan is taken out again. A row in flight stays valid: ``apply`` appends its tokens.
         """
         if seq in step.rows:
-            row = step.rows.index(seq)
-            if step.plan.sample[row]:
-                seq.num_promised -= 1 + step.plan.num_drafts[row]
-            del step.rows[row]
-            plan = step.plan
-            for column in (plan.slots, plan.starts, plan.num_tokens, plan.num_drafts, plan.sample):
-                del column[row]
+            self._take_back(step, step.rows.index(seq))
         self._release(seq)
         seq.num_computed = seq.num_queued = seq.room = seq.num_drafts = 0
         seq.drafts = []
         self.waiting.push(seq)
         self._preempted = True
         self.counters.num_preemptions += 1
+
+    def _take_back(self, step: Step, row: int) -> None:
+        """Remove a row from the plan being made."""
+        plan, seq = step.plan, step.rows[row]
+        if row >= len(plan.sample):  # in the middle of the decode rows: the other columns are not filled yet
+            seq.num_promised -= plan.num_tokens[row]
+        else:
+            if plan.sample[row]:
+                seq.num_promised -= 1 + plan.num_drafts[row]
+            del plan.slots[row], plan.num_drafts[row], plan.sample[row]
+        del step.rows[row], plan.starts[row], plan.num_tokens[row]
 
     def _release(self, seq: Sequence) -> None:
         """The one place where a running sequence loses what it holds."""
@@ -244,40 +244,53 @@ class Scheduler:
         """Correct the counts by what the step really drew; returns what to tell the clients.
 
         Rows of sequences that have ended meanwhile are ignored. Rows of sequences preempted meanwhile bring valid
-        tokens, but no computed pages.
+        tokens, but no computed pages. A plain row (one token drawn, nothing else to say) is settled here, in the
+        second hot path; everything else goes through ``_settle``.
         """
-        plan, deltas = step.plan, []
-        reported = result.num_drafts or None
-        for row, seq in enumerate(step.rows):
-            if seq.finished:
-                continue
-            if result.errors is not None and row in result.errors:
-                deltas.append(self._fail(seq, result.errors[row]))
-                continue
-            if result.prompt_logprobs is not None and result.prompt_logprobs[row] is not None:
-                seq.prompt_logprobs = (seq.prompt_logprobs or []) + (result.prompt_logprobs[row] or [])
-            drawn = result.tokens[row]
-            n = plan.num_tokens[row]
-            sampled = plan.sample[row]
-            if sampled:
-                if not drawn:
-                    deltas.append(self._fail(seq, "The runner drew no token for this request."))
+        plan = step.plan
+        deltas: list[TokenDelta] = []
+        plain = not (result.errors or result.num_drafts or result.logprobs or result.prompt_logprobs)
+        for row, (seq, n, drawn) in enumerate(zip(step.rows, plan.num_tokens, result.tokens)):
+            if plain and n == 1 and len(drawn) == 1 and seq.slot >= 0 and seq.is_simple:
+                token, tokens = drawn[0], seq.tokens
+                if token not in seq.stop_ids and len(tokens) + 1 < seq.max_len:
+                    tokens.append(token)
+                    seq.num_promised -= 1
+                    seq.num_computed = computed = seq.num_computed + 1
+                    if computed >= seq.commit_at:
+                        self._confirm(seq)
+                    deltas.append(TokenDelta(seq.id, drawn, None, None, None, seq.num_cached))
                     continue
-                drafts = plan.num_drafts[row]
-                seq.num_promised -= 1 + drafts
-                if drafts:
-                    n -= self._reject(seq, drafts, 1 + drafts - len(drawn))
-            if seq.slot >= 0:
-                seq.num_computed += n
-                if seq.num_computed >= seq.commit_at:
-                    seq.commit_at = min([resource.confirm(seq) for resource in self.resources])
-                if reported is not None:
-                    self._note_drafts(seq, result, row)
-                elif seq.num_drafts:
-                    seq.num_drafts = 0
-            if sampled:
-                deltas.append(self._deliver(seq, drawn, result, row))
+            if not seq.finished:
+                delta = self._settle(seq, plan, result, row)
+                if delta is not None:
+                    deltas.append(delta)
+        self.counters.num_generation_tokens += sum([len(delta.tokens) for delta in deltas])
         return deltas
+
+    def _settle(self, seq: Sequence, plan: StepPlan, result: StepResult, row: int) -> TokenDelta | None:
+        """One row's result in full."""
+        if result.errors is not None and row in result.errors:
+            return self._fail(seq, result.errors[row])
+        if result.prompt_logprobs is not None and result.prompt_logprobs[row] is not None:
+            seq.prompt_logprobs = (seq.prompt_logprobs or []) + (result.prompt_logprobs[row] or [])
+        drawn, n, sampled = result.tokens[row], plan.num_tokens[row], plan.sample[row]
+        if sampled:
+            if not drawn:
+                return self._fail(seq, "The runner drew no token for this request.")
+            drafts = plan.num_drafts[row]
+            seq.num_promised -= 1 + drafts
+            if drafts:
+                n -= self._reject(seq, drafts, 1 + drafts - len(drawn))
+        if seq.slot >= 0:
+            seq.num_computed += n
+            if seq.num_computed >= seq.commit_at:
+                self._confirm(seq)
+            self._note_drafts(seq, result, row)
+        return self._deliver(seq, drawn, result, row) if sampled else None
+
+    def _confirm(self, seq: Sequence) -> None:
+        seq.commit_at = min([resource.confirm(seq) for resource in self.resources])
 
     def _reject(self, seq: Sequence, drafts: int, rejected: int) -> int:
         """Take back the optimism about rejected drafts; returns their number."""
@@ -291,7 +304,9 @@ class Scheduler:
 
     def _note_drafts(self, seq: Sequence, result: StepResult, row: int) -> None:
         """Remember what the runner offers for the next row; a constraint must see drafts to allow them."""
-        if seq.constraint is None:
+        if not result.num_drafts:
+            seq.num_drafts = 0
+        elif seq.constraint is None:
             seq.num_drafts = result.num_drafts[row]
         elif result.draft_tokens is not None:
             seq.drafts = result.draft_tokens[row]
@@ -303,7 +318,6 @@ class Scheduler:
         if seq.constraint is not None:
             for token in tokens:
                 seq.constraint.accept(token)
-        self.counters.num_generation_tokens += len(tokens)
         delta = TokenDelta(seq.id, tokens, reason, stop_token, None, seq.num_cached)
         if result.logprobs is not None:
             found = result.logprobs[row]

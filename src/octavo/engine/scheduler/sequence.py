@@ -43,6 +43,7 @@ class Sequence:
         "failed",
         "finished",
         "id",
+        "is_simple",
         "key",
         "max_len",
         "min_len",
@@ -89,6 +90,8 @@ class Sequence:
         self.max_len = min(wanted, max_model_len)
         self.min_len = self.num_prompt + sampling.min_tokens
         eos = [] if sampling.ignore_eos else request.eos_token_ids
+        # Nothing but stop tokens and lengths to look at when a token comes.
+        self.is_simple = constraint is None and sampling.prompt_logprobs is None
         self.stop_ids = frozenset([*eos, *sampling.stop_token_ids])
         self.slot = -1
         self.num_computed = 0
