@@ -30,7 +30,8 @@ class StepTables:
     """What changes from step to step; the tapes hold the addresses.
 
     ``counts``: tokens, head rows, then the items of each group. Tokens: ``token_ids``, ``slots`` [groups, tokens]
-    (page * page size + offset), ``ropes`` (cos | sin per distinct rope), ``items`` per group, ``splits`` [tokens, 2].
+    (page * page size + offset), ``ropes`` (cos | sin per distinct rope), ``items`` and ``splits`` [tokens, 2]
+    per group.
     Head: ``head_rows`` (which tokens). ``counters`` must be zero when a tape starts.
     """
 
@@ -113,7 +114,7 @@ def step_tables(spec: DecoderSpec, layout: CacheLayout, tokens: int, item_tokens
         slots=np.zeros((groups, tokens), np.int64),
         ropes={rope: np.zeros((tokens, rope.dim), np.float32) for rope in ropes},
         items=np.zeros((groups, items, attention_kernels.ITEM_FIELDS), np.int64),
-        splits=np.zeros((tokens, 2), np.int64),
+        splits=np.zeros((groups, tokens, 2), np.int64),
         head_rows=np.zeros(tokens, np.int64),
         counters=np.zeros((len(spec.layers), COUNTER_LINE), np.int64),
     )
@@ -288,7 +289,7 @@ class Lowering:
                 self.memory.stats.ctypes.data,
                 block.num_heads,
                 block.head_dim,
-                self.tables.splits.ctypes.data,
+                self.tables.splits[group].ctypes.data,
                 self.memory.plain.ctypes.data if plain else 0,
                 self.memory.quants.ctypes.data if quants else 0,
                 self.memory.meta.ctypes.data,

@@ -22,7 +22,6 @@ from octavo.runner.cpu.slots import Slots
 
 Ints = NDArray[np.int64]
 ITEM_TOKENS = 16  # queries of one attention item
-SPLIT_KEYS = 256  # contexts shorter than this are not split over threads
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,6 @@ class StepWriter:
         queries = np.minimum(chunk.counts[piece] - offset, ITEM_TOKENS)
         position = chunk.starts[piece] + offset
         token = firsts[piece] + offset
-        tables.splits[:tokens] = 0
-        parts = self._splits(chunk)
         for group in range(groups):
             items = tables.items[group]
             count = len(piece)
@@ -128,33 +125,38 @@ class StepWriter:
             table = self.slots.tables[group]
             columns[:, kernels.TABLE] = table.ctypes.data + chunk.slots[piece] * table.strides[0]
             columns[:, kernels.PART] = token
-            if parts > 1:
-                count = self._split(items, count, tokens, parts)
+            tables.splits[group, :tokens] = 0
+            if self._splits(chunk, group):
+                count = self._split(group, count, tokens)
             tables.counts[2 + group] = count
 
-    def _splits(self, chunk: Chunk) -> int:
-        """How many parts each context is cut into (1 = whole)."""
-        if self.threads == 1 or chunk.counts.max() > 1:
-            return 1
-        pieces = len(chunk.counts) * self.kv_heads
-        parts = min(-(-4 * self.threads // pieces), int(chunk.starts.max()) // (SPLIT_KEYS // 2))
-        return max(1, min(parts, EXTRA_PARTS // len(chunk.counts)))
+    def _splits(self, chunk: Chunk, group: int) -> bool:
+        """Whether to cut contexts at stretches: few sequences, many keys, and room for the parts."""
+        works = len(chunk.counts) * self.kv_heads
+        if self.threads == 1 or works >= 4 * self.threads or chunk.counts.max() > 1:
+            return False
+        longest = int(chunk.starts.max()) + 1
+        if self.windows[group]:
+            longest = min(longest, self.windows[group])
+        stretches = longest // kernels.STRETCH + 2
+        return stretches > 2 and stretches * len(chunk.counts) <= EXTRA_PARTS
 
-    def _split(self, items: Ints, count: int, tokens: int, parts: int) -> int:
-        """Cut every item's keys into ``parts`` ranges of whole blocks; extra parts get places behind the tokens'."""
+    def _split(self, group: int, count: int, tokens: int) -> int:
+        """Cut every item's keys at multiples of STRETCH; all parts but the first get places behind the tokens'."""
+        items = self.tables.items[group]
         whole = items[:count].copy()
         first, last = whole[:, kernels.FIRST_KEY], whole[:, kernels.LAST_KEY]
-        step = -(-(last - first // 16 * 16) // (parts * 16)) * 16
-        total = 0
-        for part in range(parts):
-            columns = whole.copy()
-            low = np.maximum(first, first // 16 * 16 + part * step)
-            high = np.minimum(last, first // 16 * 16 + (part + 1) * step)
-            columns[:, kernels.FIRST_KEY], columns[:, kernels.LAST_KEY] = low, high
-            if part:
-                columns[:, kernels.PART] = tokens + np.arange(count) * (parts - 1) + part - 1
-            items[total : total + count] = columns
-            total += count
-        self.tables.splits[:tokens, 0] = tokens + np.arange(count) * (parts - 1)
-        self.tables.splits[:tokens, 1] = parts - 1
-        return total
+        numbers = (last - 1) // kernels.STRETCH - first // kernels.STRETCH + 1
+        item = np.repeat(np.arange(count), numbers)
+        begins = np.cumsum(numbers) - numbers
+        part = np.arange(len(item)) - begins[item]
+        edge = (first[item] // kernels.STRETCH + part) * kernels.STRETCH
+        columns = whole[item]
+        columns[:, kernels.FIRST_KEY] = np.maximum(first[item], edge)
+        columns[:, kernels.LAST_KEY] = np.minimum(last[item], edge + kernels.STRETCH)
+        extra = tokens + begins - np.arange(count)  # part 0 stays in the token's own place
+        columns[:, kernels.PART] = np.where(part == 0, whole[item, kernels.PART], extra[item] + part - 1)
+        items[: len(item)] = columns
+        self.tables.splits[group, :tokens, 0] = extra
+        self.tables.splits[group, :tokens, 1] = numbers - 1
+        return len(item)

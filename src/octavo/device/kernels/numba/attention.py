@@ -2,9 +2,12 @@
 
 An item is some consecutive queries of one sequence over a range of its keys; each (item, kv head) is one piece of work,
 handed out by a counter so that long items balance. The queries of all heads that share a kv head form the rows of small
-tiles (up to 4 rows x 16 keys); the softmax runs online over stretches of 512 keys (Milakov & Gimelshein 2018). Results are
-unnormalized sums with their maximum and total, so that a long decode can be split over its context; ``combine`` joins
-the parts, normalizes and quantizes for the output projection. The layout of pages is in ``rope``.
+tiles (up to 4 rows x 16 keys).
+
+Keys are taken in stretches of 256 that begin at multiples of 256. A stretch gives a partial result (maximum, total,
+unnormalized sum), and partial results are folded in order (Milakov & Gimelshein 2018). A long decode may be cut at
+stretch boundaries into parts on several threads; ``combine`` then folds with the same arithmetic. So a token's numbers do
+not depend on the batch, the chunk or the thread that computed it, to the last bit. The layout of pages is in ``rope``.
 """
 
 from __future__ import annotations
@@ -20,16 +23,17 @@ from octavo.device.kernels.numba import vector as v
 from octavo.device.kernels.numba.linear import HOST
 from octavo.device.kernels.numba.rows import address_of, emit_write, float_of
 
-STRETCH = 512  # keys between two softmax corrections
+STRETCH = 256  # keys of one partial result
 ROWS = 4  # query rows of a tile
-# A thread's scratch: block addresses, query and output addresses, scores, probabilities, one block of 32 floats.
+MAX_HEAD = 256  # largest head size
+# A thread's scratch: block addresses, query addresses, scores, probabilities, partial outputs, one block of 32 floats.
 BLOCKS_AT = 0
 QUERIES_AT = BLOCKS_AT + (STRETCH // 16 + 1) * 8  # one more: the block to fetch ahead
-OUTPUTS_AT = QUERIES_AT + ROWS * 8
-SCORES_AT = OUTPUTS_AT + ROWS * 8
+SCORES_AT = QUERIES_AT + ROWS * 8
 WEIGHTS_AT = SCORES_AT + ROWS * STRETCH * 4
-BLOCK_AT = WEIGHTS_AT + ROWS * STRETCH * 2
-SCRATCH_BYTES = BLOCK_AT + 128 + 64 & ~63
+PARTIAL_AT = WEIGHTS_AT + ROWS * STRETCH * 2
+BLOCK_AT = PARTIAL_AT + ROWS * MAX_HEAD * 4
+SCRATCH_BYTES = BLOCK_AT + 192 & ~63
 
 # Fields of an item, int64 each.
 TOKEN, QUERIES, POSITION, FIRST_KEY, LAST_KEY, TABLE, PART, ITEM_FIELDS = range(8)
@@ -78,7 +82,7 @@ def scores(rows, target):
 
 
 def mix(rows, target):
-    """Intrinsic: add probabilities x values of blocks of 16 keys to ``rows`` output rows."""
+    """Intrinsic: probabilities x values of blocks of 16 keys, ``rows`` rows of partial output."""
 
     def columns(b, scratch, blocks, size, value_at, outputs, column, width):
         """``width`` vectors of 16 output dims from ``column`` on."""
@@ -87,7 +91,7 @@ def mix(rows, target):
         sums = [[cgutils.alloca_once(b, v.VF) for _ in range(width)] for _ in outputs]
         for r in range(rows):
             for j in range(width):
-                b.store(v.load(b, places[r][j], v.VF, 4), sums[r][j])
+                b.store(v.floats(0.0), sums[r][j])
         with cgutils.for_range(b, blocks) as block:
             keys = v.load(b, b.add(v.at(b, scratch, BLOCKS_AT), b.mul(block.index, v.const(8))), v.I64, 8)
             values = b.add(b.add(keys, value_at), at)
@@ -110,7 +114,7 @@ def mix(rows, target):
     def compute(context, scratch, blocks, size, value_at):
         def generate(ctx, b, signature, args):
             scratch, blocks, size, value_at = args
-            outputs = [v.load(b, v.at(b, scratch, OUTPUTS_AT + 8 * r), v.I64, 8) for r in range(rows)]
+            outputs = [v.at(b, scratch, PARTIAL_AT + MAX_HEAD * 4 * r) for r in range(rows)]
             wide = b.sdiv(size, v.const(64))
             with cgutils.for_range(b, wide) as loop:
                 columns(b, scratch, blocks, size, value_at, outputs, b.mul(loop.index, v.const(64)), 4)
@@ -157,13 +161,14 @@ def largest(context, row, vectors):
 
 @intrinsic
 def exponentials(context, row, weights, vectors, most):
-    """weights (bfloat16) = e^(row - most); returns their sum."""
+    """weights (bfloat16) = e^(row - most), exactly 0 where hidden; returns the sum before rounding."""
 
     def generate(_, b, signature, args):
         most, total = v.splat(b, args[3]), cgutils.alloca_once_value(b, v.floats(0.0))
         with cgutils.for_range(b, args[2]) as loop:
             x = v.load(b, b.add(args[0], b.mul(loop.index, v.const(64))), v.VF, 4)
             e = v.exp(b, b.fsub(x, most))
+            e = b.select(b.fcmp_ordered(">", x, v.floats(HIDDEN)), e, v.floats(0.0))
             v.store(b, v.round_bf16(b, e), b.add(args[1], b.mul(loop.index, v.const(32))), 2)
             b.store(b.fadd(b.load(total, typ=v.VF), e), total)
         return v.reduce_add(b, b.load(total, typ=v.VF))
@@ -173,30 +178,21 @@ def exponentials(context, row, weights, vectors, most):
 
 
 @intrinsic
-def scale_row(context, row, size, factor):
-    """``size`` floats (a multiple of 16) times a factor in place; factor 0 writes zeros whatever was there."""
+def fold_row(context, target, source, size, before, now):
+    """target = target * before + source * now over ``size`` floats; target is not read where ``before`` is 0."""
 
     def generate(ctx, b, signature, args):
-        factor = v.splat(b, args[2])
-        clear = b.fcmp_ordered("==", factor, v.floats(0.0))
-        with cgutils.for_range(b, b.sdiv(args[1], v.const(16))) as loop:
-            at = b.add(args[0], b.mul(loop.index, v.const(64)))
-            v.store(b, b.select(clear, v.floats(0.0), b.fmul(v.load(b, at, v.VF, 4), factor)), at, 4)
+        before, now = v.splat(b, args[3]), v.splat(b, args[4])
+        with cgutils.for_range(b, b.sdiv(args[2], v.const(16))) as loop:
+            at = b.mul(loop.index, v.const(64))
+            new = b.fmul(v.load(b, b.add(args[1], at), v.VF, 4), now)
+            old = v.fma(b, v.load(b, b.add(args[0], at), v.VF, 4), before, new)
+            first = b.fcmp_ordered("==", before, v.floats(0.0))
+            v.store(b, b.select(first, new, old), b.add(args[0], at), 4)
         return ctx.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float32), generate
-
-
-@intrinsic
-def add_half(context, target, source, factor):
-    """16 floats: target += source * factor."""
-
-    def generate(ctx, b, signature, args):
-        total = v.fma(b, v.load(b, args[1], v.VF, 4), v.splat(b, args[2]), v.load(b, args[0], v.VF, 4))
-        v.store(b, total, args[0], 4)
-        return ctx.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), generate
+    i, f = types.int64, types.float32
+    return types.void(i, i, i, f, f), generate
 
 
 @intrinsic
@@ -256,18 +252,15 @@ def tile(args, scratch, item, h, row0, rows):
     table, part = mem.load_i64(item + 8 * TABLE), mem.load_i64(item + 8 * PART)
     for r in range(rows):
         query, head = (row0 + r) // group, h * group + (row0 + r) % group
-        place = (part + query) * heads + head
-        mem.store_i64(
-            scratch + QUERIES_AT + 8 * r, address_of(args, 5) + ((token + query) * heads + head) * size * 2
-        )
-        mem.store_i64(scratch + OUTPUTS_AT + 8 * r, address_of(args, 12) + place * size * 4)
-        mem.store_f32(address_of(args, 13) + place * 8, types.float32(HIDDEN))
-        mem.store_f32(address_of(args, 13) + place * 8 + 4, types.float32(0))
+        mem.store_i64(scratch + QUERIES_AT + 8 * r, address_of(args, 5) + ((token + query) * heads + head) * size * 2)
+        stats = address_of(args, 13) + ((part + query) * heads + head) * 8
+        mem.store_f32(stats, types.float32(HIDDEN))
+        mem.store_f32(stats + 4, types.float32(0))
     # A later row of the tile may see more: the tile's keys end with its last row's.
     last = min(last, position + (row0 + rows - 1) // group + 1)
     start = first // 16 * 16
     while start < last:
-        stop = min(start + STRETCH, (last + 15) // 16 * 16)
+        stop = min((start // STRETCH + 1) * STRETCH, (last + 15) // 16 * 16)
         blocks = (stop - start) // 16
         for i in range(blocks):
             at = start + 16 * i
@@ -278,28 +271,44 @@ def tile(args, scratch, item, h, row0, rows):
             mem.store_i64(scratch + BLOCKS_AT + 8 * i + 8, address)
         multiply(scratch, rows, blocks, size, scale, value_at)
         for r in range(rows):
-            row = scratch + SCORES_AT + r * STRETCH * 4
-            query = (row0 + r) // group
-            place = (part + query) * heads + h * group + (row0 + r) % group
+            row, query = scratch + SCORES_AT + r * STRETCH * 4, (row0 + r) // group
             if cap != types.float32(0):
                 cap_row(row, blocks, cap)
             seen = min(last, position + query + 1)
             low = max(first, position + query + 1 - window) if window > 0 else first
             hide(row, 0, min(low, stop) - start)
             hide(row, max(seen, start) - start, stop - start)
-            stats = address_of(args, 13) + place * 8
-            before = mem.load_f32(stats)
-            most = max(before, largest(row, blocks))
-            keep = (
-                types.float32(math.exp(before - most)) if before > types.float32(HIDDEN) else types.float32(0)
-            )
+            most = largest(row, blocks)
             total = exponentials(row, scratch + WEIGHTS_AT + r * STRETCH * 2, blocks, most)
-            mem.store_f32(stats, most)
-            mem.store_f32(stats + 4, mem.load_f32(stats + 4) * keep + total)
-            if keep != types.float32(1):
-                scale_row(mem.load_i64(scratch + OUTPUTS_AT + 8 * r), size, keep)
+            mem.store_f32(scratch + BLOCK_AT + 8 * r, most)
+            mem.store_f32(scratch + BLOCK_AT + 8 * r + 4, total)
         accumulate(scratch, rows, blocks, size, value_at)
+        for r in range(rows):
+            query, head = (row0 + r) // group, h * group + (row0 + r) % group
+            place = (part + query) * heads + head
+            source = scratch + PARTIAL_AT + r * MAX_HEAD * 4
+            fold(
+                address_of(args, 13) + place * 8,
+                address_of(args, 12) + place * size * 4,
+                scratch + BLOCK_AT + 8 * r,
+                source,
+                size,
+            )
         start = stop
+
+
+@register_jitable
+def fold(stats, target, new_stats, source, size):
+    """Fold a partial result (maximum, total; sums) into another; one without keys changes nothing."""
+    before, most = mem.load_f32(stats), mem.load_f32(new_stats)
+    if most <= types.float32(HIDDEN):
+        return
+    top = max(before, most)
+    keep = types.float32(math.exp(before - top)) if before > types.float32(HIDDEN) else types.float32(0)
+    take = types.float32(math.exp(most - top))
+    mem.store_f32(stats, top)
+    mem.store_f32(stats + 4, mem.load_f32(stats + 4) * keep + mem.load_f32(new_stats + 4) * take)
+    fold_row(target, source, size, keep, take)
 
 
 def attend(args, thread, threads):
@@ -322,25 +331,18 @@ def attend(args, thread, threads):
 
 
 @register_jitable
-def join(args, target, m, head, dim):
-    """16 normalized outputs of one head of token m, joined over the parts of a split context."""
+def join(args, block, half, m, head, dim):
+    """16 normalized outputs of one head of token m, folded over the parts of a split context."""
     heads, size = address_of(args, 3), address_of(args, 4)
     out, stats, splits = address_of(args, 1), address_of(args, 2), address_of(args, 5)
     extra, count = mem.load_i64(splits + 16 * m), mem.load_i64(splits + 16 * m + 8)
-    most = mem.load_f32(stats + (m * heads + head) * 8)
-    for p in range(extra, extra + count):
-        most = max(most, mem.load_f32(stats + (p * heads + head) * 8))
-    total = types.float32(0)
+    target, summary = block + 64 * half, block + 128
+    mem.store_f32(summary, types.float32(HIDDEN))
+    mem.store_f32(summary + 4, types.float32(0))
     for i in range(count + 1):
         place = (m if i == 0 else extra + i - 1) * heads + head
-        share = types.float32(math.exp(mem.load_f32(stats + place * 8) - most))
-        total += share * mem.load_f32(stats + place * 8 + 4)
-    scale_row(target, 16, types.float32(0))
-    for i in range(count + 1):
-        place = (m if i == 0 else extra + i - 1) * heads + head
-        share = types.float32(math.exp(mem.load_f32(stats + place * 8) - most))
-        if share != types.float32(0):  # an empty part's outputs were never written
-            add_half(target, out + (place * size + dim) * 4, share / total)
+        fold(summary, target, stats + place * 8, out + (place * size + dim) * 4, 16)
+    fold_row(target, target, 16, types.float32(0), types.float32(1) / mem.load_f32(summary + 4))
 
 
 def combine(args, thread, threads):
@@ -355,7 +357,7 @@ def combine(args, thread, threads):
         m, column = item // blocks, item % blocks * 32
         for half in range(2):
             at = column + 16 * half
-            join(args, block_at + 64 * half, m, at // size, at % size)
+            join(args, block_at, half, m, at // size, at % size)
         write_block(
             block_at,
             0 if plain == 0 else plain + item * 128,

@@ -45,8 +45,11 @@ def _weights(b, target, dtype, address):
 
 
 def _tile(b, target, dtype, count, inputs, weights, tokens, token_bytes):
-    """Sums of one panel over ``count`` tokens; four partial sums a token hide the latency for few tokens."""
-    chains = max(1, min(4, 8 // count))
+    """Sums of one panel over ``count`` tokens; two partial sums a token hide latency.
+
+    Their number must not depend on ``count``: a token's result is the same in every batch, to the last bit.
+    """
+    chains = 2
     sums = [[cgutils.alloca_once(b, v.VF) for _ in range(chains)] for _ in range(count)]
     for slot in (slot for row in sums for slot in row):
         b.store(v.floats(0.0), slot)
