@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 
 from octavo.api.frontend import Frontend
 from octavo.api.server.app import build_app
-from octavo.api.server.options import ServerSettings
+from octavo.api.server.options import ServerOptions, ServerSettings
+from octavo.api.server.serve import bind, serve, url
 from octavo.api.text.byte_tokenizer import build_byte_tokenizer
 from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
@@ -31,7 +39,7 @@ Rule = Callable[[GenerateRequest, int], list[int]]
 def says(text: str, *, step: int = 3) -> Rule:
     """The same text for everybody, ``step`` tokens an engine step, then end of sequence."""
     tokens = [*text.encode(), EOS]
-    return lambda request, done: tokens[done : done + step]
+    return lambda request, done: tokens[done : done + step] or [ord(".")]  # told to ignore the end
 
 
 def for_ever(request: GenerateRequest, done: int) -> list[int]:
@@ -155,7 +163,87 @@ def make_frontend(engine: FakeEngine, template: str | None = TEMPLATE) -> Fronte
     return Frontend(engine, make_tokenizer(), ChatTemplate(template), model_name="fake")
 
 
-def make_app(engine: FakeEngine, **settings: object):  # type: ignore[no-untyped-def]
+def make_app(engine: FakeEngine, **settings: Any) -> ASGIApp:
     """The whole application over ``engine``."""
     given = {"served_model_names": ("fake", "alias"), **settings}
-    return build_app(make_frontend(engine), engine, ServerSettings(**given))  # type: ignore[arg-type]
+    return build_app(make_frontend(engine), engine, ServerSettings(**given))
+
+
+def make_client(engine: FakeEngine | None = None, **settings: Any) -> TestClient:
+    """A client that calls the application without a socket."""
+    return TestClient(make_app(engine or FakeEngine(), **settings))
+
+
+def events_of(body: str) -> list[dict[str, Any]]:
+    """The JSON events of a stream, which must end with ``[DONE]``."""
+    blocks = [block for block in body.split("\n\n") if block and not block.startswith(":")]
+    assert blocks[-1] == "data: [DONE]", blocks[-1]
+    return [msgspec.json.decode(block.removeprefix("data: ")) for block in blocks[:-1]]
+
+
+@dataclass
+class Live:
+    """A server on a loopback port in its own thread."""
+
+    engine: FakeEngine
+    options: ServerOptions
+    settings: dict[str, Any]
+    url: str = ""
+    port: int = 0
+    status: int | None = None
+    loop: asyncio.AbstractEventLoop | None = None
+    stop_event: asyncio.Event | None = None
+
+    def call(self, action: Callable[[], Any]) -> None:
+        """Run ``action`` on the server's event loop and wait for it."""
+        done = threading.Event()
+
+        def run() -> None:
+            action()
+            done.set()
+
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(run)
+        assert done.wait(10)
+
+    async def main(self, ready: threading.Event) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.stop_event = asyncio.Event()
+        listener = bind(self.options)
+
+        def on_ready(address: str) -> None:
+            self.url, self.port = address, listener.getsockname()[1]
+            assert address == url(self.options, listener)
+            ready.set()
+
+        app = make_app(self.engine, **self.settings)
+        with listener:
+            self.status = await serve(
+                app, self.engine, self.options, listener, on_ready=on_ready, stop=self.stop_event
+            )
+
+
+@contextmanager
+def live_server(
+    engine: FakeEngine | None = None, options: dict[str, Any] | None = None, **settings: Any
+) -> Iterator[Live]:
+    """A real uvicorn on a free loopback port; stopped (with its drain) at the end."""
+    quiet = {
+        "port": 0,
+        "disable_uvicorn_access_log": True,
+        "uvicorn_log_level": "critical",
+        **(options or {}),
+    }
+    live = Live(engine or FakeEngine(), ServerOptions(**quiet), settings)
+    ready = threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(live.main(ready)), daemon=True)
+    thread.start()
+    assert ready.wait(20), "the server did not start"
+    try:
+        yield live
+    finally:
+        stop = live.stop_event
+        if thread.is_alive() and live.loop is not None and stop is not None:
+            live.loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+        assert not thread.is_alive(), "the server did not stop"

@@ -173,8 +173,9 @@ def _first_choice(reply: _Reply, index: int, delta: TextDelta) -> CompletionChoi
 
 def _delta_choice(reply: _Reply, index: int, delta: TextDelta) -> CompletionChoice:
     if reply.scores_only:
-        finished = delta.finish_reason is not None
-        choice = CompletionChoice(index=index, text="", finish_reason="length" if finished else None)
+        choice = CompletionChoice(index=index, text="")
+        if delta.finish_reason is not None:
+            choice.finish_reason, choice.stop_reason = "length", None
         if reply.request.return_token_ids:
             choice.token_ids = []
         return choice
