@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -50,7 +51,7 @@ class Chunk(msgspec.Struct):
 
     choices: list[Choice] = []
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 @dataclass(slots=True)
@@ -101,7 +102,7 @@ class EventReader:
             return
         chunk = self.decode(payload)
         if chunk.error is not None:
-            self.answer.error = bytes(chunk.error).decode("utf-8", "replace")
+            self.answer.error = str(chunk.error)
         if chunk.usage is not None:
             self.usage = chunk.usage
         if chunk.choices:
@@ -170,8 +171,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport (asyncio)."""
-        if isinstance(transport, asyncio.Transport):
-            self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's own class is not a subclass of it
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The peer hung up (asyncio); an answer without length ends here, any other is cut off."""
