@@ -128,6 +128,11 @@ def test_cve_2024_37032_the_digest_decides(tmp_path: Path, served: bytes) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["demo.gguf.lock"]
 
 
+def test_a_member_of_another_size_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="has 3 bytes instead of 11000"):
+        fetch(entry(CONTENT[:1]), tmp_path, None, Mirror([b"abc"]))
+
+
 def test_the_digest_of_the_whole_is_checked_too(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="the joined file has sha256"):
         fetch(entry(CONTENT, sha256="0" * 64), tmp_path, None, Mirror())

@@ -239,6 +239,10 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
         {"num_pairs": 1, "pairs": pair("k", 9, struct.pack("<IQ", 9, 1) * 9)},
         "nested too deep",
     ),
+    "nested beyond the end": (
+        {"num_pairs": 1, "pairs": pair("k", 9, struct.pack("<IQ", 9, 999))},
+        "array 'k' takes 11988 bytes",
+    ),
     "alignment zero": (
         {"num_pairs": 1, "pairs": pair("general.alignment", 4, b"\0\0\0\0")},
         "general.alignment is 0",

@@ -88,6 +88,21 @@ def test_a_snapshot_with_missing_shards_is_completed(hub: Hub, tmp_path: Path) -
     assert (folder / shards[1]).exists()
 
 
+def test_a_client_that_does_not_notice_missing_shards(tmp_path: Path) -> None:
+    """Clients without a list of the repository's files call any snapshot complete; the names of the shards tell."""
+    asked: list[bool] = []
+
+    def snapshot(*, local_files_only: bool = False, **_: Any) -> str:
+        asked.append(local_files_only)
+        (tmp_path / "config.json").write_text("{}")
+        for number in (1,) if local_files_only else (1, 2):
+            (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(safetensors_bytes())
+        return str(tmp_path)
+
+    assert fetch_snapshot("org/name", snapshot=snapshot) == tmp_path and asked == [True, False]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
 def test_configuration_alone_for_dummy_weights(hub: Hub, tmp_path: Path) -> None:
     folder = fetch_snapshot("org/name", download_dir=str(tmp_path), weights=False, snapshot=client(hub))
     assert sorted(hub.served) == ["config.json", "generation_config.json"]
