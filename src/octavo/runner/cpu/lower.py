@@ -32,7 +32,8 @@ class StepTables:
     ``counts``: tokens, head rows, then the items of each group. Tokens: ``token_ids``, ``slots`` [groups, tokens]
     (page * page size + offset), ``ropes`` (cos | sin per distinct rope), ``items`` and ``splits`` [tokens, 2]
     per group.
-    Head: ``head_rows`` (which tokens). ``counters`` must be zero when a tape starts.
+    Head: ``head_rows`` (which tokens). ``counters`` and ``broken`` [tokens] must be zero when a tape starts; a 1 in
+    ``broken`` afterwards marks a token with keys or values that are not finite.
     """
 
     counts: NDArray[np.int64]
@@ -43,6 +44,7 @@ class StepTables:
     splits: NDArray[np.int64]
     head_rows: NDArray[np.int64]
     counters: NDArray[np.int64]
+    broken: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def step_tables(spec: DecoderSpec, layout: CacheLayout, tokens: int, item_tokens
         splits=np.zeros((groups, tokens, 2), np.int64),
         head_rows=np.zeros(tokens, np.int64),
         counters=np.zeros((len(spec.layers), COUNTER_LINE), np.int64),
+        broken=np.zeros(tokens, np.int64),
     )
 
 
@@ -322,6 +325,7 @@ class Lowering:
                 self.layout.page_bytes,
                 self.layout.groups[group].spec.page_size,
                 self.memory.queries.ctypes.data,
+                self.tables.broken.ctypes.data,
             ],
         )
 

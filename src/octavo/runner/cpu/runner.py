@@ -29,6 +29,7 @@ from octavo.runner.cpu.weights import WeightReader
 
 CHUNK_TOKENS = 256  # computed at a time: their activations stay in the cores' caches
 PROMPT_LOGITS = 16  # prompt positions whose logits exist at a time
+NOT_FINITE = "The model produced numbers that are not finite for this request."
 BYTES_PER_ELEMENT = 2  # of keys and values: bfloat16
 
 
@@ -38,7 +39,7 @@ class Drawn:
 
     plan: StepPlan
     rows: list[int] = field(default_factory=list)
-    result: StepResult | None = None
+    broken: set[int] = field(default_factory=set)
     prompt: dict[int, list[list[Logprob]]] = field(default_factory=dict)
 
 
@@ -116,6 +117,9 @@ class CPURunner:
         for chunk in chunks(plan, self.chunk_tokens):
             self.writer.write(chunk)
             self.team.run(self.lowered.body)
+            bad = self.tables.broken[: int(self.tables.counts[0])]
+            if bad.any():
+                self.current.broken.update(np.repeat(chunk.rows, chunk.counts)[bad != 0].tolist())
             self._sampling_logits(chunk, ends)
             self._prompt_logprobs(chunk)
 
@@ -127,13 +131,13 @@ class CPURunner:
         plan = drawn.plan
         by_row = {mask.row: mask for mask in masks}
         tokens: list[list[int]] = [[] for _ in range(plan.num_rows)]
-        errors: dict[int, str] = {}
+        errors = dict.fromkeys(drawn.broken, NOT_FINITE)
         found: list[list[list[Logprob]] | None] = [None] * plan.num_rows
         for index, row in enumerate(drawn.rows):
             slot, position = plan.slots[row], plan.starts[row] + plan.num_tokens[row]
             logits = self.logits[index, : self.vocab_size]
-            if np.isnan(logits.max()):
-                errors[row] = "The model produced NaN for this request."
+            if row in errors or not np.isfinite(logits.max()):
+                errors[row] = NOT_FINITE
                 tokens[row] = [0]
                 continue
             wanted = self.slots.sampling[slot].logprobs

@@ -50,7 +50,7 @@ class Slots:
             table[write.slot, write.first : write.first + len(write.pages)] = write.pages
 
     def append(self, slot: int, position: int, token: int) -> None:
-        """The token drawn for ``position``: the next decode row reads it."""
-        if position < self.tokens.shape[1]:
+        """The token drawn for ``position``: the next decode row reads it. What the host knows already stays."""
+        if self.num_known[slot] <= position < self.tokens.shape[1]:
             self.tokens[slot, position] = token
             self.num_known[slot] = position + 1

@@ -102,6 +102,7 @@ class StepWriter:
             tables.ropes[rope][:tokens, rope.dim // 2 :] = np.sin(angles) * scale
         self._items(chunk, firsts, tokens)
         tables.counters[:] = 0
+        tables.broken[:tokens] = 0
 
     def _items(self, chunk: Chunk, firsts: Ints, tokens: int) -> None:
         """Attention work: pieces of ITEM_TOKENS queries; few long decodes are split over their keys."""

@@ -54,7 +54,9 @@ def scores(rows, target):
             with cgutils.for_range(b, blocks) as block:
                 keys = v.load(b, b.add(v.at(b, scratch, BLOCKS_AT), b.mul(block.index, v.const(8))), v.I64, 8)
                 # The values of this block and the keys of the next: the processor does not guess across pages.
-                after = v.load(b, b.add(v.at(b, scratch, BLOCKS_AT + 8), b.mul(block.index, v.const(8))), v.I64, 8)
+                after = v.load(
+                    b, b.add(v.at(b, scratch, BLOCKS_AT + 8), b.mul(block.index, v.const(8))), v.I64, 8
+                )
                 for slot in sums:
                     b.store(v.floats(0.0), slot)
                 with cgutils.for_range(b, b.sdiv(size, v.const(4))) as loop:
@@ -252,7 +254,9 @@ def tile(args, scratch, item, h, row0, rows):
     table, part = mem.load_i64(item + 8 * TABLE), mem.load_i64(item + 8 * PART)
     for r in range(rows):
         query, head = (row0 + r) // group, h * group + (row0 + r) % group
-        mem.store_i64(scratch + QUERIES_AT + 8 * r, address_of(args, 5) + ((token + query) * heads + head) * size * 2)
+        mem.store_i64(
+            scratch + QUERIES_AT + 8 * r, address_of(args, 5) + ((token + query) * heads + head) * size * 2
+        )
         stats = address_of(args, 13) + ((part + query) * heads + head) * 8
         mem.store_f32(stats, types.float32(HIDDEN))
         mem.store_f32(stats + 4, types.float32(0))

@@ -5,8 +5,8 @@ A page holds, per kv head, first the keys then the values of its tokens, in bloc
     keys    [D / 2][16 tokens][2]   lane t of vector i: dims 2i and 2i+1 of token t
     values  [8 pairs][D][2]         lane d of a vector: tokens 2j and 2j+1 of dim d
 
-so that q.k and p.v are both pair products of 16 lanes. Values that are not finite are stored as 0: a page is reused by
-other sequences, and 0 * NaN would reach them.
+so that q.k and p.v are both pair products of 16 lanes. Values that are not finite are stored as 0, since a page is reused
+by other sequences and 0 * NaN would reach them; the token is marked instead, so that its own sequence fails.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ def bf16_bits(x):
         return types.uint32(0)
     odd = (bits >> types.uint32(16)) & types.uint32(1)
     return types.uint32((bits + types.uint32(0x7FFF) + odd) >> types.uint32(16))
+
+
+@register_jitable
+def infinite(x):
+    """True where x is infinite or not a number."""
+    return mem.float_bits(x) & types.uint32(0x7F800000) == types.uint32(0x7F800000)
 
 
 @register_jitable
@@ -57,7 +63,8 @@ def store_pair(address, x, y):
 
 def rope_store(args, thread, threads):
     """args: count, qkv, heads, kv heads, head dim, q weight, k weight, eps, cos/sin table [tokens, rotary], rotary, slot
-    table (int64: page * page size + offset), page tensor, page bytes, page size, q out (bfloat16 [tokens, heads, D])."""
+    table (int64: page * page size + offset), page tensor, page bytes, page size, q out (bfloat16 [tokens, heads, D]),
+    broken (int64 [tokens], set to 1 where a key or value is not finite)."""
     tokens = mem.load_i64(address_of(args, 0))
     qkv, heads, kv_heads, size = (
         address_of(args, 1),
@@ -85,9 +92,13 @@ def rope_store(args, thread, threads):
         slot = mem.load_i64(slots + 8 * m)
         offset = slot % page_size
         block = pages + slot // page_size * page_bytes + h * page_size * size * 4 + offset // 16 * size * 32
-        t = offset % 16
+        t, bad = offset % 16, False
         for i in range(0, size, 2):
+            bad |= infinite(mem.load_f32(key + 4 * i)) | infinite(mem.load_f32(key + 4 * i + 4))
             store_pair(block + i * 32 + t * 4, mem.load_f32(key + 4 * i), mem.load_f32(key + 4 * i + 4))
         block += page_size * size * 2 + t // 2 * size * 4 + t % 2 * 2
         for i in range(size):
+            bad |= infinite(mem.load_f32(value + 4 * i))
             mem.store_u16(block + 4 * i, types.uint16(bf16_bits(mem.load_f32(value + 4 * i))))
+        if bad:
+            mem.store_i64(address_of(args, 15) + 8 * m, 1)

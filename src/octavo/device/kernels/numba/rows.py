@@ -36,7 +36,9 @@ def emit_quantize(b, low, high, quants, meta):
         v.store(b, b.trunc(whole[-1], v.vector(v.I8)), v.at(b, quants, 16 * half), 16)
     # Both sums at once: lanes 0-7 add up the first half, lanes 8-15 the second.
     joined = [
-        b.shuffle_vector(*whole, ir.Constant(v.VI, [start + i + 16 * (i > 7) - 8 * (i > 7) for i in range(16)]))
+        b.shuffle_vector(
+            *whole, ir.Constant(v.VI, [start + i + 16 * (i > 7) - 8 * (i > 7) for i in range(16)])
+        )
         for start in (0, 8)
     ]
     sums = b.add(*joined)

@@ -1,0 +1,198 @@
+"""The compiled CPU runner against a numpy decoder, for every family, and its exactness under batching."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from cpu_models import FAMILIES, Driver, MemoryFiles, random_files, spec_of
+from cpu_reference import Reference
+
+from octavo.errors import ModelFileError, UnsupportedModelError
+from octavo.protocol.plan import CopyPage, StepPlan, ZeroPage
+from octavo.runner.cpu.runner import NOT_FINITE
+from octavo.runner.cpu.support import supports
+
+
+@pytest.fixture
+def drive() -> Iterator[Any]:
+    """Makes drivers and closes their runners."""
+    made: list[Driver] = []
+
+    def make(*args: Any, **options: Any) -> Driver:
+        made.append(Driver(*args, **options))
+        return made[-1]
+
+    yield make
+    for driver in made:
+        driver.runner.close()
+
+
+def prompt(count: int, seed: int = 3, vocab: int = 90) -> list[int]:
+    return np.random.default_rng(seed).integers(0, vocab, count).tolist()
+
+
+def close(got: Any, want: Any, tolerance: float) -> None:
+    """Largest error, in standard deviations of the reference."""
+    assert np.abs(got - want).max() < tolerance * want.std(), (np.abs(got - want).max(), want.std())
+
+
+@pytest.mark.parametrize("gguf", [False, True], ids=["hf", "gguf"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_equals_reference(family: str, gguf: bool, drive: Any) -> None:
+    """Prefill and decode in plain float32 weights: only keys, values and probabilities are rounded (bfloat16)."""
+    spec = spec_of(family)
+    files = random_files(spec, gguf=gguf)
+    driver, reference, tokens = drive(spec, files), Reference(spec, files), prompt(50)
+    want = reference.logits(tokens)
+    driver.run([(0, 0, 40)], [driver.admit(0, tokens)])
+    close(driver.logits()[0], want[39], 0.03)
+    for at in range(40, 50):
+        driver.run([(0, at, 1)])
+        close(driver.logits()[0], want[at], 0.03)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        ("F16", 0.03), ("BF16", 0.03), ("Q8_0", 0.1), ("Q4_0", 0.1), ("Q4_1", 0.1), ("Q5_0", 0.1), ("Q5_1", 0.1),
+        ("Q4_K", 0.1), ("Q5_K", 0.1), ("Q6_K", 0.1), (["Q4_K", "Q8_0", "F32", "Q6_K"], 0.1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_formats_equal_reference(dtype: Any, tolerance: float, drive: Any) -> None:
+    """Every stored type, also mixed within one linear; int8 activations cost a few percent of a logit's spread."""
+    spec = spec_of("qwen3", hidden_size=256, intermediate_size=512, head_dim=64, vocab_size=88)
+    files = random_files(spec, dtype)
+    driver, tokens = drive(spec, files), prompt(24, vocab=88)
+    driver.run([(0, 0, 24)], [driver.admit(0, tokens)])
+    close(driver.logits()[0], Reference(spec, files).logits(tokens)[-1], tolerance)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("dtype", ["Q8_0", "F32"])
+def test_numbers_do_not_depend_on_the_batch(family: str, dtype: str, drive: Any) -> None:
+    """Whole prompt, chunks, token by token, in a batch, on three threads, with other pages: the same bits."""
+    spec = spec_of(family)
+    files = random_files(spec, dtype)
+    tokens, count = prompt(700), 700
+    alone = drive(spec, files)
+    alone.run([(0, 0, count)], [alone.admit(0, tokens)])
+    want = alone.logits()[0]
+
+    chunked = drive(spec, files, threads=3)
+    start, rng = 0, np.random.default_rng(5)
+    chunked.run([(3, 0, 1)], [chunked.admit(3, prompt(30, 8)), chunked.admit(5, tokens)])
+    position = 1
+    while start < 690:
+        size = int(rng.integers(1, 200))
+        size = min(size, 690 - start)
+        chunked.run([(3, position, 1), (5, start, size)])
+        start, position = start + size, position + 1
+    for at in range(690, count):
+        chunked.run([(5, at, 1)] if at % 2 else [(5, at, 1), (3, position, 1)])
+        position += at % 2 == 0
+    assert np.array_equal(chunked.logits()[0], want)
+
+    wide = drive(spec, files, threads=2, page_size=32)
+    rows = [(slot, 0, 150 + slot) for slot in range(3)] + [(7, 0, count)]
+    wide.run(rows, [wide.admit(slot, prompt(160, slot)) for slot in range(3)] + [wide.admit(7, tokens)])
+    assert np.array_equal(wide.logits(4)[3], want)
+
+
+def test_decode_reads_what_was_drawn_and_resumes_after_preemption(drive: Any) -> None:
+    spec = spec_of("llama")
+    driver = drive(spec, random_files(spec, "Q8_0"))
+    tokens = prompt(20)
+    drawn = list(driver.run([(0, 0, 20)], [driver.admit(0, tokens)]).tokens[0])
+    for at in range(20, 30):
+        drawn += driver.run([(0, at, 1)]).tokens[0]
+    known = tokens + drawn[:5]
+    resumed = driver.run([(4, 0, 25)], [driver.admit(4, known, num_prompt=20)]).tokens[0]
+    for at in range(25, 30):
+        resumed += driver.run([(4, at, 1)]).tokens[0]
+    assert resumed == drawn[5:]
+
+
+def test_stale_window_pages_and_nan_pages_do_not_matter(drive: Any) -> None:
+    """Pages behind the window are reused by others, even by a sequence that turned to NaN."""
+    spec = spec_of("mistral")
+    files = random_files(spec)
+    driver, other, tokens = drive(spec, files), drive(spec, files), prompt(200)
+    for d in (driver, other):
+        d.run([(0, 0, 150)], [d.admit(0, tokens)])
+    page = driver.held[(0, 0)][0]
+    size = driver.layout.page_bytes
+    driver.runner.pages[:, page * size : (page + 1) * size] = 0x7F  # large finite numbers
+    for d in (driver, other):
+        d.run([(0, 150, 50)])
+    assert np.array_equal(driver.logits(), other.logits())
+
+
+def test_a_row_of_nan_fails_alone(drive: Any) -> None:
+    spec = spec_of("llama")
+    files = random_files(spec)
+    table = files.raw["model.embed_tokens.weight"].view(np.float32).reshape(90, 64)
+    table[7] = np.nan
+    driver = drive(spec, files)
+    result = driver.run([(0, 0, 3), (1, 0, 3)], [driver.admit(0, [1, 7, 2]), driver.admit(1, [1, 3, 2])])
+    assert result.errors == {0: NOT_FINITE}
+    clean = drive(spec, files)
+    assert clean.run([(0, 0, 3)], [clean.admit(0, [1, 3, 2])]).tokens[0] == result.tokens[1]
+    # The pages it leaves hold no NaN.
+    assert np.isfinite((driver.runner.pages.view(np.uint16).astype(np.uint32) << 16).view(np.float32)).all()
+
+
+def test_page_operations(drive: Any) -> None:
+    spec = spec_of("llama")
+    driver = drive(spec, random_files(spec))
+    driver.run([(0, 0, 16)], [driver.admit(0, prompt(16))])
+    source, target = driver.held[(0, 0)][0], driver.free[0]
+    size, pages = driver.layout.page_bytes, driver.runner.pages
+    driver.runner.forward(
+        StepPlan(9, [], [], [], [], [], [], [], [CopyPage(source, target), ZeroPage(source)])
+    )
+    driver.runner.sample([])
+    assert driver.runner.collect().tokens == []
+    assert pages[:, target * size : (target + 1) * size].any()
+    assert not pages[:, source * size : (source + 1) * size].any()
+
+
+def test_prompt_logprobs_and_logprobs(drive: Any) -> None:
+    spec = spec_of("llama")
+    files = random_files(spec)
+    driver, tokens = drive(spec, files), prompt(40)
+    admit = driver.admit(0, tokens, prompt_logprobs=2, logprobs=3)
+    first = driver.run([(0, 0, 23)], [admit], sample=False)
+    second = driver.run([(0, 23, 17)])
+    found = first.prompt_logprobs[0] + second.prompt_logprobs[0]
+    want = Reference(spec, files).logits(tokens)
+    want = want - np.log(np.exp(want).sum(-1, keepdims=True))
+    assert [entry[0].token_id for entry in found] == tokens[1:]
+    for at, entry in enumerate(found):
+        assert entry[0].logprob == pytest.approx(want[at, tokens[at + 1]], abs=0.05)
+        assert len(entry) == 3
+        assert entry[1].rank == 1 and entry[1].logprob >= entry[2].logprob
+    answer = second.logprobs[0][0]
+    assert len(answer) == 4 and answer[0].token_id == second.tokens[0][0] and answer[0].rank == 1
+
+
+def test_refusals(drive: Any) -> None:
+    spec = spec_of("llama")
+    files = random_files(spec)
+    assert supports(spec, files) is None
+    odd = spec_of("llama", head_dim=24, hidden_size=96)
+    assert "head size 24" in str(supports(odd, random_files(odd)))
+    narrow = spec_of("llama", hidden_size=48)
+    assert "multiple of 32" in str(supports(narrow, random_files(narrow)))
+    with pytest.raises(UnsupportedModelError, match="multiple of 16"):
+        drive(spec, files, page_size=8)
+    extra = dict.fromkeys(["model.layers.0.self_attn.surprise.weight"], ("F32", (4,), np.zeros(16, np.uint8)))
+    known = {n: (i.dtype, i.shape, files.raw[n]) for n, i in files.tensors.items()}
+    with pytest.raises(ModelFileError, match="surprise"):
+        drive(spec, MemoryFiles({**known, **extra}, "safetensors"))
+    missing = {n: t for n, t in known.items() if n != "model.layers.1.mlp.up_proj.weight"}
+    with pytest.raises(ModelFileError, match=r"layers\.1\.mlp\.up_proj"):
+        drive(spec, MemoryFiles(missing, "safetensors"))
