@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from text_helpers import (
     smollm_backend,
     smollm_tokenizer,
     spm_metadata,
+    spm_reference,
     spm_tokenizer,
     trained_bpe,
 )
@@ -37,51 +37,6 @@ SMOLLM_REFERENCE = smollm_backend()
 SMOLLM = smollm_tokenizer()
 SPM = spm_tokenizer()
 SPM_SPACE = spm_tokenizer(add_space_prefix=True)
-
-
-def spm_reference(metadata: dict[str, Any], text: str) -> list[int]:
-    """SentencePiece's BPE, literally: symbols first, then join the best-scoring adjacent pair until none is left."""
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    scores = metadata["tokenizer.ggml.scores"]
-    text = text.replace(" ", "▁")
-    symbols = {tokens[i].replace(" ", "▁"): i for i, kind in enumerate(types) if kind == 4}
-    pieces = {tokens[i]: i for i, kind in enumerate(types) if kind == 1}
-    ids: list[int] = []
-    for part in _cut_symbols(text, sorted(symbols, key=len, reverse=True)):
-        if part in symbols:
-            ids.append(symbols[part])
-            continue
-        chars = list(part)
-        while True:
-            pairs = [
-                (-scores[pieces[a + b]], i) for i, (a, b) in enumerate(pairwise(chars)) if a + b in pieces
-            ]
-            if not pairs:
-                break
-            _, i = min(pairs)
-            chars[i : i + 2] = [chars[i] + chars[i + 1]]
-        for char in chars:
-            if char in pieces:
-                ids.append(pieces[char])
-            else:
-                ids += [tokens.index(f"<0x{byte:02X}>") for byte in char.encode()]
-    return ids
-
-
-def _cut_symbols(text: str, symbols: list[str]) -> list[str]:
-    parts, start, i = [], 0, 0
-    while i < len(text):
-        found = next((symbol for symbol in symbols if text.startswith(symbol, i)), None)
-        if found is None:
-            i += 1
-            continue
-        if start < i:
-            parts.append(text[start:i])
-        parts.append(found)
-        i = start = i + len(found)
-    if start < len(text):
-        parts.append(text[start:])
-    return parts
 
 
 @settings(deadline=None, max_examples=150)
@@ -215,6 +170,11 @@ def test_bad_metadata_is_one_clear_error(change: dict[str, Any], says: str) -> N
 def test_sentencepiece_needs_scores() -> None:
     with pytest.raises(ModelFileError, match=r"tokenizer\.ggml\.scores"):
         build_from_gguf(spm_metadata(**{"tokenizer.ggml.scores": [0.0]}))
+
+
+def test_generation_config_names_more_ends() -> None:
+    files = Files("gguf", spm_metadata(), generation_config={"eos_token_id": [1, 3, 10**9]})
+    assert load_tokenizer(files).eos_token_ids == (1, 3, 4)
 
 
 def test_equal_entries_encode_as_the_first() -> None:

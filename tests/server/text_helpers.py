@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,6 @@ def trained_bpe(pre_tokenizer: pre_tokenizers.PreTokenizer, vocab_size: int = 60
 
 def bpe_metadata(backend: Backend, pre: str, **extra: Any) -> dict[str, Any]:
     """The GGUF metadata of a trained byte-level BPE."""
-    import json
-
     model = json.loads(backend.to_str())["model"]
     tokens = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
     return {
@@ -146,6 +146,51 @@ def spm_metadata(add_space_prefix: bool = False, **extra: Any) -> dict[str, Any]
 def spm_tokenizer(add_space_prefix: bool = False) -> Tokenizer:
     """A small tokenizer of Gemma's kind (or Llama 2's, with the space)."""
     return Tokenizer(build_from_gguf(spm_metadata(add_space_prefix)))
+
+
+def spm_reference(metadata: Mapping[str, Any], text: str) -> list[int]:
+    """SentencePiece's BPE, literally: symbols first, then join the best-scoring adjacent pair until none is left."""
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    scores = metadata["tokenizer.ggml.scores"]
+    kinds = (UNKNOWN, CONTROL, USER_DEFINED)
+    symbols = {tokens[i].replace(" ", "▁"): i for i, kind in enumerate(types) if kind in kinds}
+    pieces = {tokens[i]: i for i, kind in enumerate(types) if kind == NORMAL}
+    byte_ids = {int(tokens[i][3:5], 16): i for i, kind in enumerate(types) if kind == BYTE}
+    ids: list[int] = []
+    for part in _cut_symbols(text.replace(" ", "▁"), symbols):
+        if part in symbols:
+            ids.append(symbols[part])
+            continue
+        chars = list(part)
+        while True:
+            pairs = [
+                (-scores[pieces[a + b]], i) for i, (a, b) in enumerate(pairwise(chars)) if a + b in pieces
+            ]
+            if not pairs:
+                break
+            _, i = min(pairs)
+            chars[i : i + 2] = [chars[i] + chars[i + 1]]
+        for char in chars:
+            ids += [pieces[char]] if char in pieces else [byte_ids[byte] for byte in char.encode()]
+    return ids
+
+
+def _cut_symbols(text: str, symbols: Mapping[str, int]) -> list[str]:
+    """Leftmost, longest symbols of ``text`` and what lies between them."""
+    longest = max(map(len, symbols))
+    parts, start, i = [], 0, 0
+    while i < len(text):
+        found = next((text[i : i + n] for n in range(longest, 0, -1) if text[i : i + n] in symbols), None)
+        if found is None:
+            i += 1
+            continue
+        if start < i:
+            parts.append(text[start:i])
+        parts.append(found)
+        i = start = i + len(found)
+    if start < len(text):
+        parts.append(text[start:])
+    return parts
 
 
 class ScriptedClient:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,17 +98,22 @@ def load_tokenizer(files: ModelFiles, override: str | None = None) -> Tokenizer:
 
     Raises ``ModelFileError`` where none is found or it cannot be read.
     """
+    ends = _id_list(files.generation_config.get("eos_token_id"))
     if override is not None:
-        return Tokenizer(build_from_folder(Path(override), {}))
-    if files.format == "gguf":
-        return Tokenizer(build_from_gguf(files.config))
-    folder = files.path if files.path.is_dir() else files.path.parent
-    if files.format == "dummy" and not (folder / "tokenizer.json").is_file():
-        return Tokenizer(build_byte_tokenizer(files.config))
-    return Tokenizer(build_from_folder(folder, {**files.config, **files.generation_config}))
+        built = build_from_folder(Path(override))
+    elif files.format == "gguf":
+        built = build_from_gguf(files.config)
+    elif files.format == "dummy" and not (files.path / "tokenizer.json").is_file():
+        built = build_byte_tokenizer(files.config)
+    else:
+        built = build_from_folder(files.path if files.path.is_dir() else files.path.parent)
+        ends += _id_list(files.config.get("eos_token_id"))
+    size = built.backend.get_vocab_size()
+    known = {*built.eos_token_ids, *(i for i in ends if i < size)}
+    return Tokenizer(replace(built, eos_token_ids=tuple(sorted(known))))
 
 
-def build_from_folder(path: Path, model_config: Mapping[str, Any]) -> BuiltTokenizer:
+def build_from_folder(path: Path) -> BuiltTokenizer:
     """Build from tokenizer.json (and tokenizer_config.json beside it, which names the special tokens)."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -128,10 +134,8 @@ def build_from_folder(path: Path, model_config: Mapping[str, Any]) -> BuiltToken
     _add_declared_tokens(backend, config)
     named = {name: text for name in _NAMES if (text := _content(config.get(name)))}
     ids = {name: backend.token_to_id(text) for name, text in named.items()}
-    eos = {ids["eos_token"]} if ids.get("eos_token") is not None else set()
-    eos |= set(_id_list(model_config.get("eos_token_id")))
-    bos = ids.get("bos_token")
-    return BuiltTokenizer(backend, bos, tuple(sorted(i for i in eos if i is not None)), named)
+    eos = ids.get("eos_token")
+    return BuiltTokenizer(backend, ids.get("bos_token"), () if eos is None else (eos,), named)
 
 
 def _add_declared_tokens(backend: Backend, config: Mapping[str, Any]) -> None:
