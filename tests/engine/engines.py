@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from octavo.engine.cache.layout import plan_layout
-from octavo.engine.cache.spec import FullKV
+from octavo.engine.cache.spec import ChunkedKV, FullKV, StateKV, WindowKV
 from octavo.engine.client.serve import ProgressCall, run_engine
 from octavo.engine.core import EngineCore
 from octavo.engine.executor.inline import InlineExecutor
@@ -67,6 +67,25 @@ def expected(req: GenerateRequest) -> list[int]:
     seed = req.sampling.seed
     assert seed is not None
     return [null_token(seed, first + i, VOCAB) for i in range(req.sampling.max_tokens or 0)]
+
+
+def make_runner(arguments: dict[str, Any], rank: int, num_workers: int) -> FailingRunner:
+    """Factory for worker processes; each rank has its own number of pages."""
+    if arguments.get("fail_start_of") == rank:
+        raise ModelNotFoundError("There is no model 'x'.", "Name another.")
+    while arguments.get("hang_start_of") == rank:
+        time.sleep(0.05)
+    runner = FailingRunner(
+        plan_layout(
+            {0: FullKV(16, 64), 1: WindowKV(16, 64, 40), 2: ChunkedKV(16, 64, 32), 3: StateKV(16, 9)}
+        ),
+        num_pages=64 + rank,
+        num_slots=8,
+        vocab_size=VOCAB,
+    )
+    if arguments.get("fail_rank", 0) == rank:
+        runner.fail_at = arguments.get("fail_at", -1)
+    return runner
 
 
 def build(options: bytes, progress: ProgressCall) -> EngineCore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.engine.process import Failed
 from octavo.protocol.control import Control, ControlReply, EngineInfo, EngineStats
 from octavo.protocol.generate import GenerateRequest, TokenDelta
 
@@ -48,14 +49,6 @@ class Ready(msgspec.Struct, tag="ready"):
     """The engine takes requests."""
 
     info: EngineInfo
-
-
-class Failed(msgspec.Struct, tag="failed"):
-    """The start or the loop failed; ``kind`` is the error's class name in ``octavo.errors``, or another."""
-
-    kind: str
-    cause: str
-    cure: str | None = None
 
 
 class Deltas(msgspec.Struct, tag="deltas"):

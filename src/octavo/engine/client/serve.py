@@ -1,15 +1,12 @@
 """The engine's own process: build, report, loop. The other end is ``client/socket.py``.
 
-The process ends when it is told to, when it fails, or when its parent is gone: the parent holds the other end of
-our standard input and never writes, so the end of input means that it died (even by ``kill -9``, even while we load).
+The process ends when it is told to, when it fails, or when its parent is gone (``process.live_with_parent``).
 """
 
 from __future__ import annotations
 
+import gc
 import logging
-import os
-import signal
-import threading
 from collections.abc import Callable
 
 import msgspec
@@ -18,6 +15,7 @@ import zmq
 from octavo.engine.cache.pool import PoolError
 from octavo.engine.client import messages
 from octavo.engine.core import EngineCore
+from octavo.engine.process import Failed, live_with_parent
 from octavo.errors import OctavoError
 from octavo.protocol.control import Control, EngineInfo, EngineStats
 from octavo.protocol.generate import TokenDelta
@@ -33,8 +31,7 @@ def run_engine(address: str, build: Build) -> int:
 
     Returns the process's exit status.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_watch_parent, daemon=True).start()
+    live_with_parent()
     context = zmq.Context()
     requests, results = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket in (requests, results):
@@ -47,12 +44,6 @@ def run_engine(address: str, build: Build) -> int:
         return EngineProcess(requests, results).run(build)
     finally:
         context.destroy(linger=2000)
-
-
-def _watch_parent() -> None:
-    while os.read(0, 1024):
-        pass
-    os._exit(1)
 
 
 class EngineProcess:
@@ -72,14 +63,14 @@ class EngineProcess:
             if not isinstance(start, messages.Start):
                 raise OctavoError(f"The first message was {type(start).__name__}, not Start.")
             core = build(start.options, self._progress)
+            gc.collect()
+            gc.freeze()  # what exists now stays; the collector need not look at it in the middle of a step
             self._send(messages.Ready(core.info))
             self._loop(core)
-        except OctavoError as error:
-            self._send(messages.Failed(type(error).__name__, error.cause, error.cure))
-            return 1
         except Exception as error:
-            log.exception("The engine failed.")
-            self._send(messages.Failed(type(error).__name__, f"{type(error).__name__}: {error}"))
+            if not isinstance(error, OctavoError):
+                log.exception("The engine failed.")
+            self._send(Failed.of(error))
             return 1
         finally:
             if core is not None:

@@ -23,11 +23,11 @@ from collections.abc import Sequence
 import msgspec
 import zmq
 
-from octavo import errors
 from octavo.engine.client import messages
 from octavo.engine.client.base import Sink
 from octavo.engine.client.serve import ProgressCall
 from octavo.engine.client.sinks import Sinks
+from octavo.engine.process import Failed
 from octavo.errors import EngineDeadError, OctavoError, UsageError
 from octavo.protocol.control import Control, ControlReply, EngineInfo, Shutdown
 from octavo.protocol.generate import FinishReason, GenerateRequest
@@ -132,8 +132,8 @@ class SocketClient:
                     return cls(channel, message.info)
                 if isinstance(message, messages.Progress) and progress is not None:
                     progress(message.phase, message.done, message.total)
-                elif isinstance(message, messages.Failed):
-                    raise _error(message)
+                elif isinstance(message, Failed):
+                    raise message.error()
                 elif message is None and ended:
                     raise EngineDeadError(
                         f"The engine process ended with status {channel.process.returncode} before it was ready.",
@@ -212,9 +212,9 @@ class SocketClient:
                 self._sinks.deliver(message.deltas)
             elif isinstance(message, messages.Answer):
                 self._answered(message)
-            elif isinstance(message, messages.Failed):
+            elif isinstance(message, Failed):
                 self.alive = False
-                self._end("error", str(_error(message)))
+                self._end("error", str(message.error()))
 
     def _answered(self, message: messages.Answer) -> None:
         answer = self._orders.get(message.number)
@@ -249,13 +249,3 @@ class SocketClient:
         for answer in self._orders.values():
             if not answer.done():
                 answer.set_exception(EngineDeadError(message))
-
-
-def _error(message: messages.Failed) -> OctavoError:
-    """The child's error as the same class here (those that take a cause and a cure), else the base class."""
-    kind = getattr(errors, message.kind, OctavoError)
-    if not (isinstance(kind, type) and issubclass(kind, OctavoError)) or issubclass(
-        kind, errors.RequestError
-    ):
-        kind = OctavoError
-    return kind(message.cause, message.cure)

@@ -1,0 +1,117 @@
+"""What travels between the executor and its workers: MessagePack behind a four-byte length."""
+
+from __future__ import annotations
+
+from typing import Any, BinaryIO
+
+import msgspec
+
+from octavo.engine.cache.layout import CacheGroup, CacheLayout
+from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowKV
+from octavo.engine.process import Failed
+from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
+
+MAX_FRAME_BYTES = 1 << 30
+KINDS: tuple[type[KVSpec], ...] = (FullKV, WindowKV, ChunkedKV, StateKV)
+
+
+class PackedGroup(msgspec.Struct, array_like=True):
+    """A ``CacheGroup`` as plain values."""
+
+    kind: str
+    fields: dict[str, int]
+    layers: list[int]
+
+
+class PackedLayout(msgspec.Struct, array_like=True):
+    """A ``CacheLayout`` as plain values."""
+
+    groups: list[PackedGroup]
+    page_bytes: int
+    layers_per_group: int
+
+
+class Build(msgspec.Struct, tag="build"):
+    """First frame: which runner. ``arguments`` is a JSON object."""
+
+    factory: str
+    arguments: bytes
+    rank: int
+    num_workers: int
+
+
+class Forward(msgspec.Struct, tag="forward"):
+    """See ``Runner.forward``."""
+
+    plan: StepPlan
+
+
+class Sample(msgspec.Struct, tag="sample"):
+    """See ``Runner.sample``."""
+
+    masks: list[GrammarMask]
+
+
+class Collect(msgspec.Struct, tag="collect"):
+    """See ``Runner.collect``; only rank 0 answers."""
+
+
+class Stop(msgspec.Struct, tag="stop"):
+    """End the process."""
+
+
+ToWorker = Build | Forward | Sample | Collect | Stop
+
+
+class Hello(msgspec.Struct, tag="hello"):
+    """The runner is built."""
+
+    layout: PackedLayout
+    num_pages: int
+    num_slots: int
+
+
+class Result(msgspec.Struct, tag="result"):
+    """The answer to ``Collect``."""
+
+    result: StepResult
+
+
+FromWorker = Hello | Result | Failed
+
+
+def frame(payload: bytes) -> bytes:
+    """A payload behind its length."""
+    return len(payload).to_bytes(4, "little") + payload
+
+
+def read_frame(stream: BinaryIO) -> bytes:
+    """The next payload; ``EOFError`` where the other end is gone."""
+    header = stream.read(4)
+    if len(header) < 4:
+        raise EOFError
+    size = int.from_bytes(header, "little")
+    if size > MAX_FRAME_BYTES:
+        raise EOFError
+    payload = stream.read(size)
+    if len(payload) < size:
+        raise EOFError
+    return payload
+
+
+def pack_layout(layout: CacheLayout) -> PackedLayout:
+    """Plain values of a layout."""
+    groups = [
+        PackedGroup(group.spec.kind, msgspec.to_builtins(group.spec), list(group.layers))
+        for group in layout.groups
+    ]
+    return PackedLayout(groups, layout.page_bytes, layout.layers_per_group)
+
+
+def unpack_layout(packed: PackedLayout) -> CacheLayout:
+    """The layout from its plain values."""
+    classes: dict[str, Any] = {kind.kind: kind for kind in KINDS}
+    groups = tuple(
+        CacheGroup(classes[group.kind](**group.fields), tuple(group.layers)) for group in packed.groups
+    )
+    return CacheLayout(groups, packed.page_bytes, packed.layers_per_group)

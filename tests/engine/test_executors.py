@@ -1,0 +1,186 @@
+"""Executors: the same answers inline and in worker processes, and workers that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import VOCAB, expected, make_runner, request
+
+from octavo.engine.core import EngineCore
+from octavo.engine.executor.base import Executor
+from octavo.engine.executor.inline import InlineExecutor
+from octavo.engine.executor.multiproc import MultiprocExecutor
+from octavo.engine.executor.null import NullRunner
+from octavo.engine.settings import EngineSettings
+from octavo.errors import EngineDeadError, ModelNotFoundError, OctavoError
+from octavo.protocol.generate import GenerateRequest, SamplingParams
+from octavo.protocol.plan import SlotInit
+
+HERE = str(Path(__file__).parent)
+
+
+@pytest.fixture(autouse=True)
+def helpers_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", HERE)
+
+
+def multiproc(num_workers: int = 1, **arguments: Any) -> MultiprocExecutor:
+    return MultiprocExecutor("engines:make_runner", arguments, num_workers=num_workers)
+
+
+def core_over(executor: Executor, overlap: bool = False) -> EngineCore:
+    settings = EngineSettings(
+        max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64, vocab_size=VOCAB, overlap=overlap
+    )
+    return EngineCore(executor, settings)
+
+
+def finish(core: EngineCore, requests: list[GenerateRequest]) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {req.id: [] for req in requests}
+    for req in requests:
+        core.submit(req)
+    while core.has_work:
+        for delta in core.step():
+            tokens[delta.id] += delta.tokens
+    return tokens
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_gone(pids: Iterator[int] | list[int]) -> None:
+    end = time.monotonic() + 10
+    for pid in pids:
+        while not gone(pid):
+            assert time.monotonic() < end, f"process {pid} is still there"
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_two_workers_answer_like_one_inline(overlap: bool) -> None:
+    requests = [request(i, prompt=[1 + i] * (5 + 20 * i), max_tokens=12) for i in range(6)]
+    executor = multiproc(2)
+    pids = executor.pids
+    core = core_over(executor, overlap)
+    inline = core_over(InlineExecutor(make_runner({}, 0, 1)), overlap)
+    assert executor.layout == inline.executor.layout
+    assert executor.num_pages == 64  # the least of 64 and 65
+    answers = finish(core, requests)
+    assert answers == finish(inline, requests) == {req.id: expected(req) for req in requests}
+    core.check()
+    core.close()
+    core.close()
+    wait_gone(pids)
+
+
+def test_a_large_plan_passes_the_pipe() -> None:
+    executor = multiproc(1)
+    core = core_over(executor)
+    init = SlotInit(0, list(range(400_000)), 400_000, SamplingParams(), 0, [])
+    core.submit(request(1))
+    step = core.scheduler.schedule()
+    assert step is not None
+    step.plan.admits.append(init)
+    executor.forward(step.plan)
+    executor.sample([])
+    assert executor.collect().step == step.plan.step
+    executor.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_is_an_engine_dead_error(rank: int) -> None:
+    executor = multiproc(2)
+    core = core_over(executor)
+    core.submit(request(1, max_tokens=200))
+    for _ in range(3):
+        core.step()
+    os.kill(executor.pids[rank], signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match=f"Worker {rank} has ended with status -9"):
+        for _ in range(50):
+            core.step()
+    pids = executor.pids
+    core.close()
+    wait_gone(pids)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failing_worker_says_why(rank: int) -> None:
+    executor = multiproc(2, fail_rank=rank, fail_at=4)
+    core = core_over(executor)
+    core.submit(request(1, max_tokens=200))
+    with pytest.raises(EngineDeadError, match=f"Worker {rank} failed: RuntimeError: the device fell over"):
+        for _ in range(50):
+            core.step()
+    core.close()
+
+
+def test_a_failed_start_keeps_its_error_and_leaves_nobody() -> None:
+    # Rank 0 never gets ready: the failure of rank 1 must be seen all the same.
+    with pytest.raises(ModelNotFoundError, match="There is no model"):
+        multiproc(2, fail_start_of=1, hang_start_of=0)
+    with pytest.raises(OctavoError, match="names no runner factory"):
+        MultiprocExecutor("engines:nothing", {})
+
+
+def test_workers_die_with_their_parent() -> None:
+    code = (
+        "import os\n"
+        "from octavo.engine.executor.multiproc import MultiprocExecutor\n"
+        "executor = MultiprocExecutor('engines:make_runner', {}, num_workers=2)\n"
+        "print(*executor.pids, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    parent = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    pids = [int(pid) for pid in parent.stdout.split()]
+    assert len(pids) == 2
+    wait_gone(pids)
+
+
+def test_null_runner_ends_sequences_at_the_eos_rate() -> None:
+    runner = NullRunner(
+        make_runner({}, 0, 1).layout, num_pages=64, num_slots=8, vocab_size=VOCAB, eos_rate=0.1
+    )
+    core = core_over(InlineExecutor(runner))
+    requests = [
+        GenerateRequest(
+            id=i,
+            prompt_token_ids=[1, 2, 3],
+            sampling=SamplingParams(max_tokens=100, seed=i),
+            eos_token_ids=[VOCAB - 1],
+        )
+        for i in range(100)
+    ]
+    answers = finish(core, requests)
+    lengths = [len(tokens) for tokens in answers.values()]
+    assert 5 < sum(lengths) / len(lengths) < 15  # geometric with mean 10
+    assert all(tokens[-1] == VOCAB - 1 for tokens in answers.values() if len(tokens) < 100)
+
+
+def test_null_runner_with_drafts_and_a_script() -> None:
+    runner = NullRunner(
+        make_runner({}, 0, 1).layout,
+        num_pages=64,
+        num_slots=8,
+        vocab_size=VOCAB,
+        num_drafts=3,
+        script=lambda init, position: (init.seed * 100 + position) % VOCAB,
+    )
+    core = core_over(InlineExecutor(runner), overlap=True)
+    answers = finish(core, [request(i, prompt=[7] * 10, max_tokens=40) for i in range(4)])
+    assert answers == {i: [(i * 100 + 10 + k) % VOCAB for k in range(40)] for i in range(4)}
+    stats = core.stats()
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
