@@ -128,6 +128,10 @@ async def _stream(reply: _Reply) -> AsyncGenerator[bytes, None]:
         async for batch in deltas:
             data = b""
             for index, delta in batch:
+                if only_text and begun[index] and delta.finish_reason is None:
+                    if delta.text:
+                        data += events.event(index, delta.text)
+                    continue
                 if not begun[index]:
                     begun[index] = True
                     data += event(_first_chunk(reply, index, blank))

@@ -72,10 +72,16 @@ class Run:
 
     async def deltas(self) -> AsyncGenerator[Deltas, None]:
         """All deltas that are there, whenever there are some; closing the generator aborts what still runs."""
+        count = self._count
         try:
+            if len(self.streams) == 1:  # the common case needs no tasks
+                only = self.streams[0]
+                async for delta in only:
+                    yield [count(0, delta), *(count(0, more) for more in only.take_ready())]
+                return
             async with aclosing(merge(self.streams)) as merged:
                 async for batch in merged:
-                    yield [self._count(prompt, delta) for prompt, delta in batch]
+                    yield [count(prompt, delta) for prompt, delta in batch]
         finally:
             self.close()
 
@@ -104,11 +110,6 @@ class Run:
 
 async def merge(streams: Sequence[Generation]) -> AsyncGenerator[Deltas, None]:
     """All streams as one: (stream index, delta) of everything that is there; the first error ends all."""
-    if len(streams) == 1:  # the common case needs no tasks
-        only = streams[0]
-        async for delta in only:
-            yield [(0, delta), *((0, more) for more in only.take_ready())]
-        return
     queue: asyncio.Queue[tuple[int, list[TextDelta] | Exception | None]] = asyncio.Queue()
 
     async def pump(index: int) -> None:

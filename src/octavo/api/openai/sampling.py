@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from octavo.api.openai.context import Context
-from octavo.api.openai.schema import NEUTRAL, SamplingFields, not_yet
+from octavo.api.openai.schema import (
+    NEUTRAL,
+    NOT_YET,
+    ChatCompletionRequest,
+    CompletionRequest,
+    SamplingFields,
+)
 from octavo.errors import RequestError
 from octavo.protocol.generate import SamplingParams
 
@@ -16,9 +22,12 @@ COPIED = (
 )
 
 
-def check_fields(request: SamplingFields) -> None:
+def check_fields(request: ChatCompletionRequest | CompletionRequest) -> None:
     """Refuse fields that are known but not served, and combinations that contradict each other."""
-    for name in not_yet(type(request)):
+    names = NOT_YET[
+        ChatCompletionRequest if isinstance(request, ChatCompletionRequest) else CompletionRequest
+    ]
+    for name in names:
         value = getattr(request, name)
         if value is not None and not any(_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
             raise RequestError(f"{name} is not supported yet.", param=name, cure="Remove the field.")

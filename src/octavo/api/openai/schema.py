@@ -204,6 +204,10 @@ class CompletionRequest(CompletionNotYet, kw_only=True):
     add_special_tokens: bool | None = None
 
 
+# Looked up for every request, so read from the types only once.
+NOT_YET = {kind: not_yet(kind) for kind in (ChatCompletionRequest, CompletionRequest)}
+
+
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Body of ``POST /tokenize``: a text, or a conversation put through the chat template."""
 

@@ -6,12 +6,12 @@ import asyncio
 from typing import Any
 
 import msgspec
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
+from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo import __version__
@@ -78,9 +78,21 @@ class Endpoint:
         return Response(msgspec.json.encode(reply), media_type="application/json")
 
 
-async def _routing_error(request: Request, error: Exception) -> Response:
-    """No such path, wrong method."""
-    return error_reply(error).response()
+class Routing:
+    """The router, with its own errors (no such path, wrong method) in the one form.
+
+    Starlette's application class would do the same behind two more layers that every streamed token has to cross.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self  # tells the router to raise instead of answering in plain text
+        try:
+            await self.router(scope, receive, send)
+        except HTTPException as error:
+            await error_reply(error).response()(scope, receive, send)
 
 
 def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings) -> ASGIApp:
@@ -100,10 +112,8 @@ def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings
         return Response(made, media_type="application/json")
 
     routes.append(Route("GET", "/openapi.json", openapi, "This document."))
-    app: ASGIApp = Starlette(
-        routes=[StarletteRoute(r.path, Endpoint(service, r), methods=[r.method]) for r in routes],
-        exception_handlers={HTTPException: _routing_error},
-    )
+    router = Router([StarletteRoute(r.path, Endpoint(service, r), methods=[r.method]) for r in routes])
+    app: ASGIApp = Routing(router)
     app = BodyLimit(app, settings.max_body_bytes)
     app = BearerAuth(app, settings.api_keys)
     if settings.allowed_origins:
