@@ -1,0 +1,142 @@
+"""Threads of a tape: order, oversubscription, sleeping, and the kernel cache surviving a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from octavo.device.kernels.numba.library import KERNELS, KernelLibrary
+from octavo.runner.cpu.program import Program, float_bits
+from octavo.runner.cpu.threads import Team, available_threads, cgroup_quota
+
+LIBRARY = KernelLibrary()
+
+
+class Ladder:
+    """A tape whose every instruction reads rows that another thread wrote in the one before: x[n+1] = norm(x[n] upside down)."""
+
+    def __init__(self, rungs: int = 40) -> None:
+        self.program, rng = Program(LIBRARY), np.random.default_rng(0)
+        self.values = rng.standard_normal((rungs + 1, 37, 64)).astype(np.float32)
+        self.start = self.values.copy()
+        weight, count, order = (
+            rng.uniform(0.9, 1.1, 64).astype(np.float32),
+            np.array([37]),
+            np.arange(37)[::-1].copy(),
+        )
+        self.program.keep += [weight, count, order]
+        for rung in range(rungs):
+            source, target = self.values[rung].ctypes.data, self.values[rung + 1].ctypes.data
+            shape = [weight.ctypes.data, 64, float_bits(1e-6)]
+            self.program.add("norm", [count.ctypes.data, source, order.ctypes.data, *shape, target, 0, 0])
+        self.tape = self.program.tape()
+
+    def reset(self) -> None:
+        self.values[:] = self.start
+
+
+def test_every_thread_count_gives_the_same_numbers() -> None:
+    """Up to eight threads on however few cores there are: slower, never wrong, never stuck."""
+    ladder, results = Ladder(), []
+    for threads in (1, 2, 3, 8):
+        team = Team(threads, LIBRARY)
+        for _ in range(5):
+            ladder.reset()
+            team.run(ladder.tape)
+            results.append(ladder.values.copy())
+        team.close()
+    assert all(np.array_equal(results[0], result) for result in results)
+
+
+def test_two_teams_at_once() -> None:
+    """Two engines with more threads than cores between them."""
+    ladders, errors = [Ladder(), Ladder()], []
+    want = Ladder()
+    alone = Team(1, LIBRARY)
+    alone.run(want.tape)
+
+    def drive(ladder: Ladder) -> None:
+        team = Team(4, LIBRARY)
+        for _ in range(10):
+            ladder.reset()
+            team.run(ladder.tape)
+            if not np.array_equal(ladder.values, want.values):
+                errors.append("wrong numbers")
+        team.close()
+
+    drivers = [threading.Thread(target=drive, args=(ladder,)) for ladder in ladders]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join(timeout=120)
+        assert not driver.is_alive()
+    assert not errors
+    alone.close()
+
+
+def test_an_idle_team_sleeps_and_wakes() -> None:
+    ladder = Ladder(4)
+    team = Team(3, LIBRARY)
+    team.run(ladder.tape)
+    time.sleep(0.05)  # the helpers have stopped spinning by now
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.15  # two spinning helpers would have used 0.3 s or more
+    ladder.reset()
+    team.run(ladder.tape)
+    team.close()
+    assert not any(
+        thread.name.startswith("octavo-cpu") for thread in threading.enumerate() if thread.is_alive()
+    )
+
+
+def test_a_team_that_is_dropped_stops_its_helpers() -> None:
+    team = Team(2, LIBRARY)
+    helper = team._helpers[0]
+    del team
+    helper.join(timeout=30)
+    assert not helper.is_alive()
+
+
+def test_thread_count_follows_the_control_group(tmp_path: Path) -> None:
+    assert cgroup_quota(tmp_path) is None
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert cgroup_quota(tmp_path) is None
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert cgroup_quota(tmp_path) == 1.5
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("200000\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert cgroup_quota(tmp_path) == 2.0
+    assert 1 <= available_threads() <= (os.cpu_count() or 1)
+
+
+def test_a_kill_while_warming_leaves_a_usable_cache(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib; from octavo.device.kernels.numba.library import KernelLibrary\n"
+        "KernelLibrary(pathlib.Path(sys.argv[1])).warm(['norm', 'gate', 'add_norm'],"
+        " lambda done, total: print(done, total, flush=True))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    while child.stdout.readline().split()[0] != "2":  # two kernels are on disk, the third is being built
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    library = KernelLibrary(tmp_path)
+    library.warm(["norm", "gate", "add_norm"])
+    assert all(library.address(name) for name in ("norm", "gate", "add_norm"))
+
+
+def test_every_kernel_is_known_by_name() -> None:
+    assert all(LIBRARY.address(name) for name in KERNELS)
