@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -173,6 +175,38 @@ def test_addresses_that_cannot_be_bound(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a socket"):
         bind(ServerOptions(uds=str(file)))
     assert file.read_text() == "data"
+
+
+def test_certificates_are_checked_before_the_loading(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.pem"
+    bad.write_text("nothing")
+    for certificate in (str(bad), str(tmp_path / "none.pem")):
+        options = ServerOptions(port=0, ssl_certfile=certificate, ssl_keyfile=str(bad))
+        with pytest.raises(UsageError, match="--ssl-certfile"):
+            run_server(None, options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program to make a certificate")
+def test_tls(tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    with live_server(options={"ssl_keyfile": key, "ssl_certfile": certificate}) as live:
+        assert live.url.startswith("https://127.0.0.1:")
+        context = ssl.create_default_context(cafile=certificate)
+        assert httpx.get(live.url + "/models", verify=context).status_code == 200
 
 
 def test_unix_socket(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ class ServerOptions:
     port: int = option(8000, "TCP port; 0 picks a free one.")
     uds: str | None = option(None, "Unix socket path to listen on instead of host and port.")
     api_key: tuple[str, ...] = option(
-        (), "Key a client must send as a bearer token; repeat for several. Guards every route but /health."
+        (),
+        "Key a client must send as a bearer token; repeat for several. Guards every route but /health and /ping.",
     )
     api_key_file: str | None = option(None, "File with one key a line (not visible in the process list).")
     allowed_origins: tuple[str, ...] = option(

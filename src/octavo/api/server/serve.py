@@ -9,6 +9,7 @@ import errno
 import logging
 import signal
 import socket
+import ssl
 import stat
 import threading
 from collections.abc import Awaitable, Callable, Generator
@@ -44,6 +45,7 @@ def run_server(start: Start, options: ServerOptions, *, on_ready: Callable[[str]
     """
     options.check()
     options.keys()
+    check_tls(options)
     with (
         contextlib.closing(bind(options)) as listener,
         asyncio.Runner(loop_factory=_loop_factory()) as runner,
@@ -122,6 +124,26 @@ def bind(options: ServerOptions) -> socket.socket:
             f"{where} cannot be listened on: {error.strerror}.", "Choose another --host."
         ) from None
     return listener
+
+
+def check_tls(options: ServerOptions) -> None:
+    """``UsageError`` for certificate files that cannot be used; without this they would fail after the loading."""
+    if options.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # A password is never asked for: a server that waits at a prompt looks like one that hangs.
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, password=lambda: b"")
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(
+            f"--ssl-certfile {options.ssl_certfile} with --ssl-keyfile {options.ssl_keyfile} is not usable: {error}.",
+            "Give a certificate and its unencrypted private key as PEM files.",
+        ) from None
+    if options.ssl_ca_certs is not None:
+        try:
+            context.load_verify_locations(options.ssl_ca_certs)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"--ssl-ca-certs {options.ssl_ca_certs} is not usable: {error}.") from None
 
 
 def url(options: ServerOptions, listener: socket.socket) -> str:
@@ -205,7 +227,7 @@ def _config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,
         ssl_ca_certs=options.ssl_ca_certs,
-        ssl_cert_reqs=2 if options.ssl_ca_certs else 0,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if options.ssl_ca_certs else ssl.CERT_NONE,
     )
 
 
