@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -12,7 +13,7 @@ from octavo.device.kernels.numba.library import KernelLibrary
 ALIGNMENT = 64
 
 
-def aligned(shape: tuple[int, ...] | int, dtype: DTypeLike, zero: bool = False) -> NDArray[np.generic]:
+def aligned(shape: tuple[int, ...] | int, dtype: DTypeLike, zero: bool = False) -> NDArray[Any]:
     """An array whose first byte lies on a cache line. Not cleared unless asked: untouched pages cost no memory."""
     shape = (shape,) if isinstance(shape, int) else shape
     nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -31,7 +32,7 @@ class Program:
     """Instructions in order. ``keep`` holds every array whose address is in some argument table."""
 
     library: KernelLibrary
-    keep: list[NDArray[np.generic]] = field(default_factory=list)
+    keep: list[NDArray[Any]] = field(default_factory=list)
     instructions: list[tuple[int, int, int]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 

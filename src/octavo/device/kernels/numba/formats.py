@@ -19,7 +19,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+Bytes = NDArray[np.uint8]
 ROWS = 16  # of a panel
 BLOCK = 32  # weights that share an activation scale
 
@@ -83,7 +85,7 @@ DENSE_CODES = {"F32": 16, "F16": 17, "BF16": 18}
 DENSE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
-def pack(dtype, raw, in_features, weights, scales):
+def pack(dtype: str, raw: Bytes, in_features: int, weights: Bytes, scales: Bytes) -> None:
     """Repack rows of GGUF blocks into panels.
 
     ``raw`` uint8 [rows, row bytes] with rows a multiple of 16; ``weights`` and ``scales`` uint8 [rows / 16, panel
@@ -223,7 +225,7 @@ def _split_6k(raw, in_features):
     return _join_nibbles(low.reshape(n, count, 8, 32)), np.ascontiguousarray(high), groups
 
 
-def pack_dense(dtype, raw, weights):
+def pack_dense(dtype: str, raw: Bytes, weights: Bytes) -> None:
     """Rows of plain numbers into panels: [panel, k, row], bfloat16 as [panel, k / 2, row, 2].
 
     ``raw`` uint8 [rows, row bytes] with rows a multiple of 16; ``weights`` uint8 [rows / 16, ...] is written.

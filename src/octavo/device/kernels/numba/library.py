@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import os
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -76,8 +77,8 @@ class KernelLibrary:
             self.compiled[name] = self._build(lambda: numba.cfunc(SIGNATURE, nopython=True, **OPTIONS)(body))
         return self.compiled[name].address
 
-    def execute(self):
-        """The two compiled functions of ``team``: (run, work)."""
+    def execute(self) -> tuple[Callable[..., None], Callable[..., None]]:
+        """The two compiled functions of ``team``: (run, work); both release the interpreter lock."""
         if "team" not in self.compiled:
             self.compiled["team"] = self._build(self._build_team)
         return self.compiled["team"]
@@ -99,7 +100,9 @@ class KernelLibrary:
             numba.config.CACHE_DIR = before
             self.compile_s += time.perf_counter() - start
 
-    def warm(self, names=None, progress=None) -> float:
+    def warm(
+        self, names: Iterable[str] | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> float:
         """Compile the named kernels (default: all); ``progress(done, total)``. Returns the seconds it took."""
         names = list(KERNELS) if names is None else list(names)
         start = self.compile_s
