@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass
@@ -47,7 +47,7 @@ class BenchServer:
         self.started = threading.Event()
         self.port = 0
 
-    def __enter__(self) -> BenchServer:
+    def __enter__(self) -> Self:
         self.thread.start()
         self.started.wait(10)
         return self

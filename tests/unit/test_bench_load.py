@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_arrival_times_offer_the_asked_rate() -> None:
     times = arrival_times(1000, 50.0, 1.0, seed=1)
     assert times == sorted(times)
     assert times[-1] == pytest.approx(20.0)
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     spread = {b: _variation(arrival_times(4000, 50.0, b)) for b in (0.25, 1.0, 16.0)}
     assert min(gaps) >= 0
     # A gamma interval of shape b has a coefficient of variation of 1 / sqrt(b).

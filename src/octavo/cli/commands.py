@@ -58,7 +58,9 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 def _run(parser: argparse.ArgumentParser) -> None:
     _model(parser, required=True)
-    parser.add_argument("prompt", nargs="*", help="What to ask; piped input is added. Without any: chat.")
+    parser.add_argument(
+        "prompt", nargs="*", default=[], help="What to ask; piped input is added. Without any: chat."
+    )
     parser.add_argument("--system-prompt", help="Instruction before the conversation.")
     parser.add_argument("--raw", action="store_true", help="Continue the text as it is: no chat template.")
     parser.add_argument("--verbose", action="store_true", help="Print timings to standard error.")

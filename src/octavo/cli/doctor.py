@@ -13,7 +13,7 @@ from typing import Any
 from octavo import __version__
 from octavo.cli.progress import Reporter
 from octavo.cli.talk import engine_options
-from octavo.device.platform import open_platform
+from octavo.device.platform.select import open_platform
 from octavo.errors import OctavoError
 from octavo.files.fetch import cache_folder
 from octavo.files.resolve import is_cached, list_catalogue

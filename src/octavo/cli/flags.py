@@ -41,7 +41,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse everything; names may be written with underscores, anything unknown is a ``UsageError``."""
-        args, rest = self.parse_known_args([normalize(item) for item in argv])
+        # Intermixed: flags may stand between MODEL and PROMPT.
+        args, rest = self.parse_known_intermixed_args([normalize(item) for item in argv])
         if rest:
             self._refuse(rest[0])
         return args
