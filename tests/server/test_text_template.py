@@ -92,6 +92,8 @@ Tools: {{ tools | tojson }}
 {% macro wrap(tag) %}<{{ tag }}>{{ caller() }}</{{ tag }}>{% endmacro %}
 {% call wrap('b') %}{{ 'bold' | title }}{% endcall %}
 {# a comment #}
+{{ [1, 2, 3] | sum }} {{ [{'a': 2}, {'a': 3}] | sum(attribute='a') }} {{ 'a-b' | replace('-', '+') }}
+{{ 'x\ny' | indent(2) }} {{ 'a b c' | wordwrap(3) }} {{ ['p'] + [loop_messages, ('t', 1)] }} {{ messages[0].keys() | list }}
 {{ (messages | last).content is string }}{{ '\\n'.join(['p', 'q']) }}{{ messages | length > 1 and not tools }}
 """
 
@@ -260,6 +262,40 @@ BOMBS = {
     "format map": ("{{ '{x:1000000000}'.format_map({'x': 1}) }}", "width"),
     "computed width": ("{{ '{:{w}}'.format(1, w='1000000000') }}", "width"),
     "lost format": ("{% set f = '{:1000000000}'.format %}{{ f(1) }}", "width"),
+    "replace": ("{% set x = 'a' * 9999 %}{{ x | replace('a', x) | length }}", "replace"),
+    "replace method": ("{% set x = 'a' * 9999 %}{{ x.replace('a', x) | length }}", "replace"),
+    "join": ("{% set x = 'a' * 9999 %}{{ range(9999) | join(x) | length }}", "join"),
+    "join method": ("{% set x = 'a' * 9999 %}{{ x.join(x) | length }}", "join"),
+    "join of a generator": ("{% set x = 'a' * 9999 %}{{ x.join(x | map('upper')) | length }}", "join"),
+    "indent lines": ("{{ ('x\n' * 9999) | indent(99999) | length }}", "indent"),
+    "indent with text": (
+        "{% set x = 'a' * 99999 %}{{ ('x\n' * 9999) | indent(width=x) | length }}",
+        "indent",
+    ),
+    "wordwrap": ("{% set x = 'a ' * 9999 %}{{ x | wordwrap(1, wrapstring=x) | length }}", "wordwrap"),
+    "tojson indent": ("{{ range(9999) | list | tojson(indent=99999) | length }}", "tojson"),
+    "format fields": ("{% set x = 'a' * 999999 %}{{ ('%s' * 999) | format(x, x) }}", "format"),
+    "format method fields": ("{% set x = 'a' * 999999 %}{{ ('{0}' * 999).format(x) }}", "format"),
+    "expandtabs": ("{{ ('\t' * 99999).expandtabs(99999) | length }}", "expandtabs"),
+    "bytes": ("{{ 'x'.encode().ljust(9) }}", "encode"),
+    "sum of lists": ("{{ ([[0] * 99] * 99) | sum(start=[]) | length }}", "sum adds numbers"),
+    "laughs in lists": (
+        "{% set n = namespace(x=['lol']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "value of more",
+    ),
+    "laughs in dicts": (
+        "{% set n = namespace(x={}) %}{% for i in range(60) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n }}",
+        "value of more",
+    ),
+    "laughs in tuples": (
+        "{% set n = namespace(x=()) %}{% for i in range(60) %}{% set n.x = (n.x, n.x) %}{% endfor %}{{ n.x == n.x }}",
+        "value of more",
+    ),
+    "laughs in calls": (
+        "{% set n = namespace(x={}) %}{% for i in range(60) %}{% set n.x = dict(a=n.x, b=n.x) %}{% endfor %}{{ n.x }}",
+        "value of more",
+    ),
+    "a list of one long text": ("{% set x = 'a' * 99999 %}{{ [x] * 9999 }}", "value of more"),
     "output": ("{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}", "output"),
     "own budget": ("{% set _budget = 1 %}" + "{% for i in range(9999) %}" * 3 + "{% endfor %}" * 3, "steps"),
 }
@@ -278,6 +314,14 @@ def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_template_can_hang_the_server(source: str, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         ChatTemplate(source).render(USER)
+
+
+def test_namespaces_do_not_print_each_other() -> None:
+    source = (
+        "{% set n = namespace(x=namespace()) %}"
+        "{% for i in range(60) %}{% set n.x = namespace(a=n.x, b=n.x) %}{% endfor %}{{ n.x }}"
+    )
+    assert ChatTemplate(source).render(USER) == "<Namespace>"
 
 
 def test_a_slow_template_runs_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,7 @@ class ChatTemplate:
                 f"The chat template has {len(source)} characters, at most {MAX_SOURCE_CHARS} are allowed.",
                 "Use --chat-template FILE.",
             )
-        environment = Environment()
-        environment.filters["tojson"] = _tojson
+        environment = Environment({"tojson": _tojson})
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
@@ -110,7 +109,7 @@ class ChatTemplate:
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
-        budget = Budget()
+        budget = Budget(variables)
         parts: list[str] = []
         try:
             for part in self._template.generate(**variables, **{Budget.VARIABLE: budget}):
