@@ -142,8 +142,16 @@ class SimulatedRunner:
     """Implements ``Runner``; reads and writes nothing but pages and slots."""
 
     def __init__(
-        self, layout: CacheLayout, num_pages: int, num_slots: int, num_drafts: int, rng: random.Random
+        self,
+        layout: CacheLayout,
+        *,
+        num_pages: int,
+        num_slots: int,
+        num_drafts: int,
+        max_model_len: int,
+        rng: random.Random,
     ) -> None:
+        self.max_model_len = max_model_len
         self.layout = layout
         self.num_pages = num_pages
         self.num_slots = num_slots
@@ -169,13 +177,20 @@ class SimulatedRunner:
             assert isinstance(op, ZeroPage)
             self.memory[op.page] = [0] * len(self.memory[op.page])
         assert len(set(plan.slots)) == len(plan.slots)
-        self.current = (plan, [self._row(plan, row) for row in range(plan.num_rows)])
+        # Rows of one step must not need each other, so their order is random.
+        order = self.rng.sample(range(plan.num_rows), plan.num_rows)
+        done = {row: self._row(plan, row) for row in order}
+        self.current = (plan, [done[row] for row in range(plan.num_rows)])
 
     def _row(self, plan: StepPlan, row: int) -> tuple[list[int], list[int], bool]:
         """(x after every sampled position, drafts verified, whether the row failed)."""
         slot, start, n = self.slots[plan.slots[row]], plan.starts[row], plan.num_tokens[row]
         known = len(slot.init.token_ids)
         drafts: list[int] = []
+        assert start + n < self.max_model_len
+        for spec in self.specs:
+            if isinstance(spec, StateKV):
+                assert start // spec.page_size == (start + n - 1) // spec.page_size
         if start < known:
             assert start + n <= known, "a row mixes known and drawn tokens"
             assert plan.sample[row] == (start + n == known)
@@ -312,7 +327,8 @@ def run(seed: int) -> Outcome:
     num_pages = tight + rng.choice([0, 1, 2, tight // 2, 3 * tight])
     runner = SimulatedRunner(
         layout,
-        max(num_pages, 1),
+        num_pages=max(num_pages, 1),
+        max_model_len=max_model_len,
         num_slots=rng.randint(1, 5),
         num_drafts=0 if has_state else rng.choice([0, 0, 1, 3]),
         rng=rng,

@@ -159,6 +159,18 @@ def test_the_latest_is_preempted_and_not_let_in_again_at_once() -> None:
     assert tokens_of(deltas[0])[-1] == expected(request(0, prompt=[1] * 14, max_tokens=10))[-1]
 
 
+def test_a_long_prompt_waits_until_all_of_it_fits() -> None:
+    """Let in with the few free pages there are, it would only be preempted over and over."""
+    core, runner = make(num_pages=12, max_num_batched_tokens=8, max_model_len=48)
+    core.submit(request(1, prompt=[1] * 16, max_tokens=12))
+    core.submit(request(2, prompt=[2] * 40, max_tokens=1))
+    core.submit(request(3, prompt=[3], max_tokens=1))
+    deltas = drain(core)
+    assert core.stats().num_preemptions == 0
+    assert [init.seed for plan in runner.plans for init in plan.admits] == [1, 2, 3]  # and nobody overtakes
+    assert tokens_of(deltas[1]) == expected(request(1, prompt=[1] * 16, max_tokens=12))
+
+
 def test_priority_decides_who_runs_and_who_yields() -> None:
     core, _ = make(num_slots=1, scheduling_policy="priority")
     for id, priority in [(1, 5), (2, 0), (3, -1), (4, 0)]:

@@ -105,7 +105,6 @@ class Scheduler:
             budget -= n
             start = seq.num_queued
             seq.num_queued = start + n
-            seq.num_promised += n
             rows.append(seq)
             starts.append(start)
             counts.append(n)
@@ -163,7 +162,6 @@ class Scheduler:
         last = seq.num_queued == len(seq.tokens)
         plan.sample.append(last)
         if last:
-            seq.num_promised += 1
             self.prefilling.remove(seq)
             self.decoding.append(seq)
 
@@ -222,12 +220,10 @@ class Scheduler:
 
     def _take_back(self, step: Step, row: int) -> None:
         """Remove a row from the plan being made."""
-        plan, seq = step.plan, step.rows[row]
-        if row >= len(plan.sample):  # in the middle of the decode rows: the other columns are not filled yet
-            seq.num_promised -= plan.num_tokens[row]
-        else:
-            if plan.sample[row]:
-                seq.num_promised -= 1 + plan.num_drafts[row]
+        plan = step.plan
+        if row < len(
+            plan.sample
+        ):  # else we are in the middle of the decode rows, and these are not filled yet
             del plan.slots[row], plan.num_drafts[row], plan.sample[row]
         del step.rows[row], plan.starts[row], plan.num_tokens[row]
 
@@ -255,7 +251,6 @@ class Scheduler:
                 token, tokens = drawn[0], seq.tokens
                 if token not in seq.stop_ids and len(tokens) + 1 < seq.max_len:
                     tokens.append(token)
-                    seq.num_promised -= 1
                     seq.num_computed = computed = seq.num_computed + 1
                     if computed >= seq.commit_at:
                         self._confirm(seq)
@@ -279,7 +274,6 @@ class Scheduler:
             if not drawn:
                 return self._fail(seq, "The runner drew no token for this request.")
             drafts = plan.num_drafts[row]
-            seq.num_promised -= 1 + drafts
             if drafts:
                 n -= self._reject(seq, drafts, 1 + drafts - len(drawn))
         if seq.slot >= 0:

@@ -2,11 +2,11 @@
 
     tokens          p p p p p p p g g            known to the host (prompt p, generated g)
     num_computed    c c c c c c c c              confirmed: a collected step has computed them
-    num_queued      c c c c c c c c q q          optimistic: what rows in flight compute on top, drafts included
-    num_promised                      t t        optimistic: tokens that rows in flight will draw at most
+    num_queued      c c c c c c c c q q          optimistic: rows in flight compute q on top, drafts included
 
-A row starts at ``num_queued`` and may go up to ``len(tokens) + num_promised``. A decode row in flight promises one
-token; with d drafts it promises d + 1 and the result corrects the counts. The runner knows the true positions.
+A row starts at ``num_queued``. While that is below ``len(tokens)`` the row is a chunk of known tokens; from there on
+every row draws, so the token a decode row starts with is either known or about to be drawn by the row in flight. With
+d drafts a row counts d + 1 tokens and the result corrects the counts; the runner knows the true positions.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_drafts",
-        "num_promised",
         "num_prompt",
         "num_queued",
         "prompt_logprobs",
@@ -96,7 +95,6 @@ class Sequence:
         self.slot = -1
         self.num_computed = 0
         self.num_queued = 0
-        self.num_promised = 0
         self.num_cached = -1  # not admitted yet
         self.num_drafts = 0  # drafts the runner has ready for the next row
         self.drafts: list[int] = []  # the same as tokens, where a constraint must see them
