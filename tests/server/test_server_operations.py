@@ -50,6 +50,8 @@ def test_metrics_count_what_happened(prefix: str) -> None:
         "prompt_tokens_cached_total": 6,
         "request_success_total[('finished_reason', 'length')]": 2,
         "request_success_total[('finished_reason', 'stop')]": 1,
+        "request_success_total[('finished_reason', 'abort')]": 0,
+        "request_prefill_kv_computed_tokens_sum": 9 - 6,
         "request_prompt_tokens_count": 3,
         "request_prompt_tokens_sum": 9,
         "request_generation_tokens_sum": 11,
@@ -92,9 +94,11 @@ def test_load_falls_back_to_zero() -> None:
     metrics = RequestMetrics()
     timer = metrics.start(2, 3, None)
     assert metrics.in_flight == 1
+    timer.finish(4, "stop", 3, 0)
     timer.close()
     timer.close()
     assert metrics.in_flight == 0
+    assert metrics.finished == {"stop": 1, "length": 0, "abort": 5}
 
 
 def walk(node: Any) -> Any:

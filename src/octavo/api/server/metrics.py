@@ -74,10 +74,13 @@ class RequestMetrics:
             "time_to_first_token_seconds": Histogram(FIRST_TOKEN_BUCKETS),
             "inter_token_latency_seconds": Histogram(TOKEN_LATENCY_BUCKETS),
             "request_time_per_output_token_seconds": Histogram(TOKEN_LATENCY_BUCKETS),
+            "request_prefill_kv_computed_tokens": Histogram(TOKEN_BUCKETS),
             "request_decode_time_seconds": Histogram(REQUEST_BUCKETS),
             "e2e_request_latency_seconds": Histogram(REQUEST_BUCKETS),
         }
-        self.finished: Counter[str] = Counter()
+        self.finished: Counter[str] = Counter(
+            {"stop": 0, "length": 0, "abort": 0}
+        )  # series exist from the start
         self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status class
         self.prompt_tokens_cached = 0
         self.in_flight = 0
@@ -100,6 +103,7 @@ class RequestTimer:
         self.first = [0.0] * num_choices
         self.last = [0.0] * num_choices
         self.tokens = [0] * num_choices
+        self.num_open = num_choices
         self.closed = False
         self.first_token = metrics.histograms["time_to_first_token_seconds"].observe
         self.between_tokens = metrics.histograms["inter_token_latency_seconds"].observe
@@ -123,9 +127,11 @@ class RequestTimer:
         now = time.perf_counter()
         metrics, count = self.metrics, self.tokens[choice]
         metrics.finished[reason] += 1
+        self.num_open -= 1
         metrics.prompt_tokens_cached += num_cached_tokens
         histograms = metrics.histograms
         histograms["request_prompt_tokens"].observe(num_prompt_tokens)
+        histograms["request_prefill_kv_computed_tokens"].observe(num_prompt_tokens - num_cached_tokens)
         histograms["request_generation_tokens"].observe(count)
         histograms["e2e_request_latency_seconds"].observe(now - self.arrival)
         decode = self.last[choice] - self.first[choice]
@@ -134,10 +140,11 @@ class RequestTimer:
             histograms["request_time_per_output_token_seconds"].observe(decode / (count - 1))
 
     def close(self) -> None:
-        """The request is over, however it ended; safe to call twice."""
+        """The request is over, however it ended; choices without an end count as aborted. Safe to call twice."""
         if not self.closed:
             self.closed = True
             self.metrics.in_flight -= 1
+            self.metrics.finished["abort"] += self.num_open
             self.metrics.histograms["request_max_num_generation_tokens"].observe(max(self.tokens, default=0))
 
 
