@@ -58,7 +58,7 @@ def make(
 def check(inputs: dict[str, object], tolerance: float = 2e-5, **options: object) -> None:
     tokens = int(inputs["query_start"][-1])  # type: ignore[index]
     expected: Tensor = reference(**inputs, **options)[:tokens].float()  # type: ignore[arg-type]
-    actual = kernels.paged_attention(**inputs, **options)[:tokens].float()  # type: ignore[arg-type]
+    actual = kernels.PagedAttention()(**inputs, **options)[:tokens].float()  # type: ignore[arg-type]
     assert actual.isfinite().all()
     assert ((actual - expected).norm() / expected.norm()).item() < tolerance
     torch.testing.assert_close(actual, expected, atol=20 * tolerance, rtol=20 * tolerance)

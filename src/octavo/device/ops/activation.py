@@ -16,4 +16,4 @@ def act_mul(gate_up: Tensor, activation: str) -> Tensor:
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 
 
-ACT_MUL = Op("act_mul", act_mul, triton_rows("activation:act_mul"))
+ACT_MUL = Op("act_mul", act_mul, triton_rows("activation:act_mul", "act_mul_hopper"))

@@ -66,4 +66,8 @@ def paged_attention(
     return out
 
 
-PAGED_ATTENTION = Op("paged_attention", paged_attention, triton_rows("attention:paged_attention"))
+PAGED_ATTENTION = Op(
+    "paged_attention",
+    paged_attention,
+    triton_rows("attention:PagedAttention", "PagedAttentionHopper", factory=True),
+)

@@ -33,25 +33,30 @@ class Implementation:
     """One way to compute an op: ``module:attribute``, imported only when bound.
 
     ``when`` returns True where it can run; ``requires`` names a third-party module that must be importable.
+    With ``factory`` the target is called once for each binding and returns the function: it may own a workspace.
     """
 
     name: str
     target: str
     when: Callable[[OpSpec], bool]
     requires: str | None = None
+    factory: bool = False
 
 
-def triton_rows(target: str, hopper: bool = True) -> tuple[Implementation, ...]:
-    """Rows for a Triton kernel ``module:function`` of this package; ``hopper``: there is ``function_hopper`` too.
+def triton_rows(target: str, hopper: str | None = None, factory: bool = False) -> tuple[Implementation, ...]:
+    """Rows for a Triton kernel ``module:function`` of this package, and for its Hopper form where there is one.
 
-    The Hopper form takes larger tiles and programmatic dependent launch: compute capability 9.0 and 10.x.
+    That takes larger tiles or programmatic dependent launch: compute capability 9.0 and 10.x.
     """
-    target = f"octavo.device.kernels.triton.{target}"
-    portable = Implementation("triton", target, lambda spec: spec.device == "cuda", "triton")
-    if not hopper:
+    base = "octavo.device.kernels.triton."
+    portable = Implementation("triton", base + target, lambda spec: spec.device == "cuda", "triton", factory)
+    if hopper is None:
         return (portable,)
-    tuned = Implementation("triton-hopper", f"{target}_hopper", _is_hopper, "triton")
-    return (tuned, portable)
+    module = target.partition(":")[0]
+    return (
+        Implementation("triton-hopper", f"{base}{module}:{hopper}", _is_hopper, "triton", factory),
+        portable,
+    )
 
 
 def _is_hopper(spec: OpSpec) -> bool:
@@ -84,6 +89,7 @@ class Binder:
                 continue
             module, _, attribute = implementation.target.partition(":")
             chosen, function = implementation.name, getattr(import_module(module), attribute)
+            function = function() if implementation.factory else function
             break
         count = self.choices.setdefault(op.name, {})
         count[chosen] = count.get(chosen, 0) + 1

@@ -13,4 +13,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-LINEAR = Op("linear", linear, triton_rows("linear:linear"))
+LINEAR = Op("linear", linear, triton_rows("linear:linear", "linear_hopper"))

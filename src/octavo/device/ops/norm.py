@@ -21,5 +21,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return rms_norm(residual, weight, eps)
 
 
-RMS_NORM = Op("rms_norm", rms_norm, triton_rows("norm:rms_norm"))
-ADD_RMS_NORM = Op("add_rms_norm", add_rms_norm, triton_rows("norm:add_rms_norm"))
+RMS_NORM = Op("rms_norm", rms_norm, triton_rows("norm:rms_norm", "rms_norm_hopper"))
+ADD_RMS_NORM = Op("add_rms_norm", add_rms_norm, triton_rows("norm:add_rms_norm", "add_rms_norm_hopper"))

@@ -55,4 +55,4 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat((turned, x[..., dim:]), dim=-1)
 
 
-ROPE_STORE = Op("rope_store", rope_store, triton_rows("rope_store:rope_store"))
+ROPE_STORE = Op("rope_store", rope_store, triton_rows("rope_store:rope_store", "rope_store_hopper"))

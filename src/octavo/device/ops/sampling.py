@@ -138,8 +138,8 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.squeeze(1) - torch.logsumexp(wide, dim=-1), ranks
 
 
-GREEDY = Op("greedy", greedy, triton_rows("logits:greedy", hopper=False))
-SAMPLE = Op("sample", sample, triton_rows("draw:sample"))
-PENALIZE = Op("penalize", penalize, triton_rows("logits:penalize", hopper=False))
-COUNT_TOKENS = Op("count_tokens", count_tokens, triton_rows("logits:count_tokens", hopper=False))
-LOGPROBS_OF = Op("logprobs_of", logprobs_of, triton_rows("logits:logprobs_of", hopper=False))
+GREEDY = Op("greedy", greedy, triton_rows("logits:greedy"))
+SAMPLE = Op("sample", sample, triton_rows("draw:sample", "sample_hopper"))
+PENALIZE = Op("penalize", penalize, triton_rows("logits:penalize"))
+COUNT_TOKENS = Op("count_tokens", count_tokens, triton_rows("logits:count_tokens"))
+LOGPROBS_OF = Op("logprobs_of", logprobs_of, triton_rows("logits:logprobs_of"))

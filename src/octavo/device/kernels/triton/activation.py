@@ -45,6 +45,7 @@ def act_mul(gate_up: Tensor, activation: str, *, pdl: bool = False) -> Tensor:
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if rows == 0:
         return out
+    pdl = pdl and rows == 1  # with more the neighbours are library kernels, which take no part in it
     launch = {"launch_pdl": True} if pdl else {}
     _act_mul_kernel[(rows, triton.cdiv(size, BLOCK))](
         out, gate_up, gate_up.stride(0), SIZE=size, BLOCK=BLOCK,

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+Tables = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None
+]  # q, pages, table, starts, lengths, sinks
+Numbers = tuple[float, ...]  # scale, window, softcap, strides
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # stands for -inf as a running maximum: differences of it stay numbers
 
@@ -74,16 +79,20 @@ def _attend(
             k = tl.load(at, mask=(dims < D)[None, :], other=0.0)
             v = tl.load(at + stride_value, mask=(dims < D)[None, :], other=0.0)
         k = k.to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        unit = (
+            scale * LOG2E
+        )  # scores times unit are in log2 units; scale is positive, so maxima can wait for it
         if SOFTCAP:
-            scores = _softcap(scores, softcap)
+            scores = _softcap(scores * unit, softcap)
+            unit = 1.0
         if MASKED:
             visible = (key_at[None, :] <= query_at[:, None]) & there[None, :]
             if WINDOW:
                 visible = visible & (key_at[None, :] > query_at[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_best[:, None])
+        new_best = tl.maximum(best, tl.max(scores, 1) * unit)
+        weights = tl.exp2(scores * unit - new_best[:, None])
         shrink = tl.exp2(best - new_best)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
@@ -98,7 +107,7 @@ def _varlen_kernel(
     stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, SKIP_SINGLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M // GROUP tokens of one row for one key head.
 
@@ -109,7 +118,7 @@ def _varlen_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     TOKENS: tl.constexpr = BLOCK_M // GROUP
-    pid, kv_head = tl.program_id(0), tl.program_id(1)
+    kv_head, pid = tl.program_id(0), tl.program_id(1)  # all heads of the longest tiles start first
     low: tl.int32 = 0
     high = num_rows
     while high - low > 1:  # the last row whose first tile is not after ours
@@ -121,7 +130,7 @@ def _varlen_kernel(
     begin = tl.load(query_start + row)
     count = tl.load(query_start + row + 1) - begin
     tile = tl.cdiv(count, TOKENS) - 1 - (pid - (begin // TOKENS + row))  # longest ranges of keys start first
-    if (tile < 0) | (SKIP_SINGLE & (count == 1)):
+    if tile < 0:
         return
     kv_len = tl.load(kv_lens + row)
     lanes = tl.arange(0, BLOCK_M)
@@ -162,31 +171,40 @@ def _varlen_kernel(
     )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     heads: tl.constexpr = D
-    place = (begin + token).to(tl.int64)[:, None] * (tl.num_programs(1) * GROUP * heads) + head[:, None] * D
+    place = (begin + token).to(tl.int64)[:, None] * (tl.num_programs(0) * GROUP * heads) + head[:, None] * D
     tl.store(out + place + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _key_range(kv_len, window, splits, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """(first key, start of the first range, keys a range) of a single-token row; ranges are whole blocks."""
-    first_key = tl.maximum(0, kv_len - window) if WINDOW else 0
-    base = first_key // BLOCK_N * BLOCK_N
-    blocks = tl.cdiv(kv_len - base, BLOCK_N)
-    return first_key, base, tl.cdiv(blocks, splits) * BLOCK_N
+def _merge(out, sums, stats, ranges, D: tl.constexpr, DPAD: tl.constexpr, SPLITS: tl.constexpr):
+    """Merge the ranges of one head, each weighted by its own maximum; read past the first-level cache."""
+    dims = tl.arange(0, DPAD)
+    splits = tl.arange(0, SPLITS)
+    used = splits < ranges
+    best = tl.load(stats + splits * 2, mask=used, other=LOWEST, cache_modifier=".cg")
+    total = tl.load(stats + splits * 2 + 1, mask=used, other=0.0, cache_modifier=".cg")
+    weight = tl.exp2(best - tl.max(best, 0))
+    inside = used[:, None] & (dims < D)[None, :]
+    at = splits[:, None] * D + dims[None, :]
+    parts = tl.load(sums + at, mask=inside, other=0.0, cache_modifier=".cg")
+    denominator = tl.sum(total * weight, 0)
+    merged = tl.sum(parts * weight[:, None], 0) / tl.where(denominator > 0, denominator, 1.0)
+    tl.store(out + dims, merged.to(out.dtype.element_ty), mask=dims < D)
 
 
 @triton.jit(do_not_specialize=["window", "stride_table"], do_not_specialize_on_alignment=METADATA)
 def _decode_kernel(
-    out, partial, stats, q, kv_pages, page_table, query_start, kv_lens, sinks, scale, window, softcap,
+    out, sums, stats, counters, q, kv_pages, page_table, query_start, kv_lens, sinks, scale, window, softcap,
     stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
     GROUP: tl.constexpr, GPAD: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, SINGLES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One range of keys of one single-token row for the GROUP heads of one key head.
 
-    SPLITS == 1 writes the output; otherwise unnormalized sums to partial [R, Hq, SPLITS, D] and (maximum, total)
-    to stats [R, Hq, SPLITS, 2], for ``_merge_kernel``. With SINGLES, rows of other lengths are left alone.
+    SPLITS == 1 writes the output; otherwise unnormalized sums go to sums [R, Hq, SPLITS, D] and (maximum, total)
+    to stats [R, Hq, SPLITS, 2], and whichever range of a row finishes last merges them all: it learns that from
+    counters [R, Hkv], which are zero between launches.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -194,11 +212,13 @@ def _decode_kernel(
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(query_start + row)
     count = tl.load(query_start + row + 1) - begin
-    if (count == 0) | (SINGLES & (count != 1)):
+    if count == 0:
         return
     kv_len = tl.load(kv_lens + row)
-    first_key, start, size = _key_range(kv_len, window, SPLITS, BLOCK_N, WINDOW)
-    start += split * size
+    first_key = tl.maximum(0, kv_len - window) if WINDOW else 0
+    origin = first_key // BLOCK_N * BLOCK_N
+    size = tl.cdiv(tl.cdiv(kv_len - origin, BLOCK_N), SPLITS) * BLOCK_N  # keys a range: whole blocks
+    start = origin + split * size
     if start >= kv_len:
         return
     end = tl.minimum(start + size, kv_len)
@@ -232,42 +252,19 @@ def _decode_kernel(
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
     else:
         at = (row * num_heads + head).to(tl.int64) * SPLITS + split
-        tl.store(partial + at[:, None] * D + dims[None, :], acc, mask=inside)
+        tl.store(sums + at[:, None] * D + dims[None, :], acc, mask=inside)
         tl.store(stats + at * 2, best, mask=real)
         tl.store(stats + at * 2 + 1, total, mask=real)
-
-
-@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=METADATA[1:])
-def _merge_kernel(
-    out, partial, stats, query_start, kv_lens, window,
-    D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    SINGLES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Merge the ranges of one head of one single-token row, each weighted by its own maximum."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    head, row = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(query_start + row)
-    count = tl.load(query_start + row + 1) - begin
-    if (count == 0) | (SINGLES & (count != 1)):
-        return
-    kv_len = tl.load(kv_lens + row)
-    _, start, size = _key_range(kv_len, window, SPLITS, BLOCK_N, WINDOW)
-    ranges = tl.cdiv(kv_len - start, size)
-    dims = tl.arange(0, DPAD)
-    splits = tl.arange(0, SPLITS)
-    used = splits < ranges
-    at = (row * tl.num_programs(0) + head).to(tl.int64) * SPLITS + splits
-    best = tl.load(stats + at * 2, mask=used, other=LOWEST)
-    total = tl.load(stats + at * 2 + 1, mask=used, other=0.0)
-    weight = tl.exp2(best - tl.max(best, 0))
-    inside = used[:, None] & (dims < D)[None, :]
-    parts = tl.load(partial + at[:, None] * D + dims[None, :], mask=inside, other=0.0)
-    denominator = tl.sum(total * weight, 0)
-    merged = tl.sum(parts * weight[:, None], 0) / tl.where(denominator > 0, denominator, 1.0)
-    place = begin.to(tl.int64) * (tl.num_programs(0) * D) + head * D + dims
-    tl.store(out + place, merged.to(out.dtype.element_ty), mask=dims < D)
+        tl.debug_barrier()  # all threads have stored before one of them announces it
+        counter = counters + row * tl.num_programs(0) + kv_head
+        ranges = tl.cdiv(kv_len - origin, size)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == ranges - 1:
+            tl.store(counter, 0)
+            for lane in tl.static_range(GROUP):
+                which = kv_head * GROUP + lane
+                first = (row * num_heads + which).to(tl.int64) * SPLITS
+                target = out + begin.to(tl.int64) * (num_heads * D) + which * D
+                _merge(target, sums + first * D, stats + first * 2, ranges, D, DPAD, SPLITS)
 
 
 def num_splits(rows: int, num_kv_heads: int, max_kv: int, block_n: int) -> int:
@@ -277,14 +274,16 @@ def num_splits(rows: int, num_kv_heads: int, max_kv: int, block_n: int) -> int:
     return 1 << (min(wanted, useful, MAX_SPLITS).bit_length() - 1)
 
 
-def varlen_tiles(head_dim: int, wide: bool, group: int, large: bool) -> Tiles:
+def varlen_tiles(head_dim: int, wide: bool, group: int, large: bool, max_query: int) -> Tiles:
     """Tiles for rows of any length; ``wide`` = 4-byte elements, ``large`` = the shared memory of data-centre GPUs."""
     least = max(16, triton.next_power_of_2(group))
     if wide:
         return Tiles(max(32, least), 32, 4, 1)
     if head_dim > 128:
         return Tiles(max(64, least), 64 if large else 32, 8 if large else 4, 2)
-    return Tiles(max(128, least), 64, 8, 3 if large else 2)
+    if large and max_query >= 4096:
+        return Tiles(max(256, least), 64, 8, 3)
+    return Tiles(max(64, least), 64, 4, 3 if large else 2)
 
 
 def decode_tiles(head_dim: int, wide: bool, large: bool) -> Tiles:
@@ -293,70 +292,87 @@ def decode_tiles(head_dim: int, wide: bool, large: bool) -> Tiles:
         return Tiles(16, 32, 4, 2)
     if head_dim > 128:
         return Tiles(16, 32, 4, 2)
-    return Tiles(16, 64, 4, 3 if large else 2)
+    return Tiles(16, 64, 2, 4 if large else 2)
 
 
-def paged_attention(
-    q: Tensor,
-    kv_pages: Tensor,
-    page_table: Tensor,
-    query_start: Tensor,
-    kv_lens: Tensor,
-    max_query: int,
-    max_kv: int,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    *,
-    large: bool = False,
-    pdl: bool = False,
-) -> Tensor:
+class PagedAttention:
     """``octavo.device.ops.attention.paged_attention`` on a GPU; the heads and dims of q are contiguous.
 
-    ``large``: the GPU has at least 160 KiB of shared memory a multiprocessor; ``pdl``: programmatic dependent launch.
+    ``large``: the GPU has at least 160 KiB of shared memory a multiprocessor; ``pdl``: programmatic dependent launch
+    for a step of one token, whose other kernels take part in it too. An instance keeps the zeroed counters of its
+    splits, so calls of one instance must follow each other in one stream.
     """
-    tokens, num_heads, head_dim = q.shape
-    num_kv_heads, page_size = kv_pages.shape[2], kv_pages.shape[3]
-    rows = kv_lens.shape[0]
-    out = torch.empty((tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
-    if tokens == 0 or rows == 0:
+
+    def __init__(self, large: bool = False, pdl: bool = False) -> None:
+        self.large = large
+        self.pdl = pdl
+        self.counters: Tensor | None = None
+
+    def __call__(
+        self,
+        q: Tensor,
+        kv_pages: Tensor,
+        page_table: Tensor,
+        query_start: Tensor,
+        kv_lens: Tensor,
+        max_query: int,
+        max_kv: int,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Same arguments and result as the op."""
+        tokens, num_heads, head_dim = q.shape
+        num_kv_heads, page_size = kv_pages.shape[2], kv_pages.shape[3]
+        out = torch.empty((tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+        if tokens == 0 or kv_lens.shape[0] == 0:
+            return out
+        tables = (q, kv_pages, page_table, query_start, kv_lens, sinks)
+        numbers = (scale, window, softcap, q.stride(0), page_table.stride(0), *kv_pages.stride()[:4])
+        pdl = self.pdl and tokens == 1
+        static = {
+            "GROUP": num_heads // num_kv_heads, "PAGE": page_size, "D": head_dim,
+            "DPAD": max(16, triton.next_power_of_2(head_dim)), "WINDOW": window > 0, "SOFTCAP": softcap > 0,
+            "SINKS": sinks is not None, "PRECISION": "ieee" if q.element_size() == 4 else "tf32", "PDL": pdl,
+            **({"launch_pdl": True} if pdl else {}),
+        }  # fmt: skip
+        if max_query > 1:
+            self._varlen(out, tables, numbers, static, max_query)
+        else:
+            self._decode(out, tables, numbers, static, min(max_kv, window) if window else max_kv)
         return out
-    group = num_heads // num_kv_heads
-    wide = q.element_size() == 4
-    dpad = max(16, triton.next_power_of_2(head_dim))
-    common = {
-        "GROUP": group, "PAGE": page_size, "D": head_dim, "DPAD": dpad, "WINDOW": window > 0,
-        "SOFTCAP": softcap > 0, "SINKS": sinks is not None, "PRECISION": "ieee" if wide else "tf32", "PDL": pdl,
-    }  # fmt: skip
-    strides = (q.stride(0), page_table.stride(0), *kv_pages.stride()[:4])
-    launch = {"launch_pdl": True} if pdl else {}
-    if max_query > 1:
-        tiles = varlen_tiles(head_dim, wide, group, large)
-        grid = (tokens // (tiles.block_m // group) + rows, num_kv_heads)
+
+    def _varlen(
+        self, out: Tensor, tables: Tables, numbers: Numbers, static: dict[str, Any], max_query: int
+    ) -> None:
+        rows, num_kv_heads = tables[4].shape[0], tables[1].shape[2]
+        tiles = varlen_tiles(static["D"], out.element_size() == 4, static["GROUP"], self.large, max_query)
+        grid = (num_kv_heads, out.shape[0] // (tiles.block_m // static["GROUP"]) + rows)
         _varlen_kernel[grid](
-            out, q, kv_pages, page_table, query_start, kv_lens, sinks, rows, scale, window, softcap, *strides,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SKIP_SINGLE=False, **common,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, **launch,
+            out, *tables, rows, *numbers, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **static,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        return out
-    tiles = decode_tiles(head_dim, wide, large)
-    splits = num_splits(rows, num_kv_heads, min(max_kv, window) if window else max_kv, tiles.block_n)
-    partial = stats = out
-    if splits > 1:
-        partial = torch.empty((rows, num_heads, splits, head_dim), dtype=torch.float32, device=q.device)
-        stats = torch.empty((rows, num_heads, splits, 2), dtype=torch.float32, device=q.device)
-    _decode_kernel[(num_kv_heads, rows, splits)](
-        out, partial, stats, q, kv_pages, page_table, query_start, kv_lens, sinks, scale, window, softcap, *strides,
-        GPAD=max(16, triton.next_power_of_2(group)), BLOCK_N=tiles.block_n, SPLITS=splits, SINGLES=False, **common,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **launch,
-    )  # fmt: skip
-    if splits > 1:
-        _merge_kernel[(num_heads, rows)](
-            out, partial, stats, query_start, kv_lens, window, D=head_dim, DPAD=dpad, BLOCK_N=tiles.block_n,
-            SPLITS=splits, WINDOW=window > 0, SINGLES=False, PDL=pdl, num_warps=4, **launch,
+
+    def _decode(
+        self, out: Tensor, tables: Tables, numbers: Numbers, static: dict[str, Any], max_kv: int
+    ) -> None:
+        rows, num_kv_heads = tables[4].shape[0], tables[1].shape[2]
+        tiles = decode_tiles(static["D"], out.element_size() == 4, self.large)
+        splits = num_splits(rows, num_kv_heads, max_kv, tiles.block_n)
+        sums = stats = counters = out
+        if splits > 1:
+            if self.counters is None:
+                self.counters = torch.zeros(TARGET_PROGRAMS, dtype=torch.int32, device=out.device)
+            counters = self.counters
+            heads, head_dim = out.shape[1:]
+            sums = torch.empty((rows, heads, splits, head_dim), dtype=torch.float32, device=out.device)
+            stats = torch.empty((rows, heads, splits, 2), dtype=torch.float32, device=out.device)
+        _decode_kernel[(num_kv_heads, rows, splits)](
+            out, sums, stats, counters, *tables, *numbers, GPAD=max(16, triton.next_power_of_2(static["GROUP"])),
+            BLOCK_N=tiles.block_n, SPLITS=splits, **static,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-    return out
 
 
-paged_attention_hopper = partial(paged_attention, large=True, pdl=True)
+PagedAttentionHopper = partial(PagedAttention, large=True, pdl=True)

@@ -312,6 +312,7 @@ def sample(
     ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=device)
     maxima, masses, scores = floats.unbind(0)
     max_ids, score_ids = ints.unbind(0)
+    pdl = pdl and rows == 1  # with more the neighbours are library kernels, which take no part in it
     launch = {"launch_pdl": True} if pdl else {}
     _scan_kernel[(rows, chunks)](
         maxima, max_ids, masses, scores, score_ids, grains, logits, temperature, seeds, positions, vocab,

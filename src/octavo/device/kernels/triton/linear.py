@@ -74,7 +74,7 @@ def _skinny_kernel(
 def tiles_for(tokens: int, outputs: int) -> tuple[int, int, int, int]:
     """(BLOCK_N, BLOCK_K, warps, stages) that keep every multiprocessor busy with a few programs."""
     if tokens == 1:
-        return (4 if outputs <= 8192 else 8, 512, 4, 3)
+        return (8 if outputs < 16384 else 16, 512, 8, 4)
     return (16 if outputs <= 8192 else 32, 256, 4, 4)
 
 
@@ -83,7 +83,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pdl: bool =
     tokens, outputs = x.shape[0], weight.shape[0]
     if tokens > MAX_TOKENS or tokens == 0 or not weight.is_contiguous():
         return F.linear(x, weight, bias)
-    return skinny(x, weight, bias, tiles_for(tokens, outputs), pdl)
+    return skinny(x, weight, bias, tiles_for(tokens, outputs), pdl and tokens == 1)
 
 
 def skinny(

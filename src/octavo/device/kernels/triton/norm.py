@@ -61,6 +61,7 @@ def _launch(
     rows, size = x.shape
     if rows == 0:
         return
+    pdl = pdl and rows == 1  # with more the neighbours are library kernels, which take no part in it
     block = triton.next_power_of_2(size)
     launch = {"launch_pdl": True} if pdl else {}
     _norm_kernel[(rows,)](

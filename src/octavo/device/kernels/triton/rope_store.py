@@ -93,6 +93,7 @@ def rope_store(
     if tokens == 0:
         return out
     heads = 2 if tokens <= 64 else 8  # a decode step has few tokens: more, smaller programs
+    pdl = pdl and tokens == 1  # with more the neighbours are library kernels, which take no part in it
     launch = {"launch_pdl": True} if pdl else {}
     _rope_store_kernel[(tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
         out, qkv, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps,
