@@ -91,7 +91,7 @@ def dense(dtype, target):
             weights = b.add(values[WEIGHTS], b.mul(p, panel_bytes))
             bias = b.add(values[BIAS], b.mul(p, values[BIAS_BYTES]))
 
-            def tile(size, m):
+            def tile(size, m, first):
                 rows = b.add(values[TOKENS], b.mul(m, values[TOKEN_BYTES]))
                 sums = _tile(b, target, dtype, size, inputs, weights, rows, values[TOKEN_BYTES])
                 out = b.add(b.add(values[OUT], b.mul(p, v.const(64))), b.mul(m, a["out_bytes"]))

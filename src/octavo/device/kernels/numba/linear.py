@@ -15,6 +15,7 @@ from octavo.device.kernels.numba import formats
 from octavo.device.kernels.numba import vector as v
 from octavo.device.kernels.numba.target import Target, choose_target, host_features
 
+AHEAD = 8  # blocks: the processor does not fetch across 4 KiB borders by itself
 META_BYTES = 16  # d, sum, first half sum, second half sum
 # Entries of ``args``.
 COUNT, WEIGHTS, SCALES, BLOCKS, PANELS, QUANTS, META, OUT, OUT_BYTES, BIAS, BIAS_BYTES, ALPHA, ADD = range(13)
@@ -114,8 +115,11 @@ def _block_tokens(b, target, form, weights, scales, quants, meta, strides, sums)
         b.store(total, slot)
 
 
-def quantized_tile(b, target, form, tokens, a, panel):
-    """Sums of one panel over ``tokens`` tokens: a list of <16 x float>. ``a``: named argument values."""
+def quantized_tile(b, target, form, tokens, a, panel, fetch):
+    """Sums of one panel over ``tokens`` tokens: a list of <16 x float>. ``a``: named argument values.
+
+    ``fetch``: bring the weights in ahead of use; worth its instructions only the first time a panel is read.
+    """
     sums = [cgutils.alloca_once(b, v.VF) for _ in range(tokens)]
     for slot in sums:
         b.store(v.floats(0.0), slot)
@@ -130,6 +134,10 @@ def quantized_tile(b, target, form, tokens, a, panel):
                 outer.append(_halves(b, target, v.at(b, scale_at, 32)))
 
         def block(index, inner):
+            if fetch:
+                ahead = b.add(panel["weights"], b.mul(b.add(index, v.const(AHEAD)), v.const(form.block_bytes)))
+                for line in range(0, form.block_bytes, 64):
+                    v.prefetch(b, v.at(b, ahead, line))
             weights = unpack_block(b, form, b.add(panel["weights"], b.mul(index, v.const(form.block_bytes))))
             scales = _block_scales(b, target, form, scale_at, outer, inner)
             quants = b.add(panel["quants"], b.mul(index, v.const(32)))
@@ -159,13 +167,22 @@ def write_tile(b, sums, a, out, bias):
 
 
 def over_tiles(b, tiles, tokens, body):
-    """Call ``body(size, first token)`` so that tiles of the given sizes, largest first, cover ``tokens``."""
+    """Call ``body(size, first token, first)`` so that tiles of the given sizes, largest first, cover ``tokens``.
+
+    ``first`` is False only for repetitions of the largest tile.
+    """
     done = cgutils.alloca_once_value(b, v.const(0))
+
+    def tile(size, first):
+        body(size, b.load(done, typ=v.I64), first)
+        b.store(b.add(b.load(done, typ=v.I64), v.const(size)), done)
+
+    with b.if_then(b.icmp_signed(">=", tokens, v.const(tiles[0]))):
+        tile(tiles[0], True)
     for size in tiles:
         left = b.sub(tokens, b.load(done, typ=v.I64))
         with cgutils.for_range(b, b.sdiv(left, v.const(size))):
-            body(size, b.load(done, typ=v.I64))
-            b.store(b.add(b.load(done, typ=v.I64), v.const(size)), done)
+            tile(size, size != tiles[0])
 
 
 def _emit_panels(b, target, form, values, thread, threads):
@@ -186,7 +203,7 @@ def _emit_panels(b, target, form, values, thread, threads):
         scales = b.add(values[SCALES], b.mul(p, scale_bytes))
         bias = b.add(values[BIAS], b.mul(p, values[BIAS_BYTES]))
 
-        def tile(size, m):
+        def tile(size, m, first):
             panel = {
                 "weights": weights,
                 "scales": scales,
@@ -194,7 +211,7 @@ def _emit_panels(b, target, form, values, thread, threads):
                 "meta": b.add(values[META], b.mul(m, b.mul(a["blocks"], v.const(META_BYTES)))),
             }
             out = b.add(b.add(values[OUT], b.mul(p, v.const(64))), b.mul(m, a["out_bytes"]))
-            write_tile(b, quantized_tile(b, target, form, size, a, panel), a, out, bias)
+            write_tile(b, quantized_tile(b, target, form, size, a, panel, first), a, out, bias)
 
         over_tiles(b, target.tiles, tokens, tile)
 
