@@ -61,7 +61,9 @@ def build(model: str, **options: object) -> EngineCore:
     return host.build_core(chosen, host.open_files(chosen))
 
 
-def run(core: EngineCore, requests: dict[int, list[int]], stops: dict[int, list[int]]) -> dict[int, list[int]]:
+def run(
+    core: EngineCore, requests: dict[int, list[int]], stops: dict[int, list[int]]
+) -> dict[int, list[int]]:
     """Submit all at once and step until done."""
     out: dict[int, list[int]] = {key: [] for key in requests}
     for key, prompt in requests.items():
@@ -84,7 +86,7 @@ EOS = {"smollm2:135m": [2], "gemma3:270m": [1, 106]}
 def test_greedy_equals_transformers(reference: tuple[str, list[list[int]], list[list[int]]]) -> None:
     model, prompts, answers = reference
     expected = dict(enumerate(answers))
-    stops = {key: EOS[model] for key in expected}
+    stops = dict.fromkeys(expected, EOS[model])
     core = build(model)
     try:
         for key, prompt in enumerate(prompts):
@@ -101,7 +103,7 @@ def test_greedy_equals_transformers(reference: tuple[str, list[list[int]], list[
 
 def test_chunked_and_preempted(reference: tuple[str, list[list[int]], list[list[int]]]) -> None:
     model, prompts, answers = reference
-    stops = {key: EOS[model] for key in range(len(prompts))}
+    stops = dict.fromkeys(range(len(prompts)), EOS[model])
     chunked = build(model, max_num_batched_tokens=7, max_num_seqs=4, enable_prefix_caching=False)
     try:
         assert run(chunked, dict(enumerate(prompts)), stops) == dict(enumerate(answers)), "chunks of 7 tokens"
@@ -111,7 +113,11 @@ def test_chunked_and_preempted(reference: tuple[str, list[list[int]], list[list[
     longest = max(len(prompt) for prompt in prompts) + NUM_TOKENS
     pages = layout.pages_for(longest, 16) * 2 + 2
     tight = build(
-        model, max_model_len=str(longest + 1), num_gpu_blocks_override=pages, max_num_seqs=4, max_num_batched_tokens=16
+        model,
+        max_model_len=str(longest + 1),
+        num_gpu_blocks_override=pages,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
     )
     try:
         assert run(tight, dict(enumerate(prompts)), stops) == dict(enumerate(answers)), "with preemption"

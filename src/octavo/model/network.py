@@ -46,6 +46,7 @@ class Network:
         ]
         self.norm = NormLayer(spec.norm, build)
         self.head = LinearLayer(spec.head, build, "", "") if spec.head is not None else None
+        self.multiply = build.linear  # of the tied embedding, where there is no head
 
     def items(self) -> list[LoadItem]:
         """Every tensor the loader must fill."""
@@ -91,7 +92,7 @@ class Network:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, V] float32 for hidden states [S, E]."""
-        out = self.head(hidden) if self.head is not None else F.linear(hidden, self.embedding)
+        out = self.head(hidden) if self.head is not None else self.multiply(hidden, self.embedding, None)
         out = out.float()
         if self.spec.logit_scale != 1.0:
             out = out * self.spec.logit_scale

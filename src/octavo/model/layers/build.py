@@ -6,16 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.device.ops.bind import Binder, OpSpec
+from octavo.device.ops.linear import LINEAR
 from octavo.model.blocks import Rope
-
-
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, in], weight [out, in], bias [out] or None -> [T, out]; the library's matrix product."""
-    return F.linear(x, weight, bias)
 
 
 @dataclass
@@ -27,8 +22,12 @@ class Build:
     binder: Binder
     spec: OpSpec
     max_position: int
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = dense_linear
     tables: dict[Rope, Tensor] = field(default_factory=dict)
+
+    @property
+    def linear(self) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """The dense product for this device, bound anew for each layer that asks."""
+        return self.binder.bind(LINEAR, self.spec)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialized parameter."""

@@ -1,0 +1,226 @@
+"""Rule R4: every family's logits equal transformers' within 1e-4 (tiny random weights, CPU, float32): whole prefill,
+token by token, random chunks, rows of different lengths in one batch."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import Driver
+
+from octavo.errors import ModelFileError, UnsupportedModelError
+from octavo.files.gguf_write import write_gguf
+from octavo.files.resolve import open_model
+from octavo.model.describe import describe
+from octavo.model.read_arch import read_arch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import transformers
+
+BASE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 8}),
+    "mistral-full": ("Mistral", {"head_dim": 32, "sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3_text": ("Gemma3", {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7}),
+}
+
+
+def oracle(name: str, folder: Path) -> Any:
+    """A tiny random transformers model, saved to ``folder``."""
+    family, extra = ROWS[name]
+    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    torch.manual_seed(5)
+    model = getattr(transformers, f"{family}ForCausalLM")(config_class(**{**BASE, **extra})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    return model
+
+
+def expected(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0]
+    return logits.float()
+
+
+def prompts(seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 128) for _ in range(length)] for length in (41, 1, 17)]
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_logits(name: str, tmp_path: Path) -> None:
+    model = oracle(name, tmp_path)
+    driver = Driver(open_model(str(tmp_path)))
+    rng = random.Random(7)
+    sequences = prompts(3)
+    wanted = [expected(model, ids) for ids in sequences]
+    assert wanted[0].std() > 0.1  # not a constant
+    close(driver.step([driver.row()], [sequences[0]])[0], wanted[0])  # whole prefill
+    one = driver.row()
+    got = [driver.step([one], [[token]])[0] for token in sequences[0]]  # paged decode
+    close(torch.cat(got), wanted[0])
+    rows = [driver.row() for _ in sequences]  # chunks of random size, rows of different lengths together
+    pieces: list[list[torch.Tensor]] = [[] for _ in rows]
+    while any(row.computed < len(ids) for row, ids in zip(rows, sequences)):
+        active = [i for i, row in enumerate(rows) if row.computed < len(sequences[i])]
+        chunks = [sequences[i][rows[i].computed :][: rng.randint(1, 9)] for i in active]
+        for i, logits in zip(active, driver.step([rows[i] for i in active], chunks)):
+            pieces[i].append(logits)
+    for found, theirs in zip(pieces, wanted):
+        close(torch.cat(found), theirs)
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+NORMS = {
+    "llama": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    "gemma3": {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+
+
+def to_gguf(model: Any, architecture: str, path: Path) -> None:
+    """Write the oracle's weights as llama.cpp's converter lays them out: names, turned q/k rows, 1 + w norms."""
+    config = model.config
+    tensors: dict[str, np.ndarray] = {}
+    names = {**GGUF_NAMES, **NORMS[architecture]}
+    for name, value in model.state_dict().items():
+        array = value.numpy()
+        if "norm" in name and architecture == "gemma3":
+            array = array + 1
+        if name.startswith("model.layers."):
+            _, _, layer, rest = name.split(".", 3)
+            base, kind = rest.rsplit(".", 1)
+            if architecture == "llama" and base in ("self_attn.q_proj", "self_attn.k_proj"):
+                heads = config.num_attention_heads if "q_proj" in base else config.num_key_value_heads
+                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+            tensors[f"blk.{layer}.{names[base]}.{kind}"] = array
+        elif name == "model.embed_tokens.weight":
+            tensors["token_embd.weight"] = array
+        elif name == "model.norm.weight":
+            tensors["output_norm.weight"] = array
+        elif name == "lm_head.weight" and not config.tie_word_embeddings:
+            tensors["output.weight"] = array
+    head_dim = model.model.layers[0].self_attn.head_dim
+    metadata: dict[str, Any] = {
+        "general.architecture": architecture,
+        f"{architecture}.block_count": config.num_hidden_layers,
+        f"{architecture}.context_length": config.max_position_embeddings,
+        f"{architecture}.embedding_length": config.hidden_size,
+        f"{architecture}.feed_forward_length": config.intermediate_size,
+        f"{architecture}.attention.head_count": config.num_attention_heads,
+        f"{architecture}.attention.head_count_kv": config.num_key_value_heads,
+        f"{architecture}.attention.key_length": head_dim,
+        f"{architecture}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    if architecture == "gemma3":
+        metadata["gemma3.attention.sliding_window"] = config.sliding_window
+        metadata["gemma3.rope.freq_base"] = 1000000.0
+    else:
+        metadata["llama.rope.freq_base"] = 10000.0
+    write_gguf(path, metadata, {k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()})
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("llama", "llama"), ("gemma3_text", "gemma3")])
+def test_gguf_logits(name: str, architecture: str, tmp_path: Path) -> None:
+    model = oracle(name, tmp_path / "hf")
+    if architecture == "gemma3":  # GGUF does not say the scale; the reader takes the head's size
+        head_dim = model.model.layers[0].self_attn.head_dim
+        for layer in model.model.layers:
+            layer.self_attn.scaling = head_dim**-0.5
+    to_gguf(model, architecture, tmp_path / "model.gguf")
+    driver = Driver(open_model(str(tmp_path / "model.gguf")))
+    ids = prompts(4)[0]
+    close(driver.step([driver.row()], [ids])[0], expected(model, ids))
+
+
+def test_unknown_architecture_names_the_nearest(tmp_path: Path) -> None:
+    oracle("llama", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "lama"'))
+    with pytest.raises(UnsupportedModelError, match="Nearest supported: llama"):
+        describe(read_arch(open_model(str(tmp_path))))
+
+
+def test_missing_and_unused_tensors_are_listed(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    oracle("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.gate_proj.extra"] = tensors.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelFileError) as caught:
+        Driver(open_model(str(tmp_path)))
+    assert "1 tensors are missing: model.layers.1.mlp.down_proj.weight" in caught.value.cause
+    assert "not used by this architecture: model.layers.0.mlp.gate_proj.extra" in caught.value.cause
+
+
+def test_wrong_shape_is_named(tmp_path: Path) -> None:
+    oracle("llama", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 80'))
+    with pytest.raises(ModelFileError, match=r"mlp.gate_proj.weight has shape \[96, 64\].*asks \[80, 64\]"):
+        Driver(open_model(str(tmp_path)))
