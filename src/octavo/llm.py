@@ -185,6 +185,8 @@ class _Request:
         self.output = RequestOutput(
             llm._request_id(), prompt, ids, [CompletionOutput(index) for index in range(sampling.n)]
         )
+        if sampling.prompt_logprobs is not None and len(ids) == 1:
+            self.output.prompt_logprobs = [None]  # the engine has nothing to say about a lone first token
         self.fresh: list[TextDelta] = []
         self.open: dict[int, Choice] = {}
         self.error: str | None = None
