@@ -294,6 +294,49 @@ def test_logprobs_travel_with_their_tokens() -> None:
     assert second.prompt_logprobs is None
 
 
+class Scoring(Recorder):
+    """Reports as prompt log probabilities the position of each prompt token but the first."""
+
+    def collect(self) -> StepResult:
+        result = super().collect()
+        plan = self.plans[result.step]
+        result.prompt_logprobs = []
+        for slot, start, n in zip(plan.slots, plan.starts, plan.num_tokens):
+            last = min(start + n, self.num_prompt[plan.step][slot] - 1)
+            result.prompt_logprobs.append([[Logprob(p + 1, -1.0, 1)] for p in range(start, last)])
+        return result
+
+    def forward(self, plan: StepPlan) -> None:
+        super().forward(plan)
+        prompts = {slot: init.num_prompt for slot, init in self._slots.items()}
+        self.num_prompt: dict[int, dict[int, int]] = {**getattr(self, "num_prompt", {}), plan.step: prompts}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("budget", [4, 7, 64])
+def test_prompt_logprobs_come_once_even_after_a_preemption(overlap: bool, budget: int) -> None:
+    preemptions = 0
+    for num_pages in range(10, 16):
+        runner = Scoring([FullKV(4, 1)], num_pages=num_pages, num_slots=4)
+        settings = EngineSettings(
+            max_model_len=36,
+            max_num_seqs=4,
+            max_num_batched_tokens=budget,
+            vocab_size=VOCAB,
+            overlap=overlap,
+        )
+        core = EngineCore(InlineExecutor(runner), settings)
+        requests = [request(i, prompt=[1] * 14, max_tokens=20, prompt_logprobs=0) for i in range(3)]
+        for req in requests:
+            core.submit(req)
+        for deltas in drain(core).values():
+            told = [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None]
+            assert told == [[[Logprob(p, -1.0, 1)] for p in range(1, 14)]]
+            assert deltas[0].prompt_logprobs is not None
+        preemptions += core.stats().num_preemptions
+    assert preemptions > 3
+
+
 def test_masks_follow_the_grammar_and_drafts_need_to_be_seen() -> None:
     core, runner = make(runner_options={"num_drafts": 2, "script": lambda init, position: position % 5})
     grammar = Grammar()

@@ -151,6 +151,8 @@ class SocketClient:
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """See ``EngineClient.submit``."""
         self._attach()
+        if not self.alive and self._sinks.reason_dead is None:  # it ended this very moment
+            self._exited(self._channel.process.returncode)
         self._sinks.add(request, sink)
         self._channel.send(messages.Submit(request))
 
@@ -200,6 +202,8 @@ class SocketClient:
             self._loop = loop
             loop.add_reader(self._channel.results.fileno(), self._read)
             loop.call_soon(self._read)  # the descriptor only tells of changes from now on
+            if not self.alive:  # it ended before there was a loop to tell
+                loop.call_soon(self._exited, self._channel.process.returncode)
         return loop
 
     def _read(self) -> None:

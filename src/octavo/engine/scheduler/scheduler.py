@@ -142,6 +142,7 @@ class Scheduler:
             self.waiting.pop()
             self.prefilling.append(seq)
             seq.commit_at = 0
+            seq.prompt_logprobs = None  # after a preemption they are computed again
             self._reserve(seq, n)
             if seq.num_cached < 0:  # the first time, not after a preemption
                 seq.num_cached = seq.num_computed
@@ -267,7 +268,7 @@ class Scheduler:
         """One row's result in full."""
         if result.errors is not None and row in result.errors:
             return self._fail(seq, result.errors[row])
-        if result.prompt_logprobs is not None and result.prompt_logprobs[row] is not None:
+        if result.prompt_logprobs is not None and len(seq.tokens) == seq.num_prompt:  # else told before
             seq.prompt_logprobs = (seq.prompt_logprobs or []) + (result.prompt_logprobs[row] or [])
         drawn, n, sampled = result.tokens[row], plan.num_tokens[row], plan.sample[row]
         if sampled:
@@ -316,7 +317,7 @@ class Scheduler:
         if result.logprobs is not None:
             found = result.logprobs[row]
             delta.logprobs = found if found is None else found[: len(tokens)]
-        if seq.prompt_logprobs is not None:
+        if seq.prompt_logprobs:
             delta.prompt_logprobs = seq.prompt_logprobs
             seq.prompt_logprobs = None
         if reason is not None:
