@@ -104,6 +104,20 @@ def test_result_file_has_vllms_keys(tmp_path: Path) -> None:
         assert key in result
 
 
+def test_the_file_is_written_even_when_nobody_reads_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with BenchServer() as server:
+        items = ("--base-url", server.url, "--num-prompts", "2", "--random-output-len", "2", "--save-result")
+        with pytest.raises(BrokenPipeError):
+            serve.execute(flags(*items, "--result-dir", str(tmp_path), "--result-filename", "r.json"))
+    assert json.loads((tmp_path / "r.json").read_text())["completed"] == 2
+
+
 def test_chat_endpoint_gets_messages() -> None:
     with BenchServer(Script(slice_bytes=11)) as server:
         result = serve.execute(

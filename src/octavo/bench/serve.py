@@ -250,13 +250,15 @@ def execute(args: argparse.Namespace) -> dict[str, Any]:
         ),
         "client_cpu_s": run.client_cpu_s,
     }
-    print(metrics.table(result, names, percentiles))
-    _report_errors(run.answers)
+    saved = None  # written before anything is printed: a closed terminal must not lose the result
     if args.save_result or args.save_detailed:
         detail = detailed(run.answers) if args.save_detailed else {}
-        path = result_path(args, target.model, str(result["date"]))
-        path.write_text(json.dumps(result | detail, indent=2) + "\n", encoding="utf-8")
-        print(f"Result written to {path}")
+        saved = result_path(args, target.model, str(result["date"]))
+        saved.write_text(json.dumps(result | detail, indent=2) + "\n", encoding="utf-8")
+    print(metrics.table(result, names, percentiles))
+    _report_errors(run.answers)
+    if saved is not None:
+        print(f"Result written to {saved}")
     return result
 
 
