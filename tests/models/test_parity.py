@@ -43,6 +43,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -51,9 +57,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     ),
+    "llama-gelu": ("Llama", {"hidden_act": "gelu"}),
     "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 8}),
     "mistral-full": ("Mistral", {"head_dim": 32, "sliding_window": None}),
     "qwen2": ("Qwen2", {}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
     "qwen2-window": (
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
@@ -63,7 +71,23 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2",
         {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4, "query_pre_attn_scalar": 24},
     ),
+    "gemma2-softcaps": (  # low enough to bend every score
+        "Gemma2",
+        {"head_dim": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0},
+    ),
     "gemma3_text": ("Gemma3", {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7}),
+    "gemma3_text-scaled": (
+        "Gemma3",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
 }
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from octavo.model.blocks import Activation
+
 
 @dataclass(frozen=True)
 class ArchConfig:
@@ -33,7 +35,7 @@ class ArchConfig:
     sliding_window: int = 0
     attention_bias: bool = False
     mlp_bias: bool = False
-    activation: str = "silu"
+    activation: Activation = "silu"
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     query_scale: float | None = None  # query_pre_attn_scalar; attention scale is its power -1/2

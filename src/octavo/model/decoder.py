@@ -107,5 +107,5 @@ class Decoder:
             gate_up=self.linear(parts, a.hidden_size, bias=a.mlp_bias),
             down=self.linear(down, a.intermediate_size, bias=a.mlp_bias, row=True),
             intermediate=a.intermediate_size,
-            activation="gelu_tanh" if a.activation.startswith("gelu") else "silu",
+            activation=a.activation,
         )

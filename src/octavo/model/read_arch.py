@@ -10,6 +10,7 @@ import numpy as np
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
+from octavo.model.blocks import Activation
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 GGUF_TYPES = {
@@ -22,6 +23,44 @@ GGUF_TYPES = {
 QUANTIZED_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
 # Families whose attention alternates where config.json does not list layer_types: every n-th layer is full.
 DEFAULT_PATTERN = {"gemma2": 2, "gemma3_text": 6}
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+# What config.json may leave out because transformers fills it in; Gemma 3's multimodal checkpoints do.
+GEMMA_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {**GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": {
+        **GEMMA_DEFAULTS,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
+    "qwen3": {"head_dim": 128},
+}
+# Keys that a multimodal config.json may hold beside its text_config.
+OUTER_KEYS = (
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+    "torch_dtype",
+    "tie_word_embeddings",
+    "quantization_config",
+)
+MAX_LAYERS, MAX_HEADS = 4096, 1 << 16
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:
@@ -32,33 +71,55 @@ def read_arch(files: ModelFiles) -> ArchConfig:
 
 
 class Keys:
-    """A mapping that says which key is wrong."""
+    """A mapping that says which key is wrong; None counts as absent."""
 
     def __init__(self, source: Mapping[str, Any], where: str) -> None:
         self.source = source
         self.where = where
 
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number of at least ``least``."""
+    def integer(self, key: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1) -> int:
+        """A whole number from ``least`` to ``most``."""
         value = self.source.get(key)
         if value is None:
             if default is None:
                 raise ModelFileError(f"{self.where} has no {key!r}.")
             value = default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise ModelFileError(
-                f"{self.where}: {key} must be a whole number from {least} on, got {value!r}."
+                f"{self.where}: {key} must be a whole number from {least} to {most}, got {value!r}."
             )
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A number; None counts as absent."""
+        """A finite number."""
         value = self.source.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
             raise ModelFileError(f"{self.where}: {key} must be a number, got {value!r}.")
         return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.source.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ModelFileError(f"{self.where}: {key} must be true or false, got {value!r}.")
+        return default if value is None else value
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """An object; {} where absent."""
+        value = self.source.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise ModelFileError(f"{self.where}: {key} must be an object, got {value!r}.")
+        return value or {}
+
+    def heads(self, total: str, shared: str, default: int | None = None) -> tuple[int, int]:
+        """(query heads, key heads), the second a divisor of the first."""
+        queries = self.integer(total, most=MAX_HEADS)
+        keys = self.integer(shared, default or queries, most=MAX_HEADS)
+        if queries % keys:
+            raise ModelFileError(f"{self.where}: {total} {queries} is no multiple of {shared} {keys}.")
+        return queries, keys
 
 
 def from_hf(config: Mapping[str, Any]) -> ArchConfig:
@@ -66,16 +127,18 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelFileError("config.json has no model_type.")
-    if model_type == "gemma3" and isinstance(config.get("text_config"), Mapping):
-        config = {**config["text_config"], "model_type": "gemma3_text"}
+    nested = config.get("text_config")
+    if model_type == "gemma3" and isinstance(nested, Mapping):
         model_type = "gemma3_text"
-    keys = Keys(config, "config.json")
-    layers, heads = keys.integer("num_hidden_layers"), keys.integer("num_attention_heads")
+        config = {**{key: config[key] for key in OUTER_KEYS if key in config}, **nested}
+    keys = Keys({**HF_DEFAULTS.get(model_type, {}), **_present(config)}, "config.json")
+    _refuse_variants(keys)
+    layers = keys.integer("num_hidden_layers", most=MAX_LAYERS)
+    heads, kv_heads = keys.heads("num_attention_heads", "num_key_value_heads")
     hidden = keys.integer("hidden_size")
-    layer_types = _layer_types(config, model_type, layers)
-    eos = config.get("eos_token_id")
-    gemma = model_type.startswith("gemma")
-    query_scale = config.get("query_pre_attn_scalar")
+    layer_types = _layer_types(keys, model_type, layers)
+    query_scale = keys.number("query_pre_attn_scalar", 0.0)
+    bos = keys.source.get("bos_token_id")
     return ArchConfig(
         model_type=model_type,
         vocab_size=keys.integer("vocab_size"),
@@ -83,63 +146,99 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
         intermediate_size=keys.integer("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=keys.integer("num_key_value_heads", heads),
+        num_kv_heads=kv_heads,
         head_dim=keys.integer("head_dim", hidden // heads),
         max_position=keys.integer("max_position_embeddings", 2048),
         norm_eps=keys.number("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(config.get("tie_word_embeddings", gemma)),
+        tie_embeddings=keys.flag("tie_word_embeddings", False),
         layer_types=layer_types,
-        rope=_hf_rope(config, set(layer_types)),
-        sliding_window=keys.integer("sliding_window", 0, least=0) if SLIDING in layer_types else 0,
-        attention_bias=bool(config.get("attention_bias", False)),
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        activation=str(config.get("hidden_activation") or config.get("hidden_act") or "silu"),
+        rope=_hf_rope(keys, set(layer_types)),
+        sliding_window=keys.integer("sliding_window") if SLIDING in layer_types else 0,
+        attention_bias=keys.flag("attention_bias", False),
+        mlp_bias=keys.flag("mlp_bias", False),
+        activation=_activation(keys),
         attention_softcap=keys.number("attn_logit_softcapping", 0.0),
         logit_softcap=keys.number("final_logit_softcapping", 0.0),
-        query_scale=float(query_scale) if query_scale else None,
+        query_scale=query_scale if query_scale > 0 else None,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
-        bos_token_id=config.get("bos_token_id") if isinstance(config.get("bos_token_id"), int) else None,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else (),
+        bos_token_id=bos if isinstance(bos, int) else None,
+        eos_token_ids=_token_ids(keys.source.get("eos_token_id")),
         raw=config,
     )
 
 
-def _layer_types(config: Mapping[str, Any], model_type: str, layers: int) -> tuple[str, ...]:
+def _present(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries that are not null."""
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """One id or a list of ids as a tuple; anything else as none."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
+
+
+def _activation(keys: Keys) -> Activation:
+    """The block's name of the activation."""
+    name = keys.source.get("hidden_activation") or keys.source.get("hidden_act") or "silu"
+    if name not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"config.json: the activation {name!r} is not supported.", f"Supported: {', '.join(ACTIVATIONS)}."
+        )
+    return ACTIVATIONS[name]
+
+
+def _refuse_variants(keys: Keys) -> None:
+    """What would load and answer nonsense must not load."""
+    quantization = keys.mapping("quantization_config")
+    if quantization:
+        raise UnsupportedModelError(
+            f"Weights quantized by {quantization.get('quant_method')!r} are not supported.",
+            "Use the unquantized model or a GGUF file.",
+        )
+    if keys.source.get("use_bidirectional_attention"):
+        raise UnsupportedModelError(
+            "config.json: use_bidirectional_attention makes this an embedding model, not a decoder."
+        )
+
+
+def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
     """One attention type a layer, from ``layer_types`` or from the older switches."""
-    listed = config.get("layer_types")
-    if isinstance(listed, list):
-        unknown = set(listed) - {FULL, SLIDING}
-        if unknown or len(listed) != layers:
+    listed = keys.source.get("layer_types")
+    if listed is not None:
+        if not isinstance(listed, list) or len(listed) != layers:
+            raise ModelFileError(f"config.json: layer_types must list one type for each of {layers} layers.")
+        unknown = sorted({str(kind) for kind in listed} - {FULL, SLIDING})
+        if unknown:
             raise UnsupportedModelError(
-                f"config.json: layer_types has {len(listed)} entries for {layers} layers, of kinds {sorted(set(listed))}."
+                f"config.json: layers of type {', '.join(unknown)} are not supported."
             )
         return tuple(listed)
-    if not config.get("sliding_window"):
+    if not keys.source.get("sliding_window"):
         return (FULL,) * layers
     if model_type in DEFAULT_PATTERN:
-        every = config.get("sliding_window_pattern") or DEFAULT_PATTERN[model_type]
+        every = keys.integer("sliding_window_pattern", DEFAULT_PATTERN[model_type])
         return tuple(FULL if (i + 1) % every == 0 else SLIDING for i in range(layers))
     if model_type == "mistral":
         return (SLIDING,) * layers
-    if config.get("use_sliding_window"):
-        first = config.get("max_window_layers", 0)
+    if keys.flag("use_sliding_window", False):
+        first = keys.integer("max_window_layers", 28, least=0)
         return tuple(SLIDING if i >= first else FULL for i in range(layers))
     return (FULL,) * layers
 
 
-def _hf_rope(config: Mapping[str, Any], kinds: set[str]) -> dict[str, Mapping[str, Any]]:
+def _hf_rope(keys: Keys, kinds: set[str]) -> dict[str, Mapping[str, Any]]:
     """Rope parameters by layer type."""
-    given = config.get("rope_parameters")
-    if isinstance(given, Mapping) and kinds & set(given):
-        return {kind: given[kind] for kind in kinds}
-    theta = config.get("rope_theta", 10000.0)
-    scaling = config.get("rope_scaling")
-    base = dict(given) if isinstance(given, Mapping) else {"rope_theta": theta, **(scaling or {})}
-    base.setdefault("rope_theta", theta)
-    base.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    given = keys.mapping("rope_parameters")
+    if kinds & set(given):
+        by_kind = Keys(given, "config.json: rope_parameters")
+        return {kind: by_kind.mapping(kind) for kind in kinds}
+    base = dict(given or keys.mapping("rope_scaling"))
+    base.setdefault("rope_theta", keys.number("rope_theta", 10000.0))
+    base.setdefault("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
     rope: dict[str, Mapping[str, Any]] = dict.fromkeys(kinds, base)
-    if SLIDING in kinds and config.get("rope_local_base_freq"):
-        rope[SLIDING] = {"rope_theta": config["rope_local_base_freq"]}
+    if SLIDING in kinds and keys.source.get("rope_local_base_freq"):
+        rope[SLIDING] = {"rope_theta": keys.number("rope_local_base_freq", 10000.0)}
     return rope
 
 
@@ -153,37 +252,34 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         )
     model_type = GGUF_TYPES[name]
     keys = Keys({k.removeprefix(f"{name}."): v for k, v in meta.items()}, f"GGUF metadata {name}.*")
-    layers, heads = keys.integer("block_count"), keys.integer("attention.head_count")
+    layers = keys.integer("block_count", most=MAX_LAYERS)
+    heads, kv_heads = keys.heads("attention.head_count", "attention.head_count_kv")
     hidden = keys.integer("embedding_length")
-    tokens = meta.get("tokenizer.ggml.tokens")
-    vocab = files.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in files.tensors else 0
-    vocab = vocab or keys.integer("vocab_size", len(tokens) if isinstance(tokens, list) else None)
     window = keys.integer("attention.sliding_window", 0, least=0)
     every = DEFAULT_PATTERN.get(model_type)
     layer_types = tuple(SLIDING if window and every and (i + 1) % every else FULL for i in range(layers))
-    head_dim = keys.integer("attention.key_length", hidden // heads)
     theta = keys.number("rope.freq_base", 10000.0)
     rope: dict[str, Mapping[str, Any]] = {FULL: _gguf_rope(files, keys, theta)}
     if SLIDING in layer_types:
         local = 10000.0 if model_type == "gemma3_text" else theta
         rope[SLIDING] = {"rope_theta": keys.number("rope.freq_base_swa", local)}
-    eos = meta.get("tokenizer.ggml.eos_token_id")
+    bos = meta.get("tokenizer.ggml.bos_token_id")
     return ArchConfig(
         model_type=model_type,
-        vocab_size=vocab,
+        vocab_size=_gguf_vocab_size(files, keys),
         hidden_size=hidden,
         intermediate_size=keys.integer("feed_forward_length"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=keys.integer("attention.head_count_kv", heads),
-        head_dim=head_dim,
+        num_kv_heads=kv_heads,
+        head_dim=keys.integer("attention.key_length", hidden // heads),
         max_position=keys.integer("context_length"),
         norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-6),
         tie_embeddings="output.weight" not in files.tensors,
         layer_types=layer_types,
         rope=rope,
         sliding_window=window if SLIDING in layer_types else 0,
-        attention_bias=name == "qwen2",
+        attention_bias="blk.0.attn_q.bias" in files.tensors,
         activation="gelu_tanh" if name.startswith("gemma") else "silu",
         attention_softcap=keys.number("attn_logit_softcapping", 50.0 if name == "gemma2" else 0.0),
         logit_softcap=keys.number("final_logit_softcapping", 30.0 if name == "gemma2" else 0.0),
@@ -191,10 +287,19 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         dtype="float16",
         quantized=any(tensor.dtype in QUANTIZED_TYPES for tensor in files.tensors.values()),
         from_gguf=True,
-        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=(eos,) if isinstance(eos, int) else (),
+        bos_token_id=bos if isinstance(bos, int) else None,
+        eos_token_ids=_token_ids(meta.get("tokenizer.ggml.eos_token_id")),
         raw=meta,
     )
+
+
+def _gguf_vocab_size(files: ModelFiles, keys: Keys) -> int:
+    """Rows of the embedding: some files hold more of them than tokens."""
+    embedding = files.tensors.get("token_embd.weight")
+    if embedding is not None:
+        return embedding.shape[0]
+    tokens = files.config.get("tokenizer.ggml.tokens")
+    return keys.integer("vocab_size", len(tokens) if isinstance(tokens, list) else None)
 
 
 def _gguf_query_scale(name: str, keys: Keys, hidden: int, heads: int) -> float | None:
@@ -209,6 +314,8 @@ def _gguf_query_scale(name: str, keys: Keys, hidden: int, heads: int) -> float |
 def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
     """Scaling keys as rope parameters; llama3's scaling comes as a tensor of divisors."""
     if "rope_freqs.weight" in files.tensors:
+        if files.tensors["rope_freqs.weight"].dtype != "F32":
+            raise ModelFileError(f"{files.name}: rope_freqs.weight must be F32.")
         factors = np.frombuffer(files.read("rope_freqs.weight").tobytes(), np.float32).tolist()
         return {"rope_theta": theta, "rope_type": "factors", "factors": factors}
     kind = keys.source.get("rope.scaling.type")
@@ -218,5 +325,6 @@ def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_type": kind,
         "factor": keys.number("rope.scaling.factor", 1.0),
-        "original_max_position_embeddings": keys.number("rope.scaling.original_context_length", 0.0),
+        "original_max_position_embeddings": keys.source.get("rope.scaling.original_context_length"),
+        "attention_factor": keys.source.get("rope.scaling.attn_factor"),
     }
