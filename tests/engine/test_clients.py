@@ -188,7 +188,7 @@ def test_a_failing_step_ends_every_request(kind: str, caplog: pytest.LogCaptureF
         for sink in sinks:
             assert sink.reason == "error"
             assert "the device fell over" in (sink.deltas[-1].error or "")
-            assert len(sink.tokens) >= 4
+        assert len(sinks[0].tokens) == 5  # steps 0 to 4; the others may have come a step later
         assert not client.alive
         with pytest.raises(EngineDeadError, match="the device fell over"):
             client.submit(request(9), Collected())
