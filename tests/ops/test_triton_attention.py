@@ -55,10 +55,10 @@ def make(
     }
 
 
-def check(inputs: dict[str, object], tolerance: float = 2e-5, **options: object) -> None:
+def check(inputs: dict[str, object], tolerance: float = 2e-5, large: bool = False, **options: object) -> None:
     tokens = int(inputs["query_start"][-1])  # type: ignore[index]
     expected: Tensor = reference(**inputs, **options)[:tokens].float()  # type: ignore[arg-type]
-    actual = kernels.PagedAttention()(**inputs, **options)[:tokens].float()  # type: ignore[arg-type]
+    actual = kernels.PagedAttention(large=large)(**inputs, **options)[:tokens].float()  # type: ignore[arg-type]
     assert actual.isfinite().all()
     assert ((actual - expected).norm() / expected.norm()).item() < tolerance
     torch.testing.assert_close(actual, expected, atol=20 * tolerance, rtol=20 * tolerance)
@@ -145,3 +145,24 @@ def test_splits_come_from_bounds_and_are_few() -> None:
     }
     assert splits == {1, 2, 4, 8, 16, 32, 64}
     assert kernels.num_splits(1, 8, 64, 64) == 1 and kernels.num_splits(256, 8, 8192, 64) == 1
+
+
+def test_long_prompts_leave_single_tokens_to_their_own_kernel() -> None:
+    """The bound of the longest row chooses the tiles; half precision, as 4-byte elements always take small ones."""
+    inputs = make(MIXED, dtype=torch.float16)
+    check({**inputs, "max_query": 2048}, tolerance=2e-3, large=True)
+    check({**inputs, "max_query": 2048}, tolerance=2e-3, large=True, window=30)
+
+
+def test_many_ranges_are_merged_by_their_own_kernel() -> None:
+    """One long row: more ranges than one program merges; the workspace serves one call after another."""
+    inputs = make([(1, 700)], heads=(2, 1))
+    assert kernels.num_splits(1, 1, 700, 32) > kernels.MERGE_SPLITS
+    check(inputs)
+    check(inputs, window=333, softcap=3.0)
+    attend = kernels.PagedAttention()
+    few = make([(1, 200), (1, 20)])
+    expected = reference(**few)  # type: ignore[arg-type]
+    for _ in range(3):
+        torch.testing.assert_close(attend(**few), expected, atol=1e-4, rtol=1e-4)  # type: ignore[arg-type]
+    assert attend.counters is not None and not attend.counters.any()

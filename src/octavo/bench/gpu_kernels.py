@@ -248,7 +248,7 @@ def all_cases(shape: Shape, quick: bool) -> list[Case]:
     cases = attention_cases(shape)
     for tokens in (1, 64, 256, 8192) if not quick else (1, 256):
         cases += layer_cases(shape, tokens)
-    for tokens in (1, 8, 16):
+    for tokens in (1, 8):
         cases += linear_cases(shape, tokens)
     for rows in (1, 64, 256) if not quick else (64,):
         cases += sampling_cases(shape, rows)

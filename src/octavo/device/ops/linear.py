@@ -1,4 +1,4 @@
-"""The dense linear map; on GPUs few tokens take a kernel of our own, many the vendor's library."""
+"""The dense linear map; on GPUs one token takes a kernel of our own, more the vendor's library."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ LOWEST = tl.constexpr(-1.0e30)  # stands for -inf as a running maximum: differen
 
 METADATA = ("page_table", "query_start", "kv_lens")  # views of one packed upload: any alignment, one kernel
 MAX_SPLITS = 64
+MERGE_SPLITS = 8  # more ranges are merged by a kernel of their own
 TARGET_PROGRAMS = 512  # a few programs on every multiprocessor of a large GPU
 
 
@@ -107,12 +108,12 @@ def _varlen_kernel(
     stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, SINGLES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M // GROUP tokens of one row for one key head.
 
     Row r owns the tiles from query_start[r] // TOKENS + r on: at least as many as it needs, and the total has the
-    host-side bound T // TOKENS + num_rows.
+    host-side bound T // TOKENS + num_rows. Without SINGLES, single-token rows are left to ``_decode_kernel``.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -130,7 +131,7 @@ def _varlen_kernel(
     begin = tl.load(query_start + row)
     count = tl.load(query_start + row + 1) - begin
     tile = tl.cdiv(count, TOKENS) - 1 - (pid - (begin // TOKENS + row))  # longest ranges of keys start first
-    if tile < 0:
+    if (tile < 0) | ((not SINGLES) & (count == 1)):
         return
     kv_len = tl.load(kv_lens + row)
     lanes = tl.arange(0, BLOCK_M)
@@ -176,6 +177,14 @@ def _varlen_kernel(
 
 
 @triton.jit
+def _key_range(kv_len, window, splits, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """(first key, start of the first range, keys a range) of a single-token row; ranges are whole blocks."""
+    first_key = tl.maximum(0, kv_len - window) if WINDOW else 0
+    origin = first_key // BLOCK_N * BLOCK_N
+    return first_key, origin, tl.cdiv(tl.cdiv(kv_len - origin, BLOCK_N), splits) * BLOCK_N
+
+
+@triton.jit
 def _merge(out, sums, stats, ranges, D: tl.constexpr, DPAD: tl.constexpr, SPLITS: tl.constexpr):
     """Merge the ranges of one head, each weighted by its own maximum; read past the first-level cache."""
     dims = tl.arange(0, DPAD)
@@ -197,14 +206,15 @@ def _decode_kernel(
     out, sums, stats, counters, q, kv_pages, page_table, query_start, kv_lens, sinks, scale, window, softcap,
     stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
     GROUP: tl.constexpr, GPAD: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MERGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, SINGLES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One range of keys of one single-token row for the GROUP heads of one key head.
 
     SPLITS == 1 writes the output; otherwise unnormalized sums go to sums [R, Hq, SPLITS, D] and (maximum, total)
-    to stats [R, Hq, SPLITS, 2], and whichever range of a row finishes last merges them all: it learns that from
-    counters [R, Hkv], which are zero between launches.
+    to stats [R, Hq, SPLITS, 2]. With MERGE, whichever range of a row finishes last merges them all: it learns that
+    from counters [R, Hkv], which are zero between launches; without it, ``_merge_kernel`` follows. With SINGLES,
+    rows of other lengths are left alone.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -212,12 +222,10 @@ def _decode_kernel(
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(query_start + row)
     count = tl.load(query_start + row + 1) - begin
-    if count == 0:
+    if (count == 0) | (SINGLES & (count != 1)):
         return
     kv_len = tl.load(kv_lens + row)
-    first_key = tl.maximum(0, kv_len - window) if WINDOW else 0
-    origin = first_key // BLOCK_N * BLOCK_N
-    size = tl.cdiv(tl.cdiv(kv_len - origin, BLOCK_N), SPLITS) * BLOCK_N  # keys a range: whole blocks
+    first_key, origin, size = _key_range(kv_len, window, SPLITS, BLOCK_N, WINDOW)
     start = origin + split * size
     if start >= kv_len:
         return
@@ -255,16 +263,39 @@ def _decode_kernel(
         tl.store(sums + at[:, None] * D + dims[None, :], acc, mask=inside)
         tl.store(stats + at * 2, best, mask=real)
         tl.store(stats + at * 2 + 1, total, mask=real)
-        tl.debug_barrier()  # all threads have stored before one of them announces it
-        counter = counters + row * tl.num_programs(0) + kv_head
-        ranges = tl.cdiv(kv_len - origin, size)
-        if tl.atomic_add(counter, 1, sem="acq_rel") == ranges - 1:
-            tl.store(counter, 0)
-            for lane in tl.static_range(GROUP):
-                which = kv_head * GROUP + lane
-                first = (row * num_heads + which).to(tl.int64) * SPLITS
-                target = out + begin.to(tl.int64) * (num_heads * D) + which * D
-                _merge(target, sums + first * D, stats + first * 2, ranges, D, DPAD, SPLITS)
+        if MERGE:
+            tl.debug_barrier()  # all threads have stored before one of them announces it
+            counter = counters + row * tl.num_programs(0) + kv_head
+            ranges = tl.cdiv(kv_len - origin, size)
+            if tl.atomic_add(counter, 1, sem="acq_rel") == ranges - 1:
+                tl.store(counter, 0)
+                for lane in tl.static_range(GROUP):
+                    which = kv_head * GROUP + lane
+                    first = (row * num_heads + which).to(tl.int64) * SPLITS
+                    target = out + begin.to(tl.int64) * (num_heads * D) + which * D
+                    _merge(target, sums + first * D, stats + first * 2, ranges, D, DPAD, SPLITS)
+
+
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=METADATA[1:])
+def _merge_kernel(
+    out, sums, stats, query_start, kv_lens, window,
+    D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    SINGLES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Merge the ranges of one head of one single-token row; faster than MERGE where the ranges are many."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    head, row = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(query_start + row)
+    count = tl.load(query_start + row + 1) - begin
+    if (count == 0) | (SINGLES & (count != 1)):
+        return
+    _, origin, size = _key_range(tl.load(kv_lens + row), window, SPLITS, BLOCK_N, WINDOW)
+    ranges = tl.cdiv(tl.load(kv_lens + row) - origin, size)
+    first = (row * tl.num_programs(0) + head).to(tl.int64) * SPLITS
+    target = out + (begin.to(tl.int64) * tl.num_programs(0) + head) * D
+    _merge(target, sums + first * D, stats + first * 2, ranges, D, DPAD, SPLITS)
 
 
 def num_splits(rows: int, num_kv_heads: int, max_kv: int, block_n: int) -> int:
@@ -281,7 +312,7 @@ def varlen_tiles(head_dim: int, wide: bool, group: int, large: bool, max_query: 
         return Tiles(max(32, least), 32, 4, 1)
     if head_dim > 128:
         return Tiles(max(64, least), 64 if large else 32, 8 if large else 4, 2)
-    if large and max_query >= 4096:
+    if large and max_query >= 1024:
         return Tiles(max(256, least), 64, 8, 3)
     return Tiles(max(64, least), 64, 4, 3 if large else 2)
 
@@ -337,42 +368,48 @@ class PagedAttention:
             "SINKS": sinks is not None, "PRECISION": "ieee" if q.element_size() == 4 else "tf32", "PDL": pdl,
             **({"launch_pdl": True} if pdl else {}),
         }  # fmt: skip
-        if max_query > 1:
-            self._varlen(out, tables, numbers, static, max_query)
-        else:
-            self._decode(out, tables, numbers, static, min(max_kv, window) if window else max_kv)
-        return out
-
-    def _varlen(
-        self, out: Tensor, tables: Tables, numbers: Numbers, static: dict[str, Any], max_query: int
-    ) -> None:
-        rows, num_kv_heads = tables[4].shape[0], tables[1].shape[2]
-        tiles = varlen_tiles(static["D"], out.element_size() == 4, static["GROUP"], self.large, max_query)
-        grid = (num_kv_heads, out.shape[0] // (tiles.block_m // static["GROUP"]) + rows)
+        max_kv = min(max_kv, window) if window else max_kv
+        if max_query == 1:
+            self._decode(out, tables, numbers, {**static, "SINGLES": False}, max_kv)
+            return out
+        tiles = varlen_tiles(head_dim, q.element_size() == 4, static["GROUP"], self.large, max_query)
+        # A tile of many tokens is wasted on single-token rows: those take their own kernel then.
+        apart = tiles.block_m > 128 and kv_lens.shape[0] > 1
+        grid = (num_kv_heads, tokens // (tiles.block_m // static["GROUP"]) + kv_lens.shape[0])
         _varlen_kernel[grid](
-            out, *tables, rows, *numbers, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **static,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            out, *tables, kv_lens.shape[0], *numbers, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SINGLES=not apart,
+            **static, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
+        if apart:
+            self._decode(out, tables, numbers, {**static, "SINGLES": True}, max_kv)
+        return out
 
     def _decode(
         self, out: Tensor, tables: Tables, numbers: Numbers, static: dict[str, Any], max_kv: int
     ) -> None:
         rows, num_kv_heads = tables[4].shape[0], tables[1].shape[2]
-        tiles = decode_tiles(static["D"], out.element_size() == 4, self.large)
+        num_heads, head_dim = out.shape[1:]
+        tiles = decode_tiles(head_dim, out.element_size() == 4, self.large)
         splits = num_splits(rows, num_kv_heads, max_kv, tiles.block_n)
         sums = stats = counters = out
         if splits > 1:
             if self.counters is None:
                 self.counters = torch.zeros(TARGET_PROGRAMS, dtype=torch.int32, device=out.device)
             counters = self.counters
-            heads, head_dim = out.shape[1:]
-            sums = torch.empty((rows, heads, splits, head_dim), dtype=torch.float32, device=out.device)
-            stats = torch.empty((rows, heads, splits, 2), dtype=torch.float32, device=out.device)
+            sums = torch.empty((rows, num_heads, splits, head_dim), dtype=torch.float32, device=out.device)
+            stats = torch.empty((rows, num_heads, splits, 2), dtype=torch.float32, device=out.device)
+        merge = splits <= MERGE_SPLITS
         _decode_kernel[(num_kv_heads, rows, splits)](
             out, sums, stats, counters, *tables, *numbers, GPAD=max(16, triton.next_power_of_2(static["GROUP"])),
-            BLOCK_N=tiles.block_n, SPLITS=splits, **static,
+            BLOCK_N=tiles.block_n, SPLITS=splits, MERGE=merge, **static,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
+        if not merge:
+            names = ("D", "DPAD", "WINDOW", "SINGLES", "PDL", "launch_pdl")
+            _merge_kernel[(num_heads, rows)](
+                out, sums, stats, tables[3], tables[4], numbers[1], BLOCK_N=tiles.block_n, SPLITS=splits,
+                **{name: static[name] for name in names if name in static}, num_warps=4,
+            )  # fmt: skip
 
 
 PagedAttentionHopper = partial(PagedAttention, large=True, pdl=True)
