@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 
@@ -38,17 +39,19 @@ class Failed(msgspec.Struct, tag="failed"):
         return kind(self.cause, self.cure)
 
 
-def live_with_parent() -> None:
+def live_with_parent(folder: str | None = None) -> None:
     """Call first in a child process: ends it when its standard input does, and leaves Ctrl-C to the parent.
 
     The parent holds the other end and never writes, so the end of input means that the parent is gone, even by
-    ``kill -9`` and even while we load or compute.
+    ``kill -9`` and even while we load or compute. ``folder`` is removed then, since nobody else is left to do it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_watch_parent, name="octavo-parent", daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(folder,), name="octavo-parent", daemon=True).start()
 
 
-def _watch_parent() -> None:
+def _watch_parent(folder: str | None) -> None:
     while os.read(0, 1024):
         pass
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

@@ -31,7 +31,7 @@ def run_engine(address: str, build: Build) -> int:
 
     Returns the process's exit status.
     """
-    live_with_parent()
+    live_with_parent(address.removeprefix("ipc://"))
     context = zmq.Context()
     requests, results = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket in (requests, results):

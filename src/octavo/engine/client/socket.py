@@ -48,6 +48,7 @@ class Channel:
         if len(folder) > MAX_SOCKET_PATH - len("/requests"):
             shutil.rmtree(folder)
             folder = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
+        self.folder = folder
         self.cleanup = weakref.finalize(self, shutil.rmtree, folder, True)
         address = f"ipc://{folder}"
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
