@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles
+from octavo.files.dtypes import GGUF_TYPES_BY_NAME
 from octavo.model.blocks import DecoderSpec
 from octavo.model.layers.load import LoadItem
 from octavo.model.quantization.decode import dequantize
@@ -35,9 +37,9 @@ def fill(
 ) -> LoadReport:
     """Fill every item from ``files``; see ``Network.load``."""
     gguf = files.format == "gguf"
-    prefix = "" if gguf else name_prefix(files)
-    names = [item.gguf if gguf else prefix + item.hf for item in items]
-    ignored = check_names(names, files, spec, prefix)
+    rename = (lambda name: name) if gguf else hf_renaming(files)
+    names = [item.gguf if gguf else rename(item.hf) for item in items]
+    ignored = check_names(names, files, spec, rename)
     total = sum(files.tensors[name].nbytes for name in names)
     done = 0
     for name, item in zip(names, items):
@@ -54,21 +56,30 @@ def fill(
     return LoadReport(len(items), total, ignored)
 
 
-def name_prefix(files: ModelFiles) -> str:
-    """What a multimodal checkpoint puts before its language model's names."""
-    return (
-        "language_model." if any(name.startswith("language_model.model.") for name in files.tensors) else ""
-    )
+def hf_renaming(files: ModelFiles) -> Callable[[str], str]:
+    """How this checkpoint spells a decoder's names: multimodal ones put their language model into a part of its own.
+
+    Old spelling: language_model.model.layers.0..., language_model.lm_head; new: model.language_model.layers.0..., lm_head.
+    """
+    if any(name.startswith("language_model.model.") for name in files.tensors):
+        return lambda name: f"language_model.{name}"
+    if any(name.startswith("model.language_model.") for name in files.tensors):
+        return lambda name: re.sub(r"^model\.", "model.language_model.", name)
+    return lambda name: name
 
 
-def check_names(names: list[str], files: ModelFiles, spec: DecoderSpec, prefix: str) -> tuple[str, ...]:
+def check_names(
+    names: list[str], files: ModelFiles, spec: DecoderSpec, rename: Callable[[str], str]
+) -> tuple[str, ...]:
     """Raise ``ModelFileError`` for missing or unknown tensors; returns those that are known to be of no use."""
     missing = [name for name in names if name not in files.tensors]
     unused = sorted(set(files.tensors) - set(names))
     useless = []
+    language_model = rename("model.")
     for name in list(unused):
-        tied = spec.head is None and name in ("lm_head.weight", f"{prefix}lm_head.weight")
-        other_tower = bool(prefix) and not name.startswith(prefix)
+        tied = spec.head is None and name == rename("lm_head.weight")
+        # Beside a language model of its own stand vision towers and projectors, which text does not need.
+        other_tower = language_model != "model." and not name.startswith(language_model)
         if tied or other_tower or any(name.endswith(suffix) for suffix in spec.ignored):
             unused.remove(name)
             useless.append(name)
@@ -90,6 +101,11 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
     info = files.tensors[name]
     raw = files.read(name)
     turned = gguf and item.heads > 0
+    if info.dtype not in TORCH_TYPES and info.dtype not in GGUF_TYPES_BY_NAME:
+        raise ModelFileError(
+            f"Tensor {name} is stored as {info.dtype}, which cannot be loaded.",
+            "Use the unquantized model or a GGUF file.",
+        )
     if info.dtype in TORCH_TYPES:
         stored = torch.from_numpy(raw).view(TORCH_TYPES[info.dtype]).view(info.shape)
     elif not turned:

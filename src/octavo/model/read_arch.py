@@ -181,7 +181,7 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 def _activation(keys: Keys) -> Activation:
     """The block's name of the activation."""
     name = keys.source.get("hidden_activation") or keys.source.get("hidden_act") or "silu"
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"config.json: the activation {name!r} is not supported.", f"Supported: {', '.join(ACTIVATIONS)}."
         )

@@ -21,6 +21,7 @@ class DecoderLayer:
             found = getattr(block, which)
             return NormLayer(found, build, hf_prefix, gguf_prefix) if found is not None else None
 
+        self.residual_scale = block.residual_scale
         self.input_norm = NormLayer(block.input_norm, build, hf_prefix, gguf_prefix)
         self.attention = AttentionLayer(block.attention, build, hf_prefix, gguf_prefix)
         self.post_attention_norm = norm("post_attention_norm")
@@ -34,8 +35,11 @@ class DecoderLayer:
         x = self.attention(x, batch)
         if self.post_attention_norm is not None:
             x = self.post_attention_norm(x)
-        x = self.mlp(self.pre_mlp_norm.add(x, residual))
-        return x if self.post_mlp_norm is None else self.post_mlp_norm(x)
+        x = self.mlp(self.pre_mlp_norm.add(self._scaled(x), residual))
+        return self._scaled(x if self.post_mlp_norm is None else self.post_mlp_norm(x))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def items(self) -> list[LoadItem]:
         """What the loader must fill."""
