@@ -72,6 +72,11 @@ class SchedulerOptions:
     scheduling_policy: str = option("fcfs", "Order of the queue.", ("fcfs", "priority"))
     max_queue_len: int = option(4096, "Requests that may wait; beyond it clients get 429.")
     enable_chunked_prefill: bool = option(True, "Split long prompts over several steps.")
+    max_step_ms: float | None = option(
+        None,
+        "Longest step while answers stream, in ms; prompts are cut to fit, by measured speed (0 = no limit; "
+        "default: 50 on GPUs, 200 on CPUs).",
+    )
     overlap: bool | None = option(None, "Plan a step while the one before it runs (default: on for GPUs).")
 
 
@@ -141,6 +146,7 @@ class Resolved:
     max_num_seqs: int
     max_num_batched_tokens: int
     overlap: bool
+    max_step_ms: float
     enable_prefix_caching: bool
     scheduling_policy: str
     max_queue_len: int
@@ -212,11 +218,20 @@ def resolve(options: EngineOptions, hardware: Hardware, limits: ModelLimits) -> 
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         overlap=hardware.kind == "cuda" if scheduler.overlap is None else scheduler.overlap,
+        max_step_ms=_max_step_ms(scheduler.max_step_ms, hardware),
         enable_prefix_caching=cache.enable_prefix_caching,
         scheduling_policy=scheduler.scheduling_policy,
         max_queue_len=scheduler.max_queue_len,
         seed=model.seed,
     )
+
+
+def _max_step_ms(asked: float | None, hardware: Hardware) -> float:
+    if asked is None:
+        return 50.0 if hardware.kind == "cuda" else 200.0
+    if not 0 <= asked < 1e6:
+        raise UsageError(f"--max-step-ms must be from 0 on, got {asked}.")
+    return asked
 
 
 def _dtype(asked: str, hardware: Hardware, limits: ModelLimits) -> str:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import random
 import secrets
+import time
 from collections import deque
 
 from octavo.engine.cache.layout import CacheLayout
 from octavo.engine.executor.base import Executor
+from octavo.engine.scheduler.pace import Pace
 from octavo.engine.scheduler.queue import order_key
 from octavo.engine.scheduler.resources import Pages, Slots
 from octavo.engine.scheduler.scheduler import Scheduler, Step
@@ -57,6 +59,8 @@ class EngineCore:
             [Slots(min(settings.max_num_seqs, executor.num_slots)), self.pages],
             max_num_batched_tokens=settings.max_num_batched_tokens,
         )
+        self.pace = Pace(settings.max_step_ms / 1e3, settings.max_num_batched_tokens)
+        self._last_done_s = 0.0
         self.stopping = False
         self._depth = 1 if settings.overlap else 0
         self._live: dict[int, Sequence] = {}
@@ -121,8 +125,10 @@ class EngineCore:
 
     def step(self) -> list[TokenDelta]:
         """Run one step; returns what it (with overlap: the one before) brought."""
+        self.scheduler.mixed_budget = self.pace.budget()
         step = self.scheduler.schedule()
         if step is not None:
+            step.launched_s = time.perf_counter()
             self.executor.forward(step.plan)
         deltas = self._collect() if self._depth else []
         if step is not None:
@@ -134,7 +140,13 @@ class EngineCore:
         """The oldest step's results, if one is in flight."""
         if not self._in_flight:
             return []
-        deltas = self.scheduler.apply(self._in_flight.popleft(), self.executor.collect())
+        step = self._in_flight.popleft()
+        result = self.executor.collect()
+        now = time.perf_counter()
+        # With overlap a step begins when the one before it is done, not when it was queued.
+        self.pace.observe(sum(step.plan.num_tokens), now - max(step.launched_s, self._last_done_s))
+        self._last_done_s = now
+        deltas = self.scheduler.apply(step, result)
         for delta in deltas:
             if delta.finish_reason is not None:
                 del self._live[delta.id]

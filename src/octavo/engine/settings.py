@@ -20,6 +20,7 @@ class EngineSettings:
     scheduling_policy: str = "fcfs"
     max_queue_len: int = 4096
     overlap: bool = False
+    max_step_ms: float = 0.0
     seed: int = 0
     model: str = ""
     architecture: str = ""
@@ -58,6 +59,7 @@ class EngineSettings:
             scheduling_policy=resolved.scheduling_policy,
             max_queue_len=resolved.max_queue_len,
             overlap=resolved.overlap,
+            max_step_ms=resolved.max_step_ms,
             seed=resolved.seed,
             model=model,
             architecture=architecture,

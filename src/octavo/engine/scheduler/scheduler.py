@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from octavo.engine.scheduler import stop
+from octavo.engine.scheduler.pace import LEAST
 from octavo.engine.scheduler.queue import Queue
 from octavo.engine.scheduler.resources import Resource
 from octavo.engine.scheduler.sequence import Sequence
@@ -37,17 +38,20 @@ class Step:
 
     plan: StepPlan
     rows: list[Sequence]
+    launched_s: float = 0.0
 
 
 class Scheduler:
     """Fills steps from running and waiting sequences.
 
-    ``max_num_batched_tokens`` may be changed at any time; it bounds the rows' tokens of one step.
+    Both budgets may be changed at any time: ``max_num_batched_tokens`` bounds the rows' tokens of one step, and
+    ``mixed_budget`` those of a step in which answers wait (its rows of one token always go first).
     """
 
     def __init__(self, resources: list[Resource], *, max_num_batched_tokens: int) -> None:
         self.resources = resources
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.mixed_budget = max_num_batched_tokens  # of a step in which answers wait for their next token
         self.waiting = Queue()
         # Running sequences are in exactly one of these two: all known tokens queued, or not yet.
         self.decoding: list[Sequence] = []
@@ -72,6 +76,9 @@ class Scheduler:
         step = Step(StepPlan(self.counters.num_steps, [], [], [], [], [], [], [], []), [])
         self._preempted = False
         budget = self._decode_rows(step, self.max_num_batched_tokens)
+        if step.rows:
+            used = self.max_num_batched_tokens - budget
+            budget = min(budget, max(self.mixed_budget - used, LEAST))
         budget = self._prefill_rows(step, budget)
         self._admit_waiting(step, budget)
         for resource in self.resources:
