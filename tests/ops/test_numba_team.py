@@ -97,6 +97,22 @@ def test_an_idle_team_sleeps_and_wakes() -> None:
     )
 
 
+def test_a_crowded_team_shrinks_and_tries_again() -> None:
+    ladder, team = Ladder(2), Team(3, LIBRARY)
+    for napped, active in ((0.0, 3), (0.5, 2), (0.05, 2), (0.5, 1), (0.9, 1)):
+        team._adapt(napped, 1.0)
+        assert team.active == active
+    for _ in range(team.PATIENCE):
+        team._adapt(0.0, 1.0)
+    assert team.active == 3
+    team.active = 2  # the third helper sleeps through this run and is there for the next
+    team.run(ladder.tape)
+    team.active = 3
+    ladder.reset()
+    team.run(ladder.tape)
+    team.close()
+
+
 def test_a_team_that_is_dropped_stops_its_helpers() -> None:
     team = Team(2, LIBRARY)
     helper = team._helpers[0]

@@ -22,6 +22,25 @@ def aligned(shape: tuple[int, ...] | int, dtype: DTypeLike, zero: bool = False) 
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
+class Arena:
+    """Many arrays in few large allocations, which the system can back with huge pages (fewer address look-ups)."""
+
+    CHUNK = 32 << 20
+
+    def __init__(self) -> None:
+        self._chunk = aligned(0, np.uint8)
+        self._used = 0
+
+    def take(self, shape: tuple[int, int]) -> NDArray[np.uint8]:
+        """An uninitialized uint8 array on a cache line."""
+        nbytes = shape[0] * shape[1]
+        if self._used + nbytes > len(self._chunk):
+            self._chunk, self._used = aligned(max(self.CHUNK, nbytes), np.uint8), 0
+        piece = self._chunk[self._used : self._used + nbytes]
+        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return piece.reshape(shape)
+
+
 def float_bits(value: float) -> int:
     """A float32 as an entry of an argument table."""
     return int(np.float32(value).view(np.uint32))

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -73,11 +74,19 @@ class Team:
     """``threads`` - 1 helpers that wait for tapes; the calling thread is the first member.
 
     ``run`` returns when the whole tape is done. Helpers spin for some tens of microseconds after a tape and then
-    sleep, so an idle team costs nothing.
+    sleep, so an idle team costs nothing. Where others use the cores too, threads nap at barriers for one that does not
+    run; when naps take a large share of the time, the next runs use one thread fewer, then the full team is tried
+    again. Results do not depend on the number of threads.
     """
+
+    NAP_S = 1e-4  # what a nap takes, with the system's timer slack
+    CROWDED = 0.2  # share of a run spent napping from which on fewer threads are better
+    PATIENCE = 64  # runs with fewer threads before the next attempt with all
 
     def __init__(self, threads: int, library: KernelLibrary) -> None:
         self.threads = threads
+        self.active = threads
+        self._retry_in = 0
         self._run, self._work = library.execute()
         self._lines = np.zeros((team.BASE + 1) * 8 + 8, np.int64)
         self._control = -(-self._lines.ctypes.data // team.LINE) * team.LINE
@@ -99,7 +108,19 @@ class Team:
 
     def run(self, tape: NDArray[np.int64]) -> None:
         """Execute a tape [instructions, 3] (kernel, arguments, barrier) on all threads."""
-        self._run(self._control, self._system.ctypes.data, tape.ctypes.data, len(tape), self.threads)
+        naps, start = self.naps, time.perf_counter()
+        self._run(self._control, self._system.ctypes.data, tape.ctypes.data, len(tape), self.active)
+        self._adapt((self.naps - naps) * self.NAP_S / max(self.active, 1), time.perf_counter() - start)
+
+    def _adapt(self, napped_s: float, elapsed_s: float) -> None:
+        """Choose how many threads the next run uses."""
+        if self.active > 1 and napped_s > self.CROWDED * elapsed_s:
+            self.active -= 1
+            self._retry_in = self.PATIENCE
+        elif self.active < self.threads:
+            self._retry_in -= 1
+            if self._retry_in <= 0:
+                self.active = self.threads
 
     @property
     def naps(self) -> int:

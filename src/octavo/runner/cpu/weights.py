@@ -12,7 +12,7 @@ from octavo.device.kernels.numba import formats
 from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles, TensorInfo
 from octavo.model.blocks import DecoderSpec, Embedding, Linear, Norm, Part
-from octavo.runner.cpu.program import aligned
+from octavo.runner.cpu.program import Arena
 
 PACK_BYTES = 8 << 20  # raw bytes repacked at a time: bounds the temporary copies
 
@@ -49,6 +49,7 @@ class WeightReader:
         self.total = sum(info.nbytes for info in files.tensors.values())
         self.done = 0
         self.used: set[str] = set()
+        self.arena = Arena()
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with."""
@@ -133,7 +134,7 @@ class WeightReader:
             shape = (panels, form.panel_bytes(inputs)), (panels, form.scale_bytes(inputs))
         else:
             shape = (panels, inputs * formats.ROWS * formats.DENSE_BYTES[info.dtype]), (panels, 0)
-        weights, scales = aligned(shape[0], np.uint8), aligned(shape[1], np.uint8)
+        weights, scales = self.arena.take(shape[0]), self.arena.take(shape[1])
         bias = np.zeros(panels * formats.ROWS, np.float32) if linear.bias else None
         first = 0
         for part in parts:

@@ -15,7 +15,7 @@ from octavo.device.kernels.numba import formats
 from octavo.device.kernels.numba import vector as v
 from octavo.device.kernels.numba.target import Target, choose_target, host_features
 
-AHEAD = 8  # blocks: the processor does not fetch across 4 KiB borders by itself
+AHEAD = 16  # blocks between fetching weights and using them: the processor stops at 4 KiB borders
 META_BYTES = 16  # d, sum, first half sum, second half sum
 # Entries of ``args``.
 COUNT, WEIGHTS, SCALES, BLOCKS, PANELS, QUANTS, META, OUT, OUT_BYTES, BIAS, BIAS_BYTES, ALPHA, ADD = range(13)

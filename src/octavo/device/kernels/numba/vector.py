@@ -80,12 +80,13 @@ def call(b, name, result, *arguments, fastmath=()):
 
 
 def prefetch(b, address):
-    """Start to bring a cache line in for reading."""
+    """Start to bring a cache line in for reading, as far as the second level, which can wait for more lines at once."""
     name, kinds = "llvm.prefetch.p0", [POINTER, I32, I32, I32]
     function = b.module.globals.get(name)
     if function is None:
         function = ir.Function(b.module, ir.FunctionType(ir.VoidType(), kinds), name)
-    b.call(function, [b.inttoptr(address, POINTER)] + [ir.Constant(I32, x) for x in (0, 3, 1)])
+    read, second_level, data = 0, 2, 1
+    b.call(function, [b.inttoptr(address, POINTER)] + [ir.Constant(I32, x) for x in (read, second_level, data)])
 
 
 def fma(b, x, y, z):
