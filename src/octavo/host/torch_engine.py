@@ -19,7 +19,7 @@ from octavo.model.describe import cache_specs, describe
 from octavo.model.network import Network
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import SlotInit, StepPlan
-from octavo.runner.graphs import DecodeGraphs, capture_sizes
+from octavo.runner.graphs import StepGraphs
 from octavo.runner.memory import plan_pages
 from octavo.runner.pages import PageMemory
 from octavo.runner.runner import TorchRunner
@@ -68,9 +68,12 @@ def build(
     runner = torch_runner(network, spec, layout, platform, binder, resolved, dtype, memory.num_pages)
     timeline.end("cache")
     if platform.kind == "cuda" and not options.device.enforce_eager:
-        graphs = DecodeGraphs(network, runner.slots, runner.builder, platform, resolved.max_model_len)
-        sizes = capture_sizes(resolved.max_num_seqs)
-        graphs.capture(sizes, lambda done, total: progress("capturing graphs", done, total))
+        graphs = StepGraphs(network, runner.slots, runner.builder, platform, resolved.max_model_len)
+        graphs.capture(
+            resolved.max_num_seqs,
+            resolved.max_num_batched_tokens,
+            lambda done, total: progress("capturing graphs", done, total),
+        )
         runner.graphs = graphs
         timeline.end("graphs")
     return Built(runner, arch, resolved, memory, hardware.name, binder.explain())

@@ -91,7 +91,7 @@ class BatchBuilder:
         positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
         token_slots = np.repeat(row_slots, counts)
         from_device = starts >= slots.num_known[row_slots]
-        token_ids = self._known_tokens(row_slots, starts, counts, query_start, ~from_device)
+        token_ids = self.known_tokens(row_slots, starts, counts, query_start, ~from_device)
         rows = np.flatnonzero(np.asarray(plan.sample, bool))
         sample_at, prompt_rows = self._sample_at(plan, rows, row_slots, starts, counts, query_start)
         where, pages = slots.write_pages(plan.page_writes)
@@ -138,7 +138,7 @@ class BatchBuilder:
             prompt_rows,
         )
 
-    def _known_tokens(
+    def known_tokens(
         self, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints, rows: NDArray[np.bool_]
     ) -> Ints:
         """Token ids [T] of the rows that the host knows; zeros elsewhere."""

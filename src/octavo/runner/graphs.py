@@ -20,6 +20,7 @@ from octavo.model.batch import Batch, GroupTables
 from octavo.model.network import Network
 from octavo.protocol.plan import StepPlan
 from octavo.runner.batch import BatchBuilder, Prepared
+from octavo.runner.mixed_graphs import SIZES, MixedGraphs
 from octavo.runner.slots import PROMPT_LOGPROBS, Slots
 
 
@@ -44,17 +45,16 @@ class DecodeGraphs:
         self.static = torch.zeros((2, 1), dtype=torch.int32, device=platform.device)
         self.replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
         self.sizes: list[int] = []
-        self.pool: object | None = None
 
     @torch.inference_mode()
-    def capture(self, sizes: list[int], progress: Callable[[int, int], None] | None = None) -> None:
-        """Record every size, largest first so that the pool is sized once; reports (done, all)."""
+    def capture(self, sizes: list[int], pool: object | None, done: Callable[[], None]) -> object | None:
+        """Record every size, largest first, in the given memory pool; calls ``done`` after each."""
         largest = max(sizes)
         self.static = torch.full(
             (2, largest), self.slots.dummy, dtype=torch.int32, device=self.platform.device
         )
         self.static[1].zero_()
-        for done, size in enumerate(sorted(sizes, reverse=True)):
+        for size in sorted(sizes, reverse=True):
             output: list[Tensor] = []
 
             def work(size: int = size, output: list[Tensor] = output) -> None:
@@ -62,14 +62,14 @@ class DecodeGraphs:
 
             work()  # compiles kernels outside the recording
             self.platform.synchronize()
-            recorded = self.platform.capture(work, self.pool)
+            recorded = self.platform.capture(work, pool)
             if recorded is None:
-                return
-            replay, self.pool = recorded
+                return pool
+            replay, pool = recorded
             self.replays[size] = (replay, output[0])
-            if progress:
-                progress(done + 1, len(sizes))
+            done()
         self.sizes = sorted(self.replays)
+        return pool
 
     def run(self, plan: StepPlan) -> tuple[Prepared, Tensor] | None:
         """Replay the plan, or None where it is not a plain decode step of a captured size."""
@@ -128,3 +128,31 @@ class DecodeGraphs:
             max_query=1,
             max_kv=self.max_model_len,
         )
+
+
+class StepGraphs:
+    """Decode graphs, then mixed ones, over one shared memory pool; None from ``run`` means: launch kernel by kernel."""
+
+    def __init__(
+        self, network: Network, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
+    ) -> None:
+        self.decode = DecodeGraphs(network, slots, builder, platform, max_model_len)
+        self.mixed = MixedGraphs(network, slots, builder, platform, max_model_len)
+
+    def capture(self, max_num_seqs: int, max_tokens: int, progress: Callable[[int, int], None]) -> None:
+        """Record all sizes; reports (done, in all)."""
+        decode = capture_sizes(max_num_seqs)
+        mixed = [size for size in SIZES if size <= max_tokens]
+        count = 0
+
+        def done() -> None:
+            nonlocal count
+            count += 1
+            progress(count, len(decode) + len(mixed))
+
+        pool = self.mixed.capture(mixed, None, done)
+        self.decode.capture(decode, pool, done)
+
+    def run(self, plan: StepPlan) -> tuple[Prepared, Tensor] | None:
+        """Replay the plan if it fits a graph."""
+        return self.decode.run(plan) or self.mixed.run(plan)

@@ -16,7 +16,7 @@ from octavo.model.network import Network
 from octavo.protocol.generate import Logprob
 from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
 from octavo.runner.batch import BatchBuilder, Prepared
-from octavo.runner.graphs import DecodeGraphs
+from octavo.runner.graphs import StepGraphs
 from octavo.runner.pages import PageMemory
 from octavo.runner.sampling.sampler import PendingLogprobs, Sampler
 from octavo.runner.slots import Slots
@@ -63,7 +63,7 @@ class TorchRunner:
         self.slots = Slots(num_slots, max_model_len, pages.layout, platform.device)
         self.builder = BatchBuilder(self.slots, platform, max_tokens, max_model_len)
         self.sampler = Sampler(self.slots, vocab_size, platform, binder)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.current: tuple[StepPlan, Prepared, Tensor] | None = None
         self.in_flight: deque[InFlight] = deque()
         network.bind_cache(pages.views, pages.groups)

@@ -20,7 +20,7 @@ from octavo.protocol.generate import Logprob
 from octavo.protocol.plan import CopyPage, GrammarMask, PageOp, StepPlan, StepResult
 from octavo.runner.cpu.lower import Lowering, buffers, step_tables
 from octavo.runner.cpu.program import Program, aligned
-from octavo.runner.cpu.sampling import Sampler, logprobs
+from octavo.runner.cpu.sampling import Row, Sampler, logprobs
 from octavo.runner.cpu.slots import Slots
 from octavo.runner.cpu.step import ITEM_TOKENS, Chunk, StepWriter, chunks
 from octavo.runner.cpu.support import supports
@@ -76,7 +76,6 @@ class CPURunner:
         self.vocab_size = spec.embedding.vocab_size
         self.softcap = np.float32(spec.logit_softcap)
         self.slots = Slots(num_slots, max_model_len, layout)
-        self.sampler = Sampler(self.slots, self.vocab_size)
         self.library = KernelLibrary(cache)
         self.team = Team(threads or available_threads(), self.library)
         tokens = max(PROMPT_LOGITS, min(CHUNK_TOKENS, max_num_batched_tokens))
@@ -84,6 +83,7 @@ class CPURunner:
         # Untouched pages of these two cost no memory; the pages must not hold NaN, so they start cleared.
         self.pages = aligned((layout.layers_per_group, num_pages * layout.page_bytes), np.uint8, zero=True)
         self.logits = aligned((num_slots + PROMPT_LOGITS, width), np.float32)
+        self.sampler = Sampler(self.slots, self.logits, self.vocab_size, self.team, self.library)
         self.tables = step_tables(spec, layout, tokens, ITEM_TOKENS)
         self.chunk_tokens = tokens
         self.program = Program(self.library)
@@ -133,20 +133,22 @@ class CPURunner:
         tokens: list[list[int]] = [[] for _ in range(plan.num_rows)]
         errors = dict.fromkeys(drawn.broken, NOT_FINITE)
         found: list[list[list[Logprob]] | None] = [None] * plan.num_rows
+        rows, raw = [], {}
         for index, row in enumerate(drawn.rows):
-            slot, position = plan.slots[row], plan.starts[row] + plan.num_tokens[row]
-            logits = self.logits[index, : self.vocab_size]
+            logits, slot = self.logits[index, : self.vocab_size], plan.slots[row]
             if row in errors or not np.isfinite(logits.max()):
                 errors[row] = NOT_FINITE
                 tokens[row] = [0]
                 continue
-            wanted = self.slots.sampling[slot].logprobs
-            raw = logits.copy() if wanted is not None else logits
-            token = self.sampler.draw(logits, slot, position, by_row.get(row))
+            if self.slots.sampling[slot].logprobs is not None:
+                raw[row] = logits.copy()
+            rows.append((row, Row(index, slot, plan.starts[row] + plan.num_tokens[row], by_row.get(row))))
+        for (row, wanted), token in zip(rows, self.sampler.draw([wanted for _, wanted in rows])):
             tokens[row] = [token]
-            self.slots.append(slot, position, token)
-            if wanted is not None:
-                found[row] = [logprobs(raw, token, self.vocab_size if wanted == -1 else wanted)]
+            self.slots.append(wanted.slot, wanted.position, token)
+            if row in raw:
+                limit = self.slots.sampling[wanted.slot].logprobs or 0
+                found[row] = [logprobs(raw[row], token, self.vocab_size if limit == -1 else limit)]
         result = StepResult(step=plan.step, tokens=tokens, errors=errors or None)
         if any(found):
             result.logprobs = found

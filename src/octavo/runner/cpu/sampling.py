@@ -2,36 +2,62 @@
 
     raw logits - log probabilities (if asked) - grammar mask - logit bias, min_tokens - penalties - filters - draw
 
-The draw is the Gumbel-max trick with noise that is a hash of (seed, position, token id), the same function as in
-``device.ops.sampling``: a request draws the same tokens alone, in any batch and after preemption.
+Every stage touches only the rows that ask for it. The random draws of a step are one run of a compiled kernel (``draw``),
+whose noise depends on (seed, position, token id) alone: a request draws the same tokens in any batch and after preemption.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.device.kernels.numba import draw as kernel
+from octavo.device.kernels.numba.library import KernelLibrary
 from octavo.protocol.generate import Logprob, SamplingParams
 from octavo.protocol.plan import GrammarMask, SlotInit
+from octavo.runner.cpu.program import Program, float_bits
 from octavo.runner.cpu.slots import Slots
+from octavo.runner.cpu.threads import Team
 
 Floats = NDArray[np.float32]
-Words = NDArray[np.uint32]
-WEYL = np.uint32(0x9E3779B9)
-MIX_A, MIX_B = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token to draw: row ``index`` of the logits, for ``position`` of ``slot``."""
+
+    index: int
+    slot: int
+    position: int
+    mask: GrammarMask | None
 
 
 class Sampler:
-    """Keeps the token counts of sequences with penalties; everything else is in ``Slots``."""
+    """Keeps the token counts of sequences with penalties; everything else is in ``Slots``.
 
-    def __init__(self, slots: Slots, vocab_size: int) -> None:
+    ``logits`` [rows, padded vocabulary] float32 is where the head writes.
+    """
+
+    def __init__(
+        self, slots: Slots, logits: Floats, vocab_size: int, team: Team, library: KernelLibrary
+    ) -> None:
         self.slots = slots
+        self.logits = logits
         self.vocab_size = vocab_size
-        self.spread = np.arange(vocab_size, dtype=np.uint32) * WEYL
+        self.team = team
         self.generated: dict[int, NDArray[np.int32]] = {}
         self.prompted: dict[int, NDArray[np.bool_]] = {}
+        rows, width = logits.shape
+        segments = -(-width // kernel.SEGMENT)
+        self.table = np.zeros((rows, kernel.ROW_FIELDS), np.int64)
+        self.scores = np.zeros((rows, segments), np.float32)
+        self.ids = np.zeros((rows, segments), np.int64)
+        program = Program(library)
+        arrays = [x.ctypes.data for x in (self.table, self.scores, self.ids)]
+        self.arguments = program.add("draw", [0, arrays[0], width, arrays[1], arrays[2], segments])
+        self.tape = program.tape()
 
     def admit(self, admits: list[SlotInit]) -> None:
         """Count the tokens of new sequences that have penalties."""
@@ -48,91 +74,116 @@ class Sampler:
                 tokens[admit.num_prompt :], minlength=self.vocab_size
             ).astype(np.int32)
 
-    def draw(self, logits: Floats, slot: int, position: int, mask: GrammarMask | None) -> int:
-        """The token for ``position`` of ``slot``; logits [V] may be overwritten."""
-        sampling = self.slots.sampling[slot]
-        if mask is not None:
-            self._mask(logits, mask)
+    def draw(self, rows: list[Row]) -> list[int]:
+        """One token a row; the rows' logits may be overwritten."""
+        tokens = [0] * len(rows)
+        random: list[int] = []
+        for place, row in enumerate(rows):
+            logits, sampling = self.logits[row.index, : self.vocab_size], self.slots.sampling[row.slot]
+            self._change(logits, row, sampling)
+            if sampling.greedy:
+                tokens[place] = int(logits.argmax())
+            else:
+                self._prepare(len(random), row, logits, sampling)
+                random.append(place)
+        if random:
+            self.arguments[0] = len(random)
+            self.team.run(self.tape)
+            best = self.scores[: len(random)].argmax(axis=1)
+            for index, place in enumerate(random):
+                tokens[place] = int(self.ids[index, best[index]])
+        for row, token in zip(rows, tokens):
+            counts = self.generated.get(row.slot)
+            if counts is not None:
+                counts[token] += 1
+        return tokens
+
+    def _prepare(self, index: int, row: Row, logits: Floats, sampling: SamplingParams) -> None:
+        """Row ``index`` of the kernel's table."""
+        self.logits[row.index, self.vocab_size :] = -np.inf
+        least = threshold(logits, sampling)
+        first, second = noise_words(int(self.slots.seeds[row.slot]), row.position)
+        temperature = float_bits(sampling.temperature)
+        self.table[index] = logits.ctypes.data, temperature, float_bits(least), first, second
+
+    def _change(self, logits: Floats, row: Row, sampling: SamplingParams) -> None:
+        """Masks, bias, min_tokens and penalties, in place."""
+        if row.mask is not None:
+            bits = np.unpackbits(np.frombuffer(row.mask.words, np.uint8), bitorder="little")[: len(logits)]
+            logits[: len(bits)][bits == 0] = -np.inf
         if sampling.logit_bias:
             ids = np.array(list(sampling.logit_bias), np.int64)
             logits[ids] += np.array(list(sampling.logit_bias.values()), np.float32)
-        if position - self.slots.num_prompt[slot] < sampling.min_tokens:
-            logits[self.slots.stop_token_ids[slot]] = -np.inf
-        counts = self.generated.get(slot)
+        if row.position - self.slots.num_prompt[row.slot] < sampling.min_tokens:
+            logits[self.slots.stop_token_ids[row.slot]] = -np.inf
+        counts = self.generated.get(row.slot)
         if counts is not None:
-            self._penalize(logits, slot, counts, sampling)
-        if sampling.greedy:
-            token = int(logits.argmax())
-        else:
-            token = self._random(logits, sampling, int(self.slots.seeds[slot]), position)
-        if counts is not None:
-            counts[token] += 1
-        return token
-
-    def _mask(self, logits: Floats, mask: GrammarMask) -> None:
-        """Forbid what the grammar forbids: one bit a token, little-endian."""
-        bits = np.unpackbits(np.frombuffer(mask.words, np.uint8), bitorder="little")[: len(logits)]
-        logits[: len(bits)][bits == 0] = -np.inf
-
-    def _penalize(
-        self, logits: Floats, slot: int, counts: NDArray[np.int32], sampling: SamplingParams
-    ) -> None:
-        seen = np.flatnonzero(self.prompted[slot] | (counts > 0))
-        values, repetition = logits[seen], np.float32(sampling.repetition_penalty)
-        values = np.where(values > 0, values / repetition, values * repetition)
-        times = counts[seen].astype(np.float32)
-        values -= np.float32(sampling.frequency_penalty) * times
-        values -= np.float32(sampling.presence_penalty) * (times > 0)
-        logits[seen] = values
-
-    def _random(self, logits: Floats, sampling: SamplingParams, seed: int, position: int) -> int:
-        """argmax(logit / temperature + Gumbel noise) over the tokens that pass the filters."""
-        scaled = logits / np.float32(sampling.temperature)
-        least = threshold(scaled, sampling)
-        allowed = np.flatnonzero(scaled >= least)
-        noise = gumbel(seed, position, self.spread[: len(logits)][allowed])
-        return int(allowed[(scaled[allowed] + noise).argmax()])
+            seen = np.flatnonzero(self.prompted[row.slot] | (counts > 0))
+            values, repetition = logits[seen], np.float32(sampling.repetition_penalty)
+            values = np.where(values > 0, values / repetition, values * repetition)
+            times = counts[seen].astype(np.float32)
+            values -= np.float32(sampling.frequency_penalty) * times
+            values -= np.float32(sampling.presence_penalty) * (times > 0)
+            logits[seen] = values
 
 
-def threshold(scaled: Floats, sampling: SamplingParams) -> float:
-    """Least scaled logit that min_p, top_k and top_p all keep; -inf where nothing is filtered."""
-    best, least = float(scaled.max()), -np.inf
-    if sampling.min_p > 0:
-        least = best + float(np.log(sampling.min_p))
-    top_k = sampling.top_k if 0 < sampling.top_k < len(scaled) else 0
+def threshold(logits: Floats, sampling: SamplingParams) -> float:
+    """Least logit / temperature that min_p, top_k and top_p all keep; -inf where nothing is filtered.
+
+    A filter keeps what is at least as likely as its threshold, so equals stay together. Only the likeliest tokens are
+    sorted: everything within some distance of the best, which grows until it surely holds the threshold.
+    """
+    top_k = sampling.top_k if 0 < sampling.top_k < len(logits) else 0
+    if not top_k and sampling.top_p >= 1 and sampling.min_p <= 0:
+        return -np.inf
+    scaled = logits / np.float32(sampling.temperature)
+    best = float(scaled.max())
+    least = best + float(np.log(np.float32(sampling.min_p))) if sampling.min_p > 0 else -np.inf
+    if not top_k and sampling.top_p >= 1:
+        return least
+    weights = np.exp(scaled - np.float32(best))
+    reach = 6.0
+    while True:
+        inside = scaled >= best - reach
+        whole = reach > 1000 or bool(inside.all())
+        near = np.sort(scaled[inside])[::-1]
+        if whole or (len(near) >= top_k and (top_k or sampling.top_p >= 1)):
+            break
+        if not top_k and float(weights[inside].sum(dtype=np.float64)) >= sampling.top_p * _mass(
+            weights, scaled, least
+        ):
+            break
+        reach *= 2
     if top_k:
-        least = max(least, float(np.partition(scaled, -top_k)[-top_k]))
+        least = max(least, float(near[min(top_k, len(near)) - 1]))
+        near = near[near >= least]
     if sampling.top_p < 1:
-        kept = scaled[scaled >= least]
-        kept = np.sort(kept)[::-1]
-        mass = np.exp(kept - np.float32(best)).cumsum(dtype=np.float64)
-        enough = int(np.searchsorted(mass, sampling.top_p * mass[-1], side="left"))
-        least = max(least, float(kept[min(enough, len(kept) - 1)]))
+        mass = np.exp(near - np.float32(best)).cumsum(dtype=np.float64)
+        total = float(mass[-1]) if top_k else _mass(weights, scaled, least)
+        enough = int(np.searchsorted(mass, sampling.top_p * total, side="left"))
+        least = max(least, float(near[min(enough, len(near) - 1)]))
     return least
 
 
-def gumbel(seed: int, position: int, spread: Words) -> Floats:
-    """Gumbel noise for tokens; ``spread`` is token id x WEYL (mod 2^32)."""
-    first = _mix(_mix(_word(seed)) ^ _word(position))
-    second = _mix(_mix(_word(seed >> 32) ^ WEYL) ^ _word(position >> 32) ^ first)
-    bits = _mix(_mix(spread ^ first) + second)
-    uniform = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
-    # -log(1 - u), by its series where 1 - u would round: the winner of the draw has a small u.
-    series = uniform * (1 + uniform * (np.float32(0.5) + uniform * np.float32(0.33333334)))
-    tail = -np.log(np.maximum(1 - uniform, np.float32(3e-8)))
-    noise: Floats = -np.log(np.where(uniform < np.float32(0.004), series, tail))
-    return noise
+def _mass(weights: Floats, scaled: Floats, least: float) -> float:
+    """Sum of the weights that a lower bound keeps."""
+    kept = weights if least == -np.inf else weights[scaled >= least]
+    return float(kept.sum(dtype=np.float64))
 
 
-def _word(value: int) -> Words:
-    return np.array([value & 0xFFFFFFFF], np.uint32)
+def noise_words(seed: int, position: int) -> tuple[int, int]:
+    """The two 32-bit words that seed and position contribute to the noise of every token."""
+    first = _mix(_mix(seed) ^ (position & 0xFFFFFFFF))
+    second = _mix(_mix((seed >> 32) ^ kernel.WEYL) ^ (position >> 32 & 0xFFFFFFFF) ^ first)
+    return first, second
 
 
-def _mix(x: Words) -> Words:
+def _mix(x: int) -> int:
     """A bijection of 32-bit words that flips each output bit about half the time."""
-    x = (x ^ (x >> np.uint32(16))) * MIX_A
-    x = (x ^ (x >> np.uint32(15))) * MIX_B
-    return x ^ (x >> np.uint32(16))
+    x &= 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * kernel.MIX_A & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * kernel.MIX_B & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def _penalized(sampling: SamplingParams) -> bool:
@@ -147,7 +198,7 @@ def logprobs(raw: Floats, token: int, limit: int) -> list[Logprob]:
     found = [Logprob(token, float(raw[token]) - total, rank)]
     if limit:
         limit = min(limit, len(raw))
-        top: NDArray[Any] = np.argpartition(raw, len(raw) - limit)[len(raw) - limit :]
+        top = np.argpartition(raw, len(raw) - limit)[len(raw) - limit :]
         top = top[np.lexsort((top, -raw[top]))]
         found += [Logprob(int(t), float(raw[t]) - total, i + 1) for i, t in enumerate(top)]
     return found
