@@ -115,7 +115,8 @@ class Sampler:
             ids = np.array(list(sampling.logit_bias), np.int64)
             logits[ids] += np.array(list(sampling.logit_bias.values()), np.float32)
         if row.position - self.slots.num_prompt[row.slot] < sampling.min_tokens:
-            logits[self.slots.stop_token_ids[row.slot]] = -np.inf
+            stops = [token for token in self.slots.stop_token_ids[row.slot] if token < self.vocab_size]
+            logits[stops] = -np.inf
         counts = self.generated.get(row.slot)
         if counts is not None:
             seen = np.flatnonzero(self.prompted[row.slot] | (counts > 0))

@@ -37,6 +37,7 @@ KERNELS = {
     "rope_store": ("rope", "rope_store"),
     "attend": ("attention", "attend"),
     "combine": ("attention", "combine"),
+    "draw": ("draw", "draw"),
 }
 
 

@@ -135,7 +135,9 @@ def quantized_tile(b, target, form, tokens, a, panel, fetch):
 
         def block(index, inner):
             if fetch:
-                ahead = b.add(panel["weights"], b.mul(b.add(index, v.const(AHEAD)), v.const(form.block_bytes)))
+                ahead = b.add(
+                    panel["weights"], b.mul(b.add(index, v.const(AHEAD)), v.const(form.block_bytes))
+                )
                 for line in range(0, form.block_bytes, 64):
                     v.prefetch(b, v.at(b, ahead, line))
             weights = unpack_block(b, form, b.add(panel["weights"], b.mul(index, v.const(form.block_bytes))))
