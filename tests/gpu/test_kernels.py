@@ -44,7 +44,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.mark.parametrize("shape", bench.SHAPES, ids=lambda shape: shape.name)
 def test_every_kernel_at_model_shapes(shape: bench.Shape) -> None:
     cases = [case for case in bench.all_cases(shape, quick=True) if case.num_bytes < 1 << 28]
-    assert len(cases) > 30
+    assert len(cases) >= 30
     assert bench.check(cases, lambda op: ("", bind(op))) == []
 
 
@@ -111,7 +111,7 @@ def test_nothing_compiles_once_warm(compiled: list[str]) -> None:
     for batch in (1, 2, 4, 8, 16, 32, 33, 64):
         step([(1, 50)] * batch)
     step([(7, 7)])
-    step([(5000, 5000)])
+    step([(5000, 5000), (1, 50)])
     warm = len(compiled)
     assert warm > 5
     generator = random.Random(0)

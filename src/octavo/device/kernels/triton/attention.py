@@ -102,18 +102,21 @@ def _attend(
     return acc, total, best
 
 
-@triton.jit(do_not_specialize=["num_rows", "window", "stride_table"], do_not_specialize_on_alignment=METADATA)
+@triton.jit(
+    do_not_specialize=["singles", "num_rows", "window", "stride_table"],
+    do_not_specialize_on_alignment=METADATA,
+)
 def _varlen_kernel(
-    out, q, kv_pages, page_table, query_start, kv_lens, sinks, num_rows, scale, window, softcap,
+    out, q, kv_pages, page_table, query_start, kv_lens, sinks, singles, num_rows, scale, window, softcap,
     stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, SINGLES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M // GROUP tokens of one row for one key head.
 
     Row r owns the tiles from query_start[r] // TOKENS + r on: at least as many as it needs, and the total has the
-    host-side bound T // TOKENS + num_rows. Without SINGLES, single-token rows are left to ``_decode_kernel``.
+    host-side bound T // TOKENS + num_rows. With singles == 0, single-token rows are left to ``_decode_kernel``.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -131,7 +134,7 @@ def _varlen_kernel(
     begin = tl.load(query_start + row)
     count = tl.load(query_start + row + 1) - begin
     tile = tl.cdiv(count, TOKENS) - 1 - (pid - (begin // TOKENS + row))  # longest ranges of keys start first
-    if (tile < 0) | ((not SINGLES) & (count == 1)):
+    if (tile < 0) | ((singles == 0) & (count == 1)):
         return
     kv_len = tl.load(kv_lens + row)
     lanes = tl.arange(0, BLOCK_M)
@@ -201,19 +204,19 @@ def _merge(out, sums, stats, ranges, D: tl.constexpr, DPAD: tl.constexpr, SPLITS
     tl.store(out + dims, merged.to(out.dtype.element_ty), mask=dims < D)
 
 
-@triton.jit(do_not_specialize=["window", "stride_table"], do_not_specialize_on_alignment=METADATA)
+@triton.jit(do_not_specialize=["singles", "window", "stride_table"], do_not_specialize_on_alignment=METADATA)
 def _decode_kernel(
-    out, sums, stats, counters, q, kv_pages, page_table, query_start, kv_lens, sinks, scale, window, softcap,
+    out, sums, stats, counters, q, kv_pages, page_table, query_start, kv_lens, sinks, singles, scale, window, softcap,
     stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
     GROUP: tl.constexpr, GPAD: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MERGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, SINGLES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One range of keys of one single-token row for the GROUP heads of one key head.
 
     SPLITS == 1 writes the output; otherwise unnormalized sums go to sums [R, Hq, SPLITS, D] and (maximum, total)
     to stats [R, Hq, SPLITS, 2]. With MERGE, whichever range of a row finishes last merges them all: it learns that
-    from counters [R, Hkv], which are zero between launches; without it, ``_merge_kernel`` follows. With SINGLES,
+    from counters [R, Hkv], which are zero between launches; without it, ``_merge_kernel`` follows. With singles,
     rows of other lengths are left alone.
     """
     if PDL:
@@ -222,7 +225,7 @@ def _decode_kernel(
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(query_start + row)
     count = tl.load(query_start + row + 1) - begin
-    if (count == 0) | (SINGLES & (count != 1)):
+    if (count == 0) | ((singles != 0) & (count != 1)):
         return
     kv_len = tl.load(kv_lens + row)
     first_key, origin, size = _key_range(kv_len, window, SPLITS, BLOCK_N, WINDOW)
@@ -276,11 +279,11 @@ def _decode_kernel(
                     _merge(target, sums + first * D, stats + first * 2, ranges, D, DPAD, SPLITS)
 
 
-@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=METADATA[1:])
+@triton.jit(do_not_specialize=["singles", "window"], do_not_specialize_on_alignment=METADATA[1:])
 def _merge_kernel(
-    out, sums, stats, query_start, kv_lens, window,
+    out, sums, stats, query_start, kv_lens, singles, window,
     D: tl.constexpr, DPAD: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    SINGLES: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the ranges of one head of one single-token row; faster than MERGE where the ranges are many."""
     if PDL:
@@ -289,7 +292,7 @@ def _merge_kernel(
     head, row = tl.program_id(0), tl.program_id(1)
     begin = tl.load(query_start + row)
     count = tl.load(query_start + row + 1) - begin
-    if (count == 0) | (SINGLES & (count != 1)):
+    if (count == 0) | ((singles != 0) & (count != 1)):
         return
     _, origin, size = _key_range(tl.load(kv_lens + row), window, SPLITS, BLOCK_N, WINDOW)
     ranges = tl.cdiv(tl.load(kv_lens + row) - origin, size)
@@ -370,23 +373,24 @@ class PagedAttention:
         }  # fmt: skip
         max_kv = min(max_kv, window) if window else max_kv
         if max_query == 1:
-            self._decode(out, tables, numbers, {**static, "SINGLES": False}, max_kv)
+            self._decode(out, tables, 0, numbers, static, max_kv)
             return out
         tiles = varlen_tiles(head_dim, q.element_size() == 4, static["GROUP"], self.large, max_query)
         # A tile of many tokens is wasted on single-token rows: those take their own kernel then.
         apart = tiles.block_m > 128 and kv_lens.shape[0] > 1
         grid = (num_kv_heads, tokens // (tiles.block_m // static["GROUP"]) + kv_lens.shape[0])
         _varlen_kernel[grid](
-            out, *tables, kv_lens.shape[0], *numbers, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SINGLES=not apart,
+            out, *tables, int(not apart), kv_lens.shape[0], *numbers, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             **static, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
         if apart:
-            self._decode(out, tables, numbers, {**static, "SINGLES": True}, max_kv)
+            self._decode(out, tables, 1, numbers, static, max_kv)
         return out
 
     def _decode(
-        self, out: Tensor, tables: Tables, numbers: Numbers, static: dict[str, Any], max_kv: int
+        self, out: Tensor, tables: Tables, singles: int, numbers: Numbers, static: dict[str, Any], max_kv: int
     ) -> None:
+        """Single-token rows; with ``singles`` there are others among them, which are left alone."""
         rows, num_kv_heads = tables[4].shape[0], tables[1].shape[2]
         num_heads, head_dim = out.shape[1:]
         tiles = decode_tiles(head_dim, out.element_size() == 4, self.large)
@@ -400,14 +404,14 @@ class PagedAttention:
             stats = torch.empty((rows, num_heads, splits, 2), dtype=torch.float32, device=out.device)
         merge = splits <= MERGE_SPLITS
         _decode_kernel[(num_kv_heads, rows, splits)](
-            out, sums, stats, counters, *tables, *numbers, GPAD=max(16, triton.next_power_of_2(static["GROUP"])),
+            out, sums, stats, counters, *tables, singles, *numbers, GPAD=max(16, triton.next_power_of_2(static["GROUP"])),
             BLOCK_N=tiles.block_n, SPLITS=splits, MERGE=merge, **static,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
         if not merge:
-            names = ("D", "DPAD", "WINDOW", "SINGLES", "PDL", "launch_pdl")
+            names = ("D", "DPAD", "WINDOW", "PDL", "launch_pdl")
             _merge_kernel[(num_heads, rows)](
-                out, sums, stats, tables[3], tables[4], numbers[1], BLOCK_N=tiles.block_n, SPLITS=splits,
+                out, sums, stats, tables[3], tables[4], singles, numbers[1], BLOCK_N=tiles.block_n, SPLITS=splits,
                 **{name: static[name] for name in names if name in static}, num_warps=4,
             )  # fmt: skip
 
