@@ -41,6 +41,7 @@ TORCH_FREE_FILES = (
     "model/arch.py",
     "model/read_arch.py",
     "model/rope.py",
+    "model/shard.py",
     "model/decoder.py",
     "model/describe.py",
 )

@@ -14,8 +14,10 @@ from octavo.engine.cache.spec import ceil_div
 from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.describe import cache_specs, describe
+from octavo.model.layers.build import ALONE, Ranks
 from octavo.model.network import Network
 from octavo.model.read_arch import read_arch
+from octavo.model.shard import shard
 from octavo.runner.pages import PageMemory
 
 PAGE, NUM_PAGES, WIDTH = 4, 512, 64
@@ -30,21 +32,24 @@ class Row:
 
 
 class Driver:
-    """A loaded network on the CPU in float32 with its own page memory."""
+    """A loaded network on the CPU with its own page memory."""
 
-    def __init__(self, files: ModelFiles, seed: int = 0) -> None:
-        spec = describe(read_arch(files))
+    def __init__(
+        self, files: ModelFiles, seed: int = 0, ranks: Ranks = ALONE, dtype: torch.dtype = torch.float32
+    ) -> None:
+        spec = shard(describe(read_arch(files)), ranks.size)
         self.network = Network(
             spec,
-            dtype=torch.float32,
+            dtype=dtype,
             device=torch.device("cpu"),
             binder=Binder(),
-            op_spec=OpSpec("cpu", "float32"),
+            op_spec=OpSpec("cpu", str(dtype).removeprefix("torch.")),
             max_position=512,
+            ranks=ranks,
         )
         self.network.load(files)
-        self.layout: CacheLayout = plan_layout(cache_specs(spec, PAGE, 4))
-        memory = PageMemory(self.layout, NUM_PAGES, spec, torch.float32, torch.device("cpu"))
+        self.layout: CacheLayout = plan_layout(cache_specs(spec, PAGE, dtype.itemsize))
+        memory = PageMemory(self.layout, NUM_PAGES, spec, dtype, torch.device("cpu"))
         self.network.bind_cache(memory.views, memory.groups)
         self.memory = memory
         self.free = list(range(1, NUM_PAGES))

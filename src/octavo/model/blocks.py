@@ -22,12 +22,14 @@ class Part:
 
     ``hf`` and ``gguf`` are names below the layer's prefix without ".weight"/".bias". ``heads`` > 0 marks rows that
     GGUF's llama architecture stores with each head's two rotary halves interleaved; the loader restores them.
+    ``copies``: so many neighbouring ranks hold the same rows (see ``model.shard``).
     """
 
     hf: str
     gguf: str
     out_features: int
     heads: int = 0
+    copies: int = 1
 
 
 @dataclass(frozen=True)

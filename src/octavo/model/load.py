@@ -44,9 +44,9 @@ def fill(
     done = 0
     for name, item in zip(names, items):
         info = files.tensors[name]
-        if info.shape != tuple(item.target.shape):
+        if info.shape != item.stored_shape:
             raise ModelFileError(
-                f"Tensor {name} has shape {list(info.shape)}, but the configuration asks {list(item.target.shape)}.",
+                f"Tensor {name} has shape {list(info.shape)}, but the configuration asks {list(item.stored_shape)}.",
                 "The configuration and the weights do not belong together.",
             )
         read_into(item, files, name, gguf)
@@ -108,11 +108,13 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
         )
     if info.dtype in TORCH_TYPES:
         stored = torch.from_numpy(raw).view(TORCH_TYPES[info.dtype]).view(info.shape)
-    elif not turned:
+    elif not turned and item.cut is None:
         dequantize(raw, info.dtype, info.shape, out=item.target)
         return
     else:
         stored = dequantize(raw, info.dtype, info.shape)
+    if item.cut is not None:
+        stored = stored.narrow(item.cut.dim, item.cut.start, item.cut.size)
     if turned:
         stored = untangle(stored, item.heads)
     if item.offset and not gguf:
@@ -123,7 +125,7 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
 def untangle(rows: Tensor, heads: int) -> Tensor:
     """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves."""
     shape = rows.shape
-    return rows.view(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+    return rows.reshape(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
 
 
 def fill_random(

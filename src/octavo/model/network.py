@@ -12,7 +12,7 @@ from octavo.device.ops.bind import Binder, OpSpec
 from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch
 from octavo.model.blocks import DecoderSpec
-from octavo.model.layers.build import Build
+from octavo.model.layers.build import ALONE, Build, Ranks
 from octavo.model.layers.decoder import DecoderLayer
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import LoadItem
@@ -32,10 +32,12 @@ class Network:
         binder: Binder,
         op_spec: OpSpec,
         max_position: int,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Parameters are allocated on ``device``, uninitialized; ``load`` fills them."""
+        """Parameters are allocated on ``device``, uninitialized; ``load`` fills them. Where ``ranks.size`` > 1,
+        ``spec`` is what ``shard`` made of the model's."""
         self.spec = spec
-        build = Build(dtype, device, binder, op_spec, max_position)
+        build = Build(dtype, device, binder, op_spec, max_position, ranks)
         embedding = spec.embedding
         self.embedding = build.empty(embedding.vocab_size, embedding.hidden)
         # Rounded to the run type, as the models were trained.
@@ -46,6 +48,8 @@ class Network:
         ]
         self.norm = NormLayer(spec.norm, build)
         self.head = LinearLayer(spec.head, build, "", "") if spec.head is not None else None
+        split = spec.head is not None and spec.head.shard == "column" and ranks.size > 1
+        self.gather = ranks.gather if split else None
         self.multiply = build.linear  # of the tied embedding, where there is no head
 
     def items(self) -> list[LoadItem]:
@@ -93,6 +97,8 @@ class Network:
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, V] float32 for hidden states [S, E]."""
         out = self.head(hidden) if self.head is not None else self.multiply(hidden, self.embedding, None)
+        if self.gather is not None:
+            out = self.gather(out)
         out = out.float()
         if self.spec.logit_scale != 1.0:
             out = out * self.spec.logit_scale

@@ -13,6 +13,26 @@ from octavo.device.ops.linear import LINEAR
 from octavo.model.blocks import Rope
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """This rank of a tensor parallel group: ``reduce`` sums over the ranks, ``gather`` joins last dimensions in order.
+
+    Both take and return tensors of the run type; both are needed where ``size`` > 1.
+    """
+
+    rank: int = 0
+    size: int = 1
+    reduce: Callable[[Tensor], Tensor] | None = None
+    gather: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size > 1 and (self.reduce is None or self.gather is None):
+            raise ValueError("ranks of a group need reduce and gather")
+
+
+ALONE = Ranks()
+
+
 @dataclass
 class Build:
     """The context of a build. ``tables`` shares cos/sin between layers with the same rope."""
@@ -22,6 +42,7 @@ class Build:
     binder: Binder
     spec: OpSpec
     max_position: int
+    ranks: Ranks = ALONE
     tables: dict[Rope, Tensor] = field(default_factory=dict)
 
     @property

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from octavo.model.blocks import Linear
+from octavo.model.blocks import Linear, Part
 from octavo.model.layers.build import Build
-from octavo.model.layers.load import LoadItem
+from octavo.model.layers.load import Cut, LoadItem
 
 
 class LinearLayer:
@@ -17,18 +17,37 @@ class LinearLayer:
         self.weight = build.empty(block.out_features, block.in_features)
         self.bias = build.empty(block.out_features) if block.bias else None
         self.multiply = build.linear
+        self.ranks = build.ranks
+        self.reduce = build.ranks.reduce if block.shard == "row" and build.ranks.size > 1 else None
         self.names = [(hf_prefix + part.hf, gguf_prefix + part.gguf, part) for part in block.parts]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.weight, self.bias)
+        if self.reduce is None:
+            return self.multiply(x, self.weight, self.bias)
+        y = self.reduce(self.multiply(x, self.weight, None))
+        return y if self.bias is None else y + self.bias  # once, not once a rank
 
     def items(self) -> list[LoadItem]:
         """What the loader must fill, part by part."""
         found, row = [], 0
         for hf, gguf, part in self.names:
             rows = slice(row, row + part.out_features)
-            found.append(LoadItem(f"{hf}.weight", f"{gguf}.weight", self.weight[rows], heads=part.heads))
+            found.append(
+                LoadItem(f"{hf}.weight", f"{gguf}.weight", self.weight[rows], part.heads, cut=self._cut(part))
+            )
             if self.bias is not None:
-                found.append(LoadItem(f"{hf}.bias", f"{gguf}.bias", self.bias[rows], heads=part.heads))
+                cut = self._cut(part) if self.block.shard == "column" else None
+                found.append(LoadItem(f"{hf}.bias", f"{gguf}.bias", self.bias[rows], part.heads, cut=cut))
             row += part.out_features
         return found
+
+    def _cut(self, part: Part) -> Cut | None:
+        """This rank's slice of the part's stored weight."""
+        rank, size = self.ranks.rank, self.ranks.size
+        if size == 1 or self.block.shard == "none":
+            return None
+        if self.block.shard == "row":
+            inputs = self.block.in_features
+            return Cut(1, rank * inputs, inputs, size * inputs)
+        rows = part.out_features
+        return Cut(0, rank // part.copies * rows, rows, size // part.copies * rows)

@@ -1,0 +1,83 @@
+"""Tensor parallelism as a change of description: what one of ``size`` ranks computes (Shoeybi et al. 2019). No torch.
+
+Column linears keep a slice of every part's rows, row linears a slice of the inputs, so that one sum over the ranks
+after each row linear is all that layers exchange:
+
+    qkv, gate_up (column)  ->  attention, act_mul on local heads and channels  ->  output, down (row)  ->  sum
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from octavo.errors import UnsupportedModelError
+from octavo.model.blocks import Attention, DecoderSpec, GatedMLP, Layer, Linear, Part
+
+
+def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
+    """The local model of any of ``size`` ranks; its shapes are the same on all of them.
+
+    The output head stays whole where the vocabulary does not divide. Raises ``UnsupportedModelError`` where heads or
+    channels do not.
+    """
+    if size == 1:
+        return spec
+    head = spec.head
+    if head is not None:
+        head = replace(head, shard="none") if head.out_features % size else _linear(head, size)
+    return replace(spec, layers=tuple(_layer(layer, size) for layer in spec.layers), head=head)
+
+
+def _layer(layer: Layer, size: int) -> Layer:
+    return replace(layer, attention=_attention(layer.attention, size), mlp=_mlp(layer.mlp, size))
+
+
+def _attention(block: Attention, size: int) -> Attention:
+    heads, kv_heads = block.num_heads, block.num_kv_heads
+    if heads % size or (kv_heads % size and size % kv_heads):
+        raise UnsupportedModelError(
+            f"{heads} attention heads with {kv_heads} key heads cannot be split over {size} devices.",
+            "Choose a tensor parallel size that divides both (or is a multiple of the key heads).",
+        )
+    # With fewer key heads than ranks, neighbouring ranks hold the same one.
+    copies = max(1, size // kv_heads)
+    query, *shared = block.qkv.parts
+    parts = (_part(query, size, 1), *(_part(part, size, copies) for part in shared))
+    return replace(
+        block,
+        qkv=replace(block.qkv, parts=parts),
+        output=_linear(block.output, size),
+        num_heads=heads // size,
+        num_kv_heads=kv_heads * copies // size,
+    )
+
+
+def _mlp(block: GatedMLP, size: int) -> GatedMLP:
+    if block.intermediate % size:
+        raise UnsupportedModelError(
+            f"{block.intermediate} MLP channels cannot be split over {size} devices.",
+            "Choose a tensor parallel size that divides them.",
+        )
+    return replace(
+        block,
+        gate_up=_linear(block.gate_up, size),
+        down=_linear(block.down, size),
+        intermediate=block.intermediate // size,
+    )
+
+
+def _linear(block: Linear, size: int) -> Linear:
+    if block.shard == "row":
+        return replace(block, in_features=block.in_features // size)
+    if block.shard == "column":
+        return replace(block, parts=tuple(_part(part, size, 1) for part in block.parts))
+    return block
+
+
+def _part(part: Part, size: int, copies: int) -> Part:
+    return replace(
+        part,
+        out_features=part.out_features * copies // size,
+        heads=part.heads * copies // size,
+        copies=copies,
+    )
