@@ -154,12 +154,12 @@ def _draw_above(base, maxima, vocab, inverse, floor, pivot, first, second, CHUNK
 
 @triton.jit
 def _kth_of(order, low, high, k):
-    """The k-th greatest of ``order``, known to lie in [low, high)."""
+    """A threshold in [low, high) that exactly the k greatest of ``order`` reach, or the k-th itself among equals."""
     while high - low > 1:
         middle = low + (high - low) // 2
-        enough = tl.sum((order >= middle).to(tl.int32), 0) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+        count = tl.sum((order >= middle).to(tl.int32), 0)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
     return low
 
 
@@ -259,9 +259,9 @@ def _settle_kernel(
                     high = _order(best) + 1
                     while high - bound > 1:
                         middle = bound + (high - bound) // 2
-                        enough = _count_from(base, maxima, vocab, inverse, _value(middle), CHUNK) >= k
-                        bound = tl.where(enough, middle, bound)
-                        high = tl.where(enough, high, middle)
+                        count = _count_from(base, maxima, vocab, inverse, _value(middle), CHUNK)
+                        bound = tl.where(count >= k, middle, bound)
+                        high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
                     floor = tl.maximum(floor, _value(bound))
             if open_row:
                 need = float("inf") + best * 0
