@@ -280,7 +280,7 @@ class Lowering:
         self._norm(layer.input_norm, prefix, qkv)
         self._linear(qkv, self.memory.wide, block.qkv.out_features, 1.0, False)
         group, tensor = self.layout.place(index)
-        pages = self.pages[tensor].ctypes.data
+        pages = self.pages.ctypes.data + tensor * self.layout.page_bytes
         self._rope_store(block, prefix, group, pages)
         self._attend(block, index, group, pages)
         plain, quants = _forms(output)
@@ -322,7 +322,7 @@ class Lowering:
                 rope.dim if rope else 0,
                 self.tables.slots[group].ctypes.data,
                 pages,
-                self.layout.page_bytes,
+                self.layout.pool_page_bytes,
                 self.layout.groups[group].spec.page_size,
                 self.memory.queries.ctypes.data,
                 self.tables.broken.ctypes.data,
@@ -340,7 +340,7 @@ class Lowering:
                 block.head_dim,
                 self.memory.queries.ctypes.data,
                 pages,
-                self.layout.page_bytes,
+                self.layout.pool_page_bytes,
                 self.layout.groups[group].spec.page_size,
                 float_bits(block.scale),
                 float_bits(block.softcap),

@@ -80,8 +80,8 @@ class CPURunner:
         self.team = Team(threads or available_threads(), self.library)
         tokens = max(PROMPT_LOGITS, min(CHUNK_TOKENS, max_num_batched_tokens))
         width = -(-self.vocab_size // 16) * 16
-        # Untouched pages of these two cost no memory; the pages must not hold NaN, so they start cleared.
-        self.pages = aligned((layout.layers_per_group, num_pages * layout.page_bytes), np.uint8, zero=True)
+        # Memory is only taken where something is written, so a page's layers lie together. Pages must not hold NaN.
+        self.pages = aligned((num_pages, layout.pool_page_bytes), np.uint8, zero=True)
         self.logits = aligned((num_slots + PROMPT_LOGITS, width), np.float32)
         self.sampler = Sampler(self.slots, self.logits, self.vocab_size, self.team, self.library)
         self.tables = step_tables(spec, layout, tokens, ITEM_TOKENS)
@@ -172,12 +172,10 @@ class CPURunner:
 
     def _page_ops(self, ops: list[PageOp]) -> None:
         for op in ops:
-            size = self.layout.page_bytes
             if isinstance(op, CopyPage):
-                source = self.pages[:, op.source * size : (op.source + 1) * size]
-                self.pages[:, op.target * size : (op.target + 1) * size] = source
+                self.pages[op.target] = self.pages[op.source]
             else:
-                self.pages[:, op.page * size : (op.page + 1) * size] = 0
+                self.pages[op.page] = 0
 
     def _head(self, rows: NDArray[np.int64], at: int) -> None:
         """Logits of chunk tokens ``rows`` into rows ``at``.. of the logits."""

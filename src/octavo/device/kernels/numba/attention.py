@@ -316,7 +316,7 @@ def fold(stats, target, new_stats, source, size):
 
 
 def attend(args, thread, threads):
-    """args: item count, items, heads, kv heads, head dim, q (bfloat16), page tensor, page bytes, page size, scale,
+    """args: item count, items, heads, kv heads, head dim, q (bfloat16), the layer's first page, bytes between pages, page size, scale,
     softcap (0 = none), window (0 = none), out [parts, heads, D], stats [parts, heads, 2] (maximum, total), scratch, work
     counter."""
     kv_heads, group = address_of(args, 3), address_of(args, 2) // address_of(args, 3)

@@ -63,7 +63,7 @@ def store_pair(address, x, y):
 
 def rope_store(args, thread, threads):
     """args: count, qkv, heads, kv heads, head dim, q weight, k weight, eps, cos/sin table [tokens, rotary], rotary, slot
-    table (int64: page * page size + offset), page tensor, page bytes, page size, q out (bfloat16 [tokens, heads, D]),
+    table (int64: page * page size + offset), the layer's first page, bytes between pages, page size, q out (bfloat16 [tokens, heads, D]),
     broken (int64 [tokens], set to 1 where a key or value is not finite)."""
     tokens = mem.load_i64(address_of(args, 0))
     qkv, heads, kv_heads, size = (
