@@ -14,7 +14,7 @@ import numpy as np
 
 from octavo.device.kernels.numba.library import KERNELS, KernelLibrary
 from octavo.runner.cpu.program import Program, float_bits
-from octavo.runner.cpu.threads import Team, available_threads, cgroup_quota
+from octavo.runner.cpu.threads import Team, available_threads, cgroup_quota, physical_cores
 
 LIBRARY = KernelLibrary()
 
@@ -132,6 +132,11 @@ def test_thread_count_follows_the_control_group(tmp_path: Path) -> None:
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("200000\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     assert cgroup_quota(tmp_path) == 2.0
+    for index, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
+        (tmp_path / f"cpu{index}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{index}" / "topology" / "thread_siblings_list").write_text(siblings)
+    assert physical_cores({0, 1, 2, 3}, tmp_path) == 2
+    assert physical_cores({2, 9}, tmp_path) == 2  # 9 is unknown: a core of its own
     assert 1 <= available_threads() <= (os.cpu_count() or 1)
 
 

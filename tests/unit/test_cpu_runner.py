@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 from cpu_models import FAMILIES, Driver, MemoryFiles, random_files, spec_of
 from cpu_reference import Reference
 
-from octavo.errors import ModelFileError, UnsupportedModelError
+from octavo.errors import ModelFileError, UnsupportedModelError, UsageError
 from octavo.protocol.plan import CopyPage, StepPlan, ZeroPage
 from octavo.runner.cpu.runner import NOT_FINITE
-from octavo.runner.cpu.support import supports
+from octavo.runner.cpu.support import kernels_for, supports
 
 
 @pytest.fixture
@@ -186,6 +187,14 @@ def test_refusals(drive: Any) -> None:
     assert "head size 24" in str(supports(odd, random_files(odd)))
     narrow = spec_of("llama", hidden_size=48)
     assert "multiple of 32" in str(supports(narrow, random_files(narrow)))
+    for changes, words in (
+        ({"parallel": True}, "Layer.parallel = True"),
+        ({"input_norm": None}, "without its norm"),
+    ):
+        layers = (replace(spec.layers[0], **changes), *spec.layers[1:])
+        assert words in str(supports(replace(spec, layers=layers), files))
+    centred = replace(spec, norm=replace(spec.norm, kind="layer"))
+    assert "Norm.kind = 'layer'" in str(supports(centred, files))
     with pytest.raises(UnsupportedModelError, match="multiple of 16"):
         drive(spec, files, page_size=8)
     extra = dict.fromkeys(["model.layers.0.self_attn.surprise.weight"], ("F32", (4,), np.zeros(16, np.uint8)))
@@ -195,3 +204,18 @@ def test_refusals(drive: Any) -> None:
     missing = {n: t for n, t in known.items() if n != "model.layers.1.mlp.up_proj.weight"}
     with pytest.raises(ModelFileError, match=r"layers\.1\.mlp\.up_proj"):
         drive(spec, MemoryFiles(missing, "safetensors"))
+
+
+@pytest.mark.parametrize("quantization", [None, "Q8_0", "Q4_0"])
+def test_quantization_on_load(quantization: str | None, drive: Any) -> None:
+    """bfloat16 weights become blocks, and exactly the announced kernels are used."""
+    spec = spec_of("gemma3_text")
+    files = random_files(spec, "BF16")
+    driver, tokens = drive(spec, files, quantization=quantization), prompt(30)
+    driver.run([(0, 0, 30)], [driver.admit(0, tokens)])
+    want = Reference(spec, files).logits(tokens)[-1]
+    close(driver.logits()[0], want, {None: 0.03, "Q8_0": 0.12, "Q4_0": 1.5}[quantization])
+    used = set(driver.runner.lowered.kernels) | {"draw"}
+    assert used == set(kernels_for(spec, files, quantization)) - (set() if quantization else {"linear_zero8"})
+    with pytest.raises(UsageError, match="Q4_0"):
+        drive(spec, files, quantization="int3")

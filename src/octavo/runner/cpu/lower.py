@@ -17,7 +17,8 @@ from octavo.device.kernels.numba import attention as attention_kernels
 from octavo.device.kernels.numba.linear import META_BYTES
 from octavo.device.kernels.numba.rows import ACTIVATIONS
 from octavo.engine.cache.layout import CacheLayout
-from octavo.model.blocks import Attention, DecoderSpec, Layer, Linear, Norm, Rope
+from octavo.errors import UnsupportedModelError
+from octavo.model.blocks import Attention, DecoderSpec, GatedMLP, Layer, Linear, Norm, Rope
 from octavo.runner.cpu.program import Program, aligned, float_bits
 from octavo.runner.cpu.weights import Panels, WeightReader
 
@@ -82,11 +83,9 @@ def buffers(spec: DecoderSpec, tokens: int, threads: int) -> Buffers:
     """Activation memory for ``tokens`` tokens."""
     layers = spec.layers
     hidden = spec.embedding.hidden
-    inner = max(
-        max(a.output.in_features, layer.mlp.intermediate) for layer in layers for a in [layer.attention]
-    )
-    wide = max(max(x.attention.qkv.out_features, x.mlp.gate_up.out_features) for x in layers)
-    inner, attended = max(hidden, inner), max(x.attention.output.in_features for x in layers)
+    attended = max(x.attention.output.in_features for x in layers)
+    inner = max(hidden, attended, *(x.mlp.down.in_features for x in layers))
+    wide = max(max(x.attention.qkv.out_features, 2 * x.mlp.intermediate) for x in layers)
     heads = max(x.attention.num_heads for x in layers)
     parts = tokens + EXTRA_PARTS
     return Buffers(
@@ -199,8 +198,12 @@ class Lowering:
             ],
         )
 
-    def _norm(self, norm: Norm, prefix: str, users: list[Panels], rows: int = 0, count: int = 0) -> None:
+    def _norm(
+        self, norm: Norm | None, prefix: str, users: list[Panels], rows: int = 0, count: int = 0
+    ) -> None:
         """RMSNorm of x for the linears that read it: int8, float32, or both."""
+        if norm is None:
+            raise UnsupportedModelError("The compiled CPU path needs a norm before every branch.")
         plain, quants = _forms(users)
         self.program.add(
             "norm",
@@ -354,6 +357,8 @@ class Lowering:
 
     def _mlp(self, index: int, layer: Layer) -> None:
         block, prefix = layer.mlp, self.weights.prefix(index)
+        if not isinstance(block, GatedMLP):
+            raise UnsupportedModelError("The compiled CPU path needs gated MLPs.")
         gate_up = self.weights.linear(block.gate_up, prefix)
         down = self.weights.linear(block.down, prefix)
         self._norm(layer.pre_mlp_norm, prefix, gate_up)

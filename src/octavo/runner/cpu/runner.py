@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ from octavo.runner.cpu.program import Program, aligned
 from octavo.runner.cpu.sampling import Row, Sampler, logprobs
 from octavo.runner.cpu.slots import Slots
 from octavo.runner.cpu.step import ITEM_TOKENS, Chunk, StepWriter, chunks
-from octavo.runner.cpu.support import supports
+from octavo.runner.cpu.support import QUANTIZATIONS, supports
 from octavo.runner.cpu.threads import Team, available_threads
 from octavo.runner.cpu.weights import WeightReader
 
@@ -47,7 +46,9 @@ class CPURunner:
     """Implements ``engine.executor.base.Runner``; results are ready when ``sample`` returns.
 
     ``threads`` 0 or None = the cores this process may use; ``seed`` is unused, since every sequence brings its own.
-    ``progress(done, total)`` counts bytes of weights. ``cache`` is the folder of compiled kernels. Raises
+    ``progress(done, total)`` counts bytes of weights. ``quantization`` (see ``support.QUANTIZATIONS``) shrinks plain
+    weights while they load. ``library``: compiled kernels, warmed with ``support.kernels_for``; without it they are
+    compiled (seconds, once per kind of processor) or loaded here. Raises
     ``UnsupportedModelError`` with the reason ``supports`` gives.
     """
 
@@ -64,11 +65,16 @@ class CPURunner:
         threads: int | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
-        cache: Path | None = None,
+        quantization: str | None = None,
+        library: KernelLibrary | None = None,
     ) -> None:
         reason = supports(spec, files) or _layout_problem(layout)
         if reason:
             raise UnsupportedModelError(f"The compiled CPU path cannot run {files.name}: {reason}")
+        if quantization is not None and quantization not in QUANTIZATIONS:
+            raise UsageError(
+                f"Unknown quantization {quantization!r}.", f"Use one of {', '.join(QUANTIZATIONS)}."
+            )
         self.layout = layout
         self.num_pages = num_pages
         self.num_slots = num_slots
@@ -76,7 +82,7 @@ class CPURunner:
         self.vocab_size = spec.embedding.vocab_size
         self.softcap = np.float32(spec.logit_softcap)
         self.slots = Slots(num_slots, max_model_len, layout)
-        self.library = KernelLibrary(cache)
+        self.library = library or KernelLibrary()
         self.team = Team(threads or available_threads(), self.library)
         tokens = max(PROMPT_LOGITS, min(CHUNK_TOKENS, max_num_batched_tokens))
         width = -(-self.vocab_size // 16) * 16
@@ -90,7 +96,7 @@ class CPURunner:
         self.lowered = Lowering(
             spec,
             layout,
-            WeightReader(files, spec, progress),
+            WeightReader(files, spec, progress, quantization),
             self.program,
             buffers(spec, tokens, self.team.threads),
             self.tables,

@@ -21,6 +21,7 @@ class Slots:
     """
 
     def __init__(self, num_slots: int, max_model_len: int, layout: CacheLayout) -> None:
+        self.max_model_len = max_model_len
         self.tokens = np.zeros((num_slots, max_model_len + 1), np.int32)
         self.num_known = np.zeros(num_slots, np.int64)
         self.num_prompt = np.zeros(num_slots, np.int64)

@@ -82,7 +82,8 @@ class StepWriter:
         ]
         self.kv_heads = max(layer.attention.num_kv_heads for layer in spec.layers)
         self.frequencies = {
-            rope: (np.array(rope.inv_freq, np.float64), np.float32(rope.scale)) for rope in tables.ropes
+            rope: (np.array(rope.frequencies(slots.max_model_len), np.float64), np.float32(rope.scale))
+            for rope in tables.ropes
         }
 
     def write(self, chunk: Chunk) -> None:

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from typing import Any
 
 from octavo.device.kernels.numba import formats
+from octavo.device.kernels.numba.attention import MAX_HEAD
 from octavo.files.base import ModelFiles
-from octavo.model.blocks import DecoderSpec, Layer, Linear
+from octavo.model.blocks import (
+    Attention,
+    DecoderSpec,
+    Embedding,
+    GatedMLP,
+    Layer,
+    Linear,
+    Norm,
+    Part,
+    Rope,
+)
+from octavo.runner.cpu.weights import kernel_of, stored_as
+
+# The fields of the blocks that the lowering reads. Any other field must have its default, so that a block which learns
+# something new is refused here until the lowering learns it too.
+KNOWN: dict[type, set[str]] = {
+    DecoderSpec: {
+        "embedding", "layers", "norm", "head", "logit_softcap", "logit_scale", "hf_layer_prefix", "gguf_layer_prefix",
+        "ignored",
+    },
+    Embedding: {"hf", "gguf", "vocab_size", "hidden", "scale"},
+    Layer: {
+        "input_norm", "attention", "pre_mlp_norm", "mlp", "post_attention_norm", "post_mlp_norm", "residual_scale",
+    },
+    Attention: {
+        "qkv", "output", "num_heads", "num_kv_heads", "head_dim", "scale", "rope", "window", "softcap", "q_norm", "k_norm",
+    },
+    GatedMLP: {"gate_up", "down", "intermediate", "activation"},
+    Linear: {"in_features", "parts", "bias", "shard"},
+    Part: {"hf", "gguf", "out_features", "heads", "copies"},
+    Norm: {"hf", "gguf", "size", "eps", "offset"},
+    Rope: {"dim", "inv_freq", "scale", "short", "original"},
+}  # fmt: skip
 
 
 def supports(spec: DecoderSpec, files: ModelFiles) -> str | None:
@@ -15,6 +50,9 @@ def supports(spec: DecoderSpec, files: ModelFiles) -> str | None:
         return "The compiled kernels need a little-endian processor."
     if files.format == "dummy":
         return "Dummy weights run on the reference path only."
+    reason = _unknown(spec)
+    if reason:
+        return f"The model has {reason}, which has no compiled kernel."
     for index, layer in enumerate(spec.layers):
         reason = _layer(layer)
         if reason:
@@ -28,10 +66,51 @@ def supports(spec: DecoderSpec, files: ModelFiles) -> str | None:
     return None
 
 
+def _unknown(block: Any) -> str | None:
+    """What of a block, or of the blocks inside it, the lowering does not know; None where it knows all."""
+    if isinstance(block, tuple):
+        return next((found for found in map(_unknown, block) if found), None)
+    if not dataclasses.is_dataclass(block):
+        return None
+    kind = type(block)
+    if kind not in KNOWN:
+        return f"a {kind.__name__}"
+    for field in dataclasses.fields(block):
+        value = getattr(block, field.name)
+        if field.name not in KNOWN[kind]:
+            if value != field.default:
+                return f"{kind.__name__}.{field.name} = {value!r}"
+            continue
+        found = _unknown(value)
+        if found:
+            return found
+    return None
+
+
+QUANTIZATIONS = ("Q4_0", "Q4_1", "Q8_0")
+ALWAYS = ("embed", "norm", "gate", "rope_store", "attend", "combine", "draw")
+
+
+def kernels_for(spec: DecoderSpec, files: ModelFiles, quantization: str | None = None) -> list[str]:
+    """Names of the kernels a model needs, for ``KernelLibrary.warm``."""
+    matrices = {info.dtype for info in files.tensors.values() if len(info.shape) == 2}
+    names = {kernel_of(stored_as(dtype, quantization)) for dtype in matrices}
+    if quantization and matrices & formats.DENSE_CODES.keys():
+        names.add(kernel_of("Q8_0"))
+    if any(layer.post_attention_norm or layer.post_mlp_norm for layer in spec.layers):
+        names.add("add_norm")
+    return sorted(names) + list(ALWAYS)
+
+
 def _layer(layer: Layer) -> str | None:
     attention = layer.attention
-    if attention.head_dim % 16:
-        return f"the head size {attention.head_dim} is not a multiple of 16."
+    if layer.input_norm is None or layer.pre_mlp_norm is None or not isinstance(layer.mlp, GatedMLP):
+        return "a branch without its norm or gate has no compiled kernel."
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is not None and norm.size != attention.head_dim:
+            return f"a q or k norm over {norm.size} values, not over a head, has no compiled kernel."
+    if attention.head_dim % 16 or attention.head_dim > MAX_HEAD:
+        return f"the head size {attention.head_dim} is not a multiple of 16 up to {MAX_HEAD}."
     if attention.num_heads % attention.num_kv_heads:
         return f"{attention.num_heads} heads cannot share {attention.num_kv_heads} kv heads."
     for linear in (attention.qkv, attention.output, layer.mlp.gate_up, layer.mlp.down):

@@ -20,17 +20,30 @@ from octavo.device.kernels.numba import team
 from octavo.device.kernels.numba.library import KernelLibrary
 
 CGROUP = Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
 FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 
 
 def available_threads() -> int:
-    """Cores this process may use: its affinity mask, cut to the cgroup's CPU quota (rounded up, at least 1)."""
+    """Cores this process may use: its affinity mask without second hyperthreads (they share the multipliers), cut to the
+    cgroup's CPU quota (rounded up, at least 1)."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+        cores = physical_cores(os.sched_getaffinity(0), CPUS)
     else:
         cores = os.cpu_count() or 1
     quota = cgroup_quota(CGROUP)
     return max(1, min(cores, math.ceil(quota))) if quota else max(1, cores)
+
+
+def physical_cores(logical: set[int], root: Path) -> int:
+    """How many different cores some logical processors lie on; each counts as one where the system does not say."""
+    cores = set()
+    for index in logical:
+        try:
+            cores.add((root / f"cpu{index}" / "topology" / "thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(index))
+    return len(cores)
 
 
 def cgroup_quota(root: Path) -> float | None:

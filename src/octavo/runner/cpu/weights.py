@@ -12,6 +12,7 @@ from octavo.device.kernels.numba import formats
 from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles, TensorInfo
 from octavo.model.blocks import DecoderSpec, Embedding, Linear, Norm, Part
+from octavo.model.quantization.gguf_blocks import dequantize_blocks, quantize_blocks
 from octavo.runner.cpu.program import Arena
 
 PACK_BYTES = 8 << 20  # raw bytes repacked at a time: bounds the temporary copies
@@ -36,11 +37,29 @@ class Panels:
         return self.weights.nbytes + self.scales.nbytes
 
 
+def stored_as(dtype: str, quantization: str | None) -> str:
+    """The type a matrix of a file's ``dtype`` has in memory."""
+    return quantization if quantization and dtype in formats.DENSE_CODES else dtype
+
+
+def kernel_of(stored: str) -> str:
+    """The kernel that multiplies a stored type."""
+    form = formats.BY_DTYPE.get(stored)
+    return f"linear_{form.name}" if form else f"dense_{stored.lower()}"
+
+
 class WeightReader:
-    """Reads a model's tensors by the names of its blocks and counts what was used."""
+    """Reads a model's tensors by the names of its blocks and counts what was used.
+
+    ``quantization`` ("Q8_0", "Q4_0", "Q4_1"): store plain matrices that way (the token embedding as Q8_0).
+    """
 
     def __init__(
-        self, files: ModelFiles, spec: DecoderSpec, progress: Callable[[int, int], None] | None
+        self,
+        files: ModelFiles,
+        spec: DecoderSpec,
+        progress: Callable[[int, int], None] | None = None,
+        quantization: str | None = None,
     ) -> None:
         self.files = files
         self.spec = spec
@@ -50,6 +69,7 @@ class WeightReader:
         self.done = 0
         self.used: set[str] = set()
         self.arena = Arena()
+        self.quantization = quantization
 
     def prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with."""
@@ -68,7 +88,7 @@ class WeightReader:
     def embedding(self, embedding: Embedding) -> Panels:
         """The token embedding as panels (also the output matrix where it is tied)."""
         part = Part(embedding.hf, embedding.gguf, embedding.vocab_size)
-        return self._pack([part], Linear(embedding.hidden, (part,)), "")
+        return self._pack([part], Linear(embedding.hidden, (part,)), "", "Q8_0")
 
     def norm(self, norm: Norm, prefix: str) -> NDArray[np.float32]:
         """A norm's weights with its offset added (GGUF files hold the sum)."""
@@ -124,16 +144,17 @@ class WeightReader:
             self.progress(self.done, self.total)
         return raw
 
-    def _pack(self, parts: list[Part], linear: Linear, prefix: str) -> Panels:
+    def _pack(self, parts: list[Part], linear: Linear, prefix: str, coarsest: str | None = None) -> Panels:
         """Repack neighbouring parts of one type into one run of panels; the last one is padded with zero rows."""
-        inputs, info = linear.in_features, self._info(prefix, parts[0])
+        inputs, dtype = linear.in_features, self._info(prefix, parts[0]).dtype
+        stored = stored_as(dtype, self.quantization and (coarsest or self.quantization))
         outputs = sum(part.out_features for part in parts)
         panels = -(-outputs // formats.ROWS)
-        form = formats.BY_DTYPE.get(info.dtype)
+        form = formats.BY_DTYPE.get(stored)
         if form is not None:
             shape = (panels, form.panel_bytes(inputs)), (panels, form.scale_bytes(inputs))
         else:
-            shape = (panels, inputs * formats.ROWS * formats.DENSE_BYTES[info.dtype]), (panels, 0)
+            shape = (panels, inputs * formats.ROWS * formats.DENSE_BYTES[stored]), (panels, 0)
         weights, scales = self.arena.take(shape[0]), self.arena.take(shape[1])
         bias = np.zeros(panels * formats.ROWS, np.float32) if linear.bias else None
         first = 0
@@ -142,13 +163,14 @@ class WeightReader:
             name = self._name(prefix, part)
             raw = self._read(name + ".weight").reshape(part.out_features, -1)
             order = self._order(part)
-            self._fill(info.dtype, raw, order, inputs, weights[first // 16 :], scales[first // 16 :])
+            target = weights[first // formats.ROWS :], scales[first // formats.ROWS :]
+            self._fill((dtype, stored), raw, order, inputs, *target)
             if bias is not None:
                 values = self._floats(name + ".bias", part.out_features)
                 bias[first : first + part.out_features] = values if order is None else values[order]
             first += part.out_features
-        kernel = f"linear_{form.name}" if form else f"dense_{info.dtype.lower()}"
-        code = form.code if form else formats.DENSE_CODES[info.dtype]
+        kernel = kernel_of(stored)
+        code = form.code if form else formats.DENSE_CODES[stored]
         return Panels(kernel, code, form is not None, weights, scales, inputs, outputs, bias)
 
     def _check(self, prefix: str, part: Part, inputs: int) -> None:
@@ -167,23 +189,27 @@ class WeightReader:
 
     def _fill(
         self,
-        dtype: str,
+        dtypes: tuple[str, str],
         raw: NDArray[np.uint8],
         order: NDArray[np.int64] | None,
         inputs: int,
         weights: NDArray[np.uint8],
         scales: NDArray[np.uint8],
     ) -> None:
-        """Pack rows piece by piece, so that temporaries stay small."""
+        """Pack rows piece by piece, so that temporaries stay small; ``dtypes``: of the file, of the panels."""
+        dtype, stored = dtypes
         step = max(formats.ROWS, PACK_BYTES // raw.shape[1] // formats.ROWS * formats.ROWS)
         for start in range(0, len(raw), step):
             piece = raw[start : start + step] if order is None else raw[order[start : start + step]]
+            if stored != dtype:
+                values = dequantize_blocks(piece.reshape(-1), dtype)
+                piece = quantize_blocks(values, stored).reshape(len(piece), -1)
             if len(piece) % formats.ROWS:
-                padding = np.zeros((-len(piece) % formats.ROWS, raw.shape[1]), np.uint8)
+                padding = np.zeros((-len(piece) % formats.ROWS, piece.shape[1]), np.uint8)
                 piece = np.concatenate([piece, padding])
             panel = start // formats.ROWS
             body = weights[panel : panel + len(piece) // formats.ROWS]
-            if dtype in formats.BY_DTYPE:
-                formats.pack(dtype, piece, inputs, body, scales[panel : panel + len(body)])
+            if stored in formats.BY_DTYPE:
+                formats.pack(stored, piece, inputs, body, scales[panel : panel + len(body)])
             else:
-                formats.pack_dense(dtype, piece, body)
+                formats.pack_dense(stored, piece, body)

@@ -341,6 +341,11 @@ def join(args, block, half, m, head, dim):
     out, stats, splits = address_of(args, 1), address_of(args, 2), address_of(args, 5)
     extra, count = mem.load_i64(splits + 16 * m), mem.load_i64(splits + 16 * m + 8)
     target, summary = block + 64 * half, block + 128
+    if count == 0:  # the usual case; the fold below would do the same
+        place = m * heads + head
+        whole = mem.load_f32(stats + place * 8 + 4)
+        fold_row(target, out + (place * size + dim) * 4, 16, types.float32(0), types.float32(1) / whole)
+        return
     mem.store_f32(summary, types.float32(HIDDEN))
     mem.store_f32(summary + 4, types.float32(0))
     for i in range(count + 1):
