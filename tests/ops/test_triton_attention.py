@@ -14,6 +14,12 @@ from octavo.device.kernels.triton import attention as kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split rows as for a small device: the interpreter runs programs one after another."""
+    monkeypatch.setattr(kernels, "TARGET_PROGRAMS", 32)
+
+
 def make(
     rows: list[tuple[int, int]],
     heads: tuple[int, int] = (4, 2),
@@ -139,12 +145,11 @@ def test_the_same_row_in_another_bound_or_layout_of_q() -> None:
     check({**inputs, "q": wide[:, : q.shape[1]]})
 
 
-def test_splits_come_from_bounds_and_are_few() -> None:
-    splits = {
-        kernels.num_splits(r, h, kv, 64) for r in range(1, 300) for h in (1, 2, 8) for kv in (64, 2048, 10**6)
-    }
+def test_splits_come_from_the_number_of_rows_and_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "TARGET_PROGRAMS", 512)
+    splits = {kernels.num_splits(r, h, 0, 64) for r in range(1, 300) for h in (1, 2, 8)}
     assert splits == {1, 2, 4, 8, 16, 32, 64}
-    assert kernels.num_splits(1, 8, 64, 64) == 1 and kernels.num_splits(256, 8, 8192, 64) == 1
+    assert kernels.num_splits(1, 8, 64, 64) == 2 and kernels.num_splits(256, 8, 0, 64) == 1
 
 
 def test_long_prompts_leave_single_tokens_to_their_own_kernel() -> None:
@@ -155,14 +160,22 @@ def test_long_prompts_leave_single_tokens_to_their_own_kernel() -> None:
 
 
 def test_many_ranges_are_merged_by_their_own_kernel() -> None:
-    """One long row: more ranges than one program merges; the workspace serves one call after another."""
+    """One long row: more ranges than one program merges."""
     inputs = make([(1, 700)], heads=(2, 1))
-    assert kernels.num_splits(1, 1, 700, 32) > kernels.MERGE_SPLITS
+    assert kernels.num_splits(1, 1, 0, 32) > kernels.MERGE_SPLITS
     check(inputs)
     check(inputs, window=333, softcap=3.0)
+
+
+@pytest.mark.parametrize("rows", [4, 20])
+def test_few_ranges_are_merged_by_the_last_program(rows: int) -> None:
+    """The counters that tell the last one are clean again for the next call."""
+    inputs = make([(1, 1 + 31 * i % 200) for i in range(rows)], heads=(4, 2), head_dim=16)
+    splits = kernels.num_splits(rows, 2, 0, 32)
+    assert splits == (4 if rows == 4 else 1) <= kernels.MERGE_SPLITS
     attend = kernels.PagedAttention()
-    few = make([(1, 200), (1, 20)])
-    expected = reference(**few)  # type: ignore[arg-type]
-    for _ in range(3):
-        torch.testing.assert_close(attend(**few), expected, atol=1e-4, rtol=1e-4)  # type: ignore[arg-type]
-    assert attend.counters is not None and not attend.counters.any()
+    expected = reference(**inputs)  # type: ignore[arg-type]
+    for _ in range(2):
+        torch.testing.assert_close(attend(**inputs), expected, atol=1e-4, rtol=1e-4)  # type: ignore[arg-type]
+    assert (attend.counters is None) == (splits == 1)
+    assert attend.counters is None or not attend.counters.any()

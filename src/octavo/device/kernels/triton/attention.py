@@ -301,10 +301,14 @@ def _merge_kernel(
     _merge(target, sums + first * D, stats + first * 2, ranges, D, DPAD, SPLITS)
 
 
-def num_splits(rows: int, num_kv_heads: int, max_kv: int, block_n: int) -> int:
-    """Ranges of keys for each single-token row: a power of two that fills the device, from host bounds alone."""
+def num_splits(rows: int, num_kv_heads: int, window: int, block_n: int) -> int:
+    """Ranges of keys for each single-token row: a power of two that fills the device.
+
+    It does not follow the lengths of a step, so that few kernels exist and a step of any length finds one compiled;
+    ranges past the end of a row return at once.
+    """
     wanted = max(1, TARGET_PROGRAMS // max(1, rows * num_kv_heads))
-    useful = max(1, -(-max_kv // block_n))
+    useful = -(-window // block_n) + 1 if window else MAX_SPLITS
     return 1 << (min(wanted, useful, MAX_SPLITS).bit_length() - 1)
 
 
@@ -371,9 +375,8 @@ class PagedAttention:
             "SINKS": sinks is not None, "PRECISION": "ieee" if q.element_size() == 4 else "tf32", "PDL": pdl,
             **({"launch_pdl": True} if pdl else {}),
         }  # fmt: skip
-        max_kv = min(max_kv, window) if window else max_kv
         if max_query == 1:
-            self._decode(out, tables, 0, numbers, static, max_kv)
+            self._decode(out, tables, 0, numbers, static, window)
             return out
         tiles = varlen_tiles(head_dim, q.element_size() == 4, static["GROUP"], self.large, max_query)
         # A tile of many tokens is wasted on single-token rows: those take their own kernel then.
@@ -384,17 +387,17 @@ class PagedAttention:
             **static, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
         if apart:
-            self._decode(out, tables, 1, numbers, static, max_kv)
+            self._decode(out, tables, 1, numbers, static, window)
         return out
 
     def _decode(
-        self, out: Tensor, tables: Tables, singles: int, numbers: Numbers, static: dict[str, Any], max_kv: int
+        self, out: Tensor, tables: Tables, singles: int, numbers: Numbers, static: dict[str, Any], window: int
     ) -> None:
         """Single-token rows; with ``singles`` there are others among them, which are left alone."""
         rows, num_kv_heads = tables[4].shape[0], tables[1].shape[2]
         num_heads, head_dim = out.shape[1:]
         tiles = decode_tiles(head_dim, out.element_size() == 4, self.large)
-        splits = num_splits(rows, num_kv_heads, max_kv, tiles.block_n)
+        splits = num_splits(rows, num_kv_heads, window, tiles.block_n)
         sums = stats = counters = out
         if splits > 1:
             if self.counters is None:

@@ -27,7 +27,9 @@ CHUNK = 4096  # vocabulary entries a program of the scan; the second kernel skip
 GRAIN = 64  # tokens that share one stored maximum
 CAPACITY = 1024  # tokens above a top_k bound that are settled in registers
 MAX_ROUNDS = 256  # far more than rejections can be; ends the loop on NaN
-UNALIGNED = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
+PER_ROW = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")
+PER_CHUNK = ("maxima", "max_ids", "masses", "scores", "score_ids")
+UNALIGNED = PER_ROW + PER_CHUNK  # slices whose alignment follows the number of rows: one kernel for all
 
 
 @triton.jit
