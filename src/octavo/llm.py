@@ -198,10 +198,12 @@ class _Request:
             index, sampling = self.num_submitted, self.sampling
             if sampling.n > 1:
                 sampling = msgspec.structs.replace(sampling, n=1, seed=_derived_seed(sampling.seed, index))
+            sampling, grammar = self.llm.frontend.grammars.split(sampling)
             request = GenerateRequest(
                 id=next(self.llm._ids),
                 prompt_token_ids=self.output.prompt_token_ids,
                 sampling=sampling,
+                grammar=grammar,
                 eos_token_ids=list(self.llm.frontend.tokenizer.eos_token_ids),
                 arrival_s=time.time(),
             )

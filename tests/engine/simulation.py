@@ -53,8 +53,13 @@ def pick(x: int, allowed: set[int] | None) -> int:
 class Grammar:
     """What is allowed depends on how many tokens were accepted and on the last of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 1 << 30) -> None:
         self.history: list[int] = []
+        self.most = most
+
+    @property
+    def ended(self) -> bool:
+        return len(self.history) >= self.most
 
     def allowed(self) -> set[int]:
         last = self.history[-1] if self.history else 0
@@ -87,6 +92,7 @@ class Asked:
     reason: str = ""
     got: list[int] = field(default_factory=list)
     got_reason: str | None = None
+    most: int = 1 << 30  # tokens after which the grammar allows no more
 
 
 def reference(asked: Asked, specs: list[KVSpec], max_model_len: int) -> None:
@@ -96,7 +102,7 @@ def reference(asked: Asked, specs: list[KVSpec], max_model_len: int) -> None:
     num_prompt = len(tokens)
     sums: list[list[int]] = [[0] for _ in specs]  # running sums of cells
     states = [0] * len(specs)
-    grammar = Grammar() if asked.grammar else None
+    grammar = Grammar(asked.most) if asked.grammar else None
     p = 0
     while True:
         x = mix(tokens[p], p)
@@ -121,6 +127,9 @@ def reference(asked: Asked, specs: list[KVSpec], max_model_len: int) -> None:
         asked.answer.append(token)
         if grammar:
             grammar.accept(token)
+            if grammar.ended:
+                asked.reason = "stop"
+                return
         if token in {EOS, *sampling.stop_token_ids} and len(asked.answer) > sampling.min_tokens:
             asked.reason = "stop"
             return
@@ -399,6 +408,7 @@ def _requests(rng: random.Random, max_model_len: int) -> list[Asked]:
                 fails_at=rng.randint(0, max_model_len) if rng.random() < 0.1 else None,
                 abort_at=rng.randint(0, 40) if rng.random() < 0.2 else None,
                 submit_at=arrival,
+                most=rng.choice([1 << 30, 1 << 30, rng.randint(1, 12)]),
             )
         )
     return requests
@@ -409,7 +419,7 @@ def _drive(core: EngineCore, pending: deque[Asked], everything: dict[int, Asked]
     for step in range(5000):
         while pending and pending[0].submit_at <= step:
             asked = pending.popleft()
-            core.submit(asked.request, Grammar() if asked.grammar else None)
+            core.submit(asked.request, Grammar(asked.most) if asked.grammar else None)
         if not pending and not core.has_work:
             return
         for asked in everything.values():

@@ -156,7 +156,7 @@ CHAT_TABLE: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a"}, "prompt"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
 ]
 

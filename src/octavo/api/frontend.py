@@ -12,6 +12,7 @@ import msgspec
 
 from octavo.api.chat.request import ChatPrompt
 from octavo.api.generation import Choice, Generation, TextDelta
+from octavo.api.structured import Grammars
 from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.base import EngineClient
@@ -49,6 +50,7 @@ class Frontend:
         self.tokenizer = tokenizer
         self.template = template
         self.chat = ChatPrompt(tokenizer, template)
+        self.grammars = Grammars()
         self.model_name = model_name
         self.max_logprobs = max_logprobs
         self._ids = itertools.count(1)
@@ -94,6 +96,7 @@ class Frontend:
         if not ids:
             raise RequestError("The prompt is empty: it has no tokens.", param="prompt")
         self._check_sampling(sampling)
+        self.grammars.split(sampling)
         room = self.max_model_len - len(ids)
         if room < 1:
             raise RequestError(
@@ -132,6 +135,7 @@ class Frontend:
         if not self.client.alive:
             raise EngineDeadError("The engine has stopped.", "Restart the server; its log names the cause.")
         ids = list(prompt_ids)
+        sampling, grammar = self.grammars.split(sampling)
         generation = Generation(self.client, request_id)
         arrival_s = time.time()
         try:
@@ -147,6 +151,7 @@ class Frontend:
                     priority=priority,
                     arrival_s=arrival_s,
                     cache_salt=cache_salt,
+                    grammar=grammar,
                 )
                 generation.submit(request, Choice(index, request, self.tokenizer))
         except BaseException:

@@ -21,6 +21,9 @@ from octavo.engine.scheduler.resources import Pages, Slots
 from octavo.engine.scheduler.scheduler import Scheduler, Step
 from octavo.engine.scheduler.sequence import Constraint, Sequence
 from octavo.engine.settings import EngineSettings
+from octavo.engine.structured.compiler import GrammarCompiler
+from octavo.engine.structured.grammar import GrammarError
+from octavo.engine.structured.lobby import Lobby
 from octavo.engine.validate import check_request
 from octavo.errors import OutOfMemoryError, QueueFullError, RequestError
 from octavo.protocol.control import (
@@ -43,10 +46,12 @@ class EngineCore:
 
     ``info.max_model_len`` is the asked length or what the page pool holds for one sequence, whichever is less, so
     a request that passes ``submit`` can always run to its end. Raises ``OutOfMemoryError`` where the pool holds not
-    even two tokens.
+    even two tokens. Without ``grammars`` requests that bring a grammar are refused.
     """
 
-    def __init__(self, executor: Executor, settings: EngineSettings) -> None:
+    def __init__(
+        self, executor: Executor, settings: EngineSettings, grammars: GrammarCompiler | None = None
+    ) -> None:
         self.executor = executor
         self.settings = settings
         self.pages = Pages(
@@ -63,6 +68,8 @@ class EngineCore:
         self._last_done_s = 0.0
         self.stopping = False
         self._depth = 1 if settings.overlap else 0
+        self.lobby = None if grammars is None else Lobby(grammars)
+        self._failed: list[TokenDelta] = []  # told by the next step
         self._live: dict[int, Sequence] = {}
         self._in_flight: deque[Step] = deque()
         self._arrivals = 0
@@ -95,8 +102,10 @@ class EngineCore:
         check_request(request, self.info)
         if request.id in self._live:
             raise RequestError(f"Request id {request.id} is already running.", "id")
-        if len(self.scheduler.waiting) >= self.settings.max_queue_len + self._idle_slots():
-            raise QueueFullError(f"{len(self.scheduler.waiting)} requests are waiting already.")
+        if request.grammar is not None and self.lobby is None:
+            raise RequestError("This engine serves no grammars.", "structured_outputs")
+        if self.num_waiting >= self.settings.max_queue_len + self._idle_slots():
+            raise QueueFullError(f"{self.num_waiting} requests are waiting already.")
         self._arrivals += 1
         seq = Sequence(
             request,
@@ -107,24 +116,40 @@ class EngineCore:
             constraint=constraint,
         )
         self._live[request.id] = seq
-        self.scheduler.waiting.push(seq)
+        if request.grammar is not None and self.lobby is not None:
+            self.lobby.add(seq, request.grammar)
+        else:
+            self.scheduler.waiting.push(seq)
 
     def abort(self, ids: list[int]) -> None:
         """End requests now; unknown ids are ignored. No delta follows."""
         for id in ids:
             seq = self._live.pop(id, None)
             if seq is not None:
-                self.scheduler.finish(seq)
+                self._end(seq)
+
+    def _end(self, seq: Sequence) -> None:
+        if self.lobby is not None and self.lobby.remove(seq):
+            seq.finished = True
+        else:
+            self.scheduler.finish(seq)
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do anything."""
-        return bool(self._live or self._in_flight)
+        return bool(self._live or self._in_flight or self._failed)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue and those whose grammar is being compiled."""
+        return len(self.scheduler.waiting) + (0 if self.lobby is None else len(self.lobby))
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenDelta]:
         """Run one step; returns what it (with overlap: the one before) brought."""
+        if self.lobby is not None:
+            self._leave_lobby(self.lobby)
         self.scheduler.mixed_budget = self.pace.budget()
         step = self.scheduler.schedule()
         if step is not None:
@@ -134,7 +159,23 @@ class EngineCore:
         if step is not None:
             self.executor.sample(self._masks(step))
             self._in_flight.append(step)
-        return deltas if self._depth else self._collect()
+        if not self._depth:
+            deltas = self._collect()
+        if self._failed:
+            deltas, self._failed = deltas + self._failed, []
+        if step is None and not deltas and self.lobby is not None:
+            self.lobby.wait(0.01)  # nothing runs; short, because aborts and new requests wait for this call
+        return deltas
+
+    def _leave_lobby(self, lobby: Lobby) -> None:
+        """Sequences whose grammar is there now go to the queue."""
+        ready, failed = lobby.leave()
+        for seq in ready:
+            self.scheduler.waiting.push(seq)
+        for seq, message in failed:
+            seq.finished = True
+            del self._live[seq.id]
+            self._failed.append(TokenDelta(seq.id, [], "error", None, message))
 
     def _collect(self) -> list[TokenDelta]:
         """The oldest step's results, if one is in flight."""
@@ -159,17 +200,15 @@ class EngineCore:
             constraint = seq.constraint
             if constraint is None or seq.finished or not step.plan.sample[row]:
                 continue
-            words = [constraint.mask()]
-            accepted = 0
-            planned = step.plan.num_drafts[row]
-            for draft in seq.drafts[:planned]:
-                if not constraint.accept(draft):
-                    break
-                accepted += 1
-                words.append(constraint.mask())
-            constraint.rewind(accepted)
+            drafts = seq.drafts[: step.plan.num_drafts[row]]
+            try:
+                words = _words(constraint, drafts)
+            except GrammarError as error:
+                self._failed.append(self.scheduler.fail(seq, str(error)))
+                del self._live[seq.id]
+                continue
             # Positions behind a forbidden draft are never reached; the runner still expects a mask for each.
-            words += [words[-1]] * (1 + planned - len(words))
+            words += [words[-1]] * (1 + step.plan.num_drafts[row] - len(words))
             masks.append(GrammarMask(row, b"".join(words)))
         return masks
 
@@ -196,7 +235,7 @@ class EngineCore:
         counters, pool = self.scheduler.counters, self.pages.pool
         return EngineStats(
             num_running=self.scheduler.num_running,
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=self.num_waiting,
             kv_cache_usage=1 - pool.num_free / pool.num_pages if pool.num_pages else 0.0,
             num_preemptions=counters.num_preemptions,
             prefix_cache_queries=self.pages.num_queries,
@@ -219,11 +258,28 @@ class EngineCore:
         """Abort everything and stop the executor."""
         self.abort(list(self._live))
         self._in_flight.clear()
+        if self.lobby is not None:
+            self.lobby.close()
         self.executor.close()
 
     def _idle_slots(self) -> int:
         """Requests that the next step lets in do not count against the queue's bound."""
         return max(0, self.info.max_num_seqs - self.scheduler.num_running)
+
+
+def _words(constraint: Constraint, drafts: list[int]) -> list[bytes]:
+    """The mask of the next token and of the one after each draft, up to the first draft that is forbidden or the last."""
+    words = [constraint.mask()]
+    accepted = 0
+    for draft in drafts:
+        if not constraint.accept(draft):
+            break
+        accepted += 1
+        if constraint.ended:  # what is drawn behind the end is thrown away
+            break
+        words.append(constraint.mask())
+    constraint.rewind(accepted)
+    return words
 
 
 def _fitting_length(layout: CacheLayout, num_pages: int, asked: int) -> int:

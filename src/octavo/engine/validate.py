@@ -23,6 +23,12 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab)
     if sampling.logit_bias:
         _check_ids("logit_bias", list(sampling.logit_bias), vocab)
+    if sampling.structured_outputs is not None and request.grammar is None:
+        raise RequestError(
+            "structured_outputs must reach the engine as a grammar.",
+            "structured_outputs",
+            "Send the request through the front half.",
+        )
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
         raise RequestError(
             f"min_tokens ({sampling.min_tokens}) is more than max_tokens ({sampling.max_tokens}).",

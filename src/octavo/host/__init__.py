@@ -9,6 +9,7 @@ engine's own process.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from octavo.engine.client.socket import SocketClient
 from octavo.engine.core import EngineCore
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.settings import EngineSettings
+from octavo.engine.structured.compiler import GrammarCompiler
+from octavo.engine.structured.vocabulary import Vocabulary
 from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
 from octavo.files.resolve import open_model
@@ -76,7 +79,19 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         kernels=built.kernels,
         timeline_s=timeline.phases,
     )
-    return EngineCore(InlineExecutor(built.runner), settings)
+    grammars = GrammarCompiler(partial(read_vocabulary, options, files), built.arch.vocab_size)
+    return EngineCore(InlineExecutor(built.runner), settings, grammars)
+
+
+def read_vocabulary(options: EngineOptions, files: ModelFiles) -> Vocabulary:
+    """The model's tokens as grammars need them."""
+    tokenizer = load_tokenizer(files, options.model.tokenizer)
+    return Vocabulary(
+        tokens=[tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)],
+        special_ids=tokenizer.special_ids,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        encode=partial(tokenizer.encode, add_special_tokens=False),
+    )
 
 
 def connect(

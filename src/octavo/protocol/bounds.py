@@ -32,3 +32,10 @@ LogitBias = Annotated[dict[int, BiasValue], Meta(max_length=1024)]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=256)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
+GrammarText = Annotated[
+    str, Meta(min_length=1, max_length=262_144)
+]  # regex, Lark grammar, JSON schema as text
+Choices = Annotated[
+    list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(min_length=1, max_length=4096)
+]
+WhitespacePattern = Annotated[str, Meta(min_length=1, max_length=256)]

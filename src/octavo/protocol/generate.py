@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -11,6 +11,42 @@ from octavo.errors import RequestError
 from octavo.protocol import bounds
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class StructuredOutputsParams(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """What an answer must look like; names are vLLM's, and exactly one of the first five says it.
+
+    ``json`` is a JSON schema (an object, or its text), ``json_object`` any JSON object, ``regex`` a regular expression
+    for the whole answer (no look-around, no back references), ``choice`` a list of answers, ``grammar`` a context-free
+    grammar in Lark's form with the rule ``start``. The rest changes how JSON is written: ``disable_any_whitespace``
+    allows none, ``whitespace_pattern`` is a regular expression for it, ``disable_additional_properties`` closes
+    every object of the schema that does not say otherwise. Raises ``RequestError`` where not exactly one is given.
+    """
+
+    json: bounds.GrammarText | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: bounds.GrammarText | None = None
+    choice: bounds.Choices | None = None
+    grammar: bounds.GrammarText | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: bounds.WhitespacePattern | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if self.json_object is False:
+            given.remove("json_object")
+        if len(given) != 1:
+            raise RequestError(
+                f"structured_outputs needs exactly one of {', '.join(CONSTRAINTS)}; "
+                f"{', '.join(given) if given else 'none'} is given.",
+                param="structured_outputs",
+            )
+
+
+CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -41,6 +77,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         # msgspec checks annotated ranges while it decodes; a Python caller gets the same checks here.
@@ -51,9 +88,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if isinstance(value, float) and not math.isfinite(value):
                 raise RequestError(f"{name} must be a finite number, got {value}.", param=name)
             try:
-                msgspec.convert(value, kind)
+                converted = msgspec.convert(value, kind)
             except msgspec.ValidationError as error:
                 raise RequestError(f"{name}: {error}.", param=name) from None
+            if isinstance(converted, msgspec.Struct) and converted is not value:  # given as a dictionary
+                msgspec.structs.force_setattr(self, name, converted)
 
     @property
     def greedy(self) -> bool:
@@ -76,6 +115,9 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     ``id`` is chosen by the client and unique among its live requests. ``eos_token_ids`` end the sequence
     unless ``sampling.ignore_eos``. ``arrival_s`` is a wall clock time (queue order, metrics).
+
+    ``grammar`` constrains the answer: a grammar in llguidance's form (Lark text, or its JSON), which the front half
+    makes of ``sampling.structured_outputs`` and checks; the engine only compiles it.
     """
 
     id: int
@@ -85,6 +127,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     priority: int = 0
     arrival_s: float = 0.0
     cache_salt: str | None = None
+    grammar: str | None = None
 
 
 class Logprob(msgspec.Struct, array_like=True, gc=False):

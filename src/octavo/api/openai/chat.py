@@ -15,7 +15,7 @@ from octavo.api.openai.folding import ChoiceFold, TextEvents, event
 from octavo.api.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from octavo.api.openai.prompts import chat_prompt
 from octavo.api.openai.run import Run
-from octavo.api.openai.sampling import check_fields, sampling_params
+from octavo.api.openai.sampling import check_fields, sampling_params, structured_outputs
 from octavo.api.openai.schema import (
     ChatChoice,
     ChatChunkChoice,
@@ -67,6 +67,7 @@ async def chat_completions(context: Context, request: ChatCompletionRequest) -> 
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
+        structured_outputs=await structured_outputs(context, request),
     )
     prompt = await chat_prompt(context, request, sampling)
     request_id = reply_id("chatcmpl", request.request_id)

@@ -15,7 +15,7 @@ from octavo.api.openai.folding import ChoiceFold, TextEvents, event
 from octavo.api.openai.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from octavo.api.openai.prompts import CompletionPrompt, completion_prompts
 from octavo.api.openai.run import Run
-from octavo.api.openai.sampling import check_fields, sampling_params
+from octavo.api.openai.sampling import check_fields, sampling_params, structured_outputs
 from octavo.api.openai.schema import (
     Completion,
     CompletionChoice,
@@ -64,6 +64,7 @@ async def completions(context: Context, request: CompletionRequest) -> Completio
         max_tokens=1 if request.max_tokens == 0 else request.max_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=wants_prompt,
+        structured_outputs=await structured_outputs(context, request),
     )
     prompts = await completion_prompts(context, request, sampling)
     request_id = reply_id("cmpl", request.request_id)

@@ -13,7 +13,7 @@ from octavo.api.openai.schema import (
     SamplingFields,
 )
 from octavo.errors import RequestError
-from octavo.protocol.generate import SamplingParams
+from octavo.protocol.generate import SamplingParams, StructuredOutputsParams
 
 COPIED = (
     *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
@@ -43,6 +43,30 @@ def check_fields(request: ChatCompletionRequest | CompletionRequest) -> None:
         raise RequestError("prompt_logprobs cannot be streamed.", param="prompt_logprobs")
 
 
+async def structured_outputs(context: Context, request: SamplingFields) -> StructuredOutputsParams | None:
+    """What the answer must look like, from either of the two fields that say it; checked, so later use is quick."""
+    params, param = request.structured_outputs, "structured_outputs"
+    asked = request.response_format
+    if asked is not None and asked.type != "text":
+        if params is not None:
+            raise RequestError(
+                "response_format and structured_outputs exclude each other.", param="response_format"
+            )
+        param = "response_format"
+        if asked.type == "json_object":
+            params = StructuredOutputsParams(json_object=True)
+        elif asked.json_schema is None or asked.json_schema.schema is None:
+            raise RequestError(
+                "response_format of type json_schema needs json_schema.schema.",
+                param="response_format.json_schema.schema",
+            )
+        else:
+            params = StructuredOutputsParams(json=asked.json_schema.schema)
+    if params is not None:
+        await context.frontend.grammars.grammar_async(params, param)
+    return params
+
+
 def sampling_params(
     context: Context,
     request: SamplingFields,
@@ -50,6 +74,7 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    structured_outputs: StructuredOutputsParams | None = None,
 ) -> SamplingParams:
     """The request's sampling over the model's defaults; ``max_tokens`` None means the rest of the context."""
     given: dict[str, Any] = {}
@@ -58,7 +83,11 @@ def sampling_params(
         if value is not None:
             given[name] = value
     return context.frontend.default_sampling(
-        **given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+        **given,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        structured_outputs=structured_outputs,
     )
 
 

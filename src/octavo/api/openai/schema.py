@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from octavo.protocol import bounds
+from octavo.protocol.generate import StructuredOutputsParams
 
 NumTopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 MaxTokensOrZero = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -57,6 +58,22 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None  # padding against eavesdroppers; never sent, true is refused
 
 
+class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The schema of ``response_format``; ``strict`` changes nothing, because every schema is enforced."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
 class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Known fields that are not served yet, on both routes."""
 
@@ -67,12 +84,10 @@ class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     length_penalty: Any = None
     logits_processors: Any = None
     repetition_detection: Any = None
-    response_format: Any = None
     spaces_between_special_tokens: Any = None
     store: Any = None
     metadata: Any = None
     service_tier: Any = None
-    structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
@@ -111,6 +126,8 @@ class SamplingFields(NotYet, kw_only=True):
     request_id: bounds.RequestId | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    response_format: ResponseFormat | None = None
 
 
 class ChatNotYet(SamplingFields, kw_only=True):
@@ -149,7 +166,6 @@ class CompletionNotYet(SamplingFields, kw_only=True):
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "length_penalty": (1, 1.0),
-    "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "metadata": ({},),

@@ -274,13 +274,13 @@ class Scheduler:
     def _settle(self, seq: Sequence, plan: StepPlan, result: StepResult, row: int) -> TokenDelta | None:
         """One row's result in full."""
         if result.errors is not None and row in result.errors:
-            return self._fail(seq, result.errors[row])
+            return self.fail(seq, result.errors[row])
         if result.prompt_logprobs is not None and len(seq.tokens) == seq.num_prompt:  # else told before
             seq.prompt_logprobs = (seq.prompt_logprobs or []) + (result.prompt_logprobs[row] or [])
         drawn, n, sampled = result.tokens[row], plan.num_tokens[row], plan.sample[row]
         if sampled:
             if not drawn:
-                return self._fail(seq, "The runner drew no token for this request.")
+                return self.fail(seq, "The runner drew no token for this request.")
             drafts = plan.num_drafts[row]
             if drafts:
                 n -= self._reject(seq, drafts, 1 + drafts - len(drawn))
@@ -318,8 +318,14 @@ class Scheduler:
         """Append drawn tokens, end the sequence where they end it."""
         tokens, reason, stop_token = stop.append(seq, drawn)
         if seq.constraint is not None:
-            for token in tokens:
+            for count, token in enumerate(tokens, 1):
                 seq.constraint.accept(token)
+                if seq.constraint.ended:  # nothing can follow: min_tokens and ignore_eos cannot change that
+                    tokens = tokens[:count]
+                    reason = "stop"
+                    if tokens[-1] != stop_token:
+                        stop_token = None
+                    break
         delta = TokenDelta(seq.id, tokens, reason, stop_token, None, seq.num_cached)
         if result.logprobs is not None:
             found = result.logprobs[row]
@@ -331,7 +337,8 @@ class Scheduler:
             self.finish(seq)
         return delta
 
-    def _fail(self, seq: Sequence, message: str) -> TokenDelta:
+    def fail(self, seq: Sequence, message: str) -> TokenDelta:
+        """End a sequence that cannot go on; returns what to tell its client."""
         reason: FinishReason = "error"
         seq.failed = True
         self.finish(seq)

@@ -19,7 +19,14 @@ from octavo.protocol.generate import GenerateRequest, Logprob, SamplingParams
 
 
 class Constraint(Protocol):
-    """A grammar over the generated tokens, with a memory that can go back (drafts are tried and taken back)."""
+    """A grammar over the generated tokens, with a memory that can go back (drafts are tried and taken back).
+
+    ``mask`` may raise ``GrammarError``: the sequence then ends alone with that error.
+    """
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete and no token can follow; it then stops without one."""
 
     def accept(self, token: int) -> bool:
         """Go on by one token; False (and no change) where the grammar forbids it."""
