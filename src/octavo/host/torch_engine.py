@@ -23,6 +23,7 @@ from octavo.runner.graphs import StepGraphs
 from octavo.runner.memory import plan_pages
 from octavo.runner.pages import PageMemory
 from octavo.runner.runner import TorchRunner
+from octavo.runner.warm import warm
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -76,6 +77,9 @@ def build(
         )
         runner.graphs = graphs
         timeline.end("graphs")
+    if platform.kind == "cuda":
+        warm(runner, resolved.max_model_len)
+        timeline.end("warm")
     return Built(runner, arch, resolved, memory, hardware.name, binder.explain())
 
 

@@ -1,0 +1,48 @@
+"""Runs a step of every shape class once, so that nothing compiles after the server says it is ready (rule R7).
+
+Classes: one row and several (their kernels differ), short and long chunks, a long chunk beside a decode, and every
+stage of sampling. The steps go through the real runner; they scribble on page 0, which belongs to nobody yet.
+"""
+
+from __future__ import annotations
+
+from octavo.protocol.generate import SamplingParams
+from octavo.protocol.plan import SlotInit, StepPlan
+from octavo.runner.runner import TorchRunner
+
+LONG = 1024  # tokens from which attention takes its large tiles
+SAMPLINGS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=1.0, top_p=0.9, top_k=20, min_p=0.05),
+    SamplingParams(
+        temperature=1.0, repetition_penalty=1.1, logprobs=2, prompt_logprobs=2, logit_bias={0: 1.0}
+    ),
+)
+
+
+def warm(runner: TorchRunner, max_model_len: int) -> int:
+    """Run the steps; returns how many. They need one slot more than one where the runner has it."""
+    long = min(LONG + 128, runner.max_tokens - 1, max_model_len - 1)
+    rows = [[1], [5], [long]]
+    if runner.num_slots > 1:
+        rows += [[1, 1], [5, 1], [long, 1], [5] * min(80, runner.num_slots, runner.max_tokens // 5)]
+    count = 0
+    for shape in rows:
+        for sampling in SAMPLINGS:
+            count += _run(runner, shape, sampling)
+    return count
+
+
+def _run(runner: TorchRunner, shape: list[int], sampling: SamplingParams) -> int:
+    """A prompt step of these lengths, then one decode of all rows."""
+    every = list(range(len(shape)))
+    admits = [SlotInit(i, [0] * size, size, sampling, i, [0]) for i, size in enumerate(shape)]
+    none, yes = [0] * len(shape), [True] * len(shape)
+    prompt = StepPlan(0, every, none, shape, none, yes, admits, [], [])
+    decode = StepPlan(1, every, shape, [1] * len(shape), none, yes, [], [], [])
+    for plan in (prompt, decode):
+        runner.forward(plan)
+        runner.sample([])
+        runner.collect()
+    return 2
