@@ -49,6 +49,15 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONG = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.0, 1.1, 1.2, 1.3]}
+LAYER_KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
+GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}
+HEADS = {"GPT2": "GPT2LMHeadModel"}
+FOREIGN = {  # keys of BASE that a family does not have
+    "GPT2": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "max_position_embeddings"),
+    "GPTNeoX": ("num_key_value_heads",),
+}  # fmt: skip
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -88,6 +97,78 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "phi3": ("Phi3", {}),
+    "phi3-partial-window": (
+        "Phi3",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "sliding_window": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3-long": (  # 16 values a head, half of them rotated; runs beyond 16 positions take the long set
+        "Phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 16,
+                **LONG,
+            },
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "phi3-short": (
+        "Phi3",
+        {
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 1024,
+                **LONG,
+            },
+            "original_max_position_embeddings": 1024,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "smollm3-list": ("SmolLM3", {"no_rope_layers": [0, 1, 1], "tie_word_embeddings": False}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 8,
+            "layer_types": LAYER_KINDS,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.4,
+        },
+    ),
+    "cohere2": ("Cohere2", {"sliding_window": 8, "num_hidden_layers": 4, "logit_scale": 5.0}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 8}),
+    "starcoder2-plain": (
+        "Starcoder2",
+        {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False},
+    ),
+    "gpt_neox": ("GPTNeoX", {"intermediate_size": 128}),
+    "gpt_neox-serial": (
+        "GPTNeoX",
+        {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"},
+    ),
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-inner": ("GPT2", {**GPT2, "n_inner": 96, "activation_function": "gelu"}),
 }
 
 
@@ -96,7 +177,9 @@ def oracle(name: str, folder: Path) -> Any:
     family, extra = ROWS[name]
     config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
     torch.manual_seed(5)
-    model = getattr(transformers, f"{family}ForCausalLM")(config_class(**{**BASE, **extra})).eval()
+    base = {key: value for key, value in BASE.items() if key not in FOREIGN.get(family, ())}
+    model_class = HEADS.get(family, f"{family}ForCausalLM")
+    model = getattr(transformers, model_class)(config_class(**{**base, **extra})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.15)

@@ -14,15 +14,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
+Stored = Literal["rows", "transposed", "per_head"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One checkpoint tensor that fills some output rows of a ``Linear``.
+    """A checkpoint tensor, or a slice of one, that fills some output rows of a ``Linear``.
 
     ``hf`` and ``gguf`` are names below the layer's prefix without ".weight"/".bias". ``heads`` > 0 marks rows that
-    GGUF's llama architecture stores with each head's two rotary halves interleaved; the loader restores them.
+    GGUF's llama architecture stores with each head's two rotary halves interleaved, ``hf_heads`` > 0 rows that Hugging
+    Face checkpoints store so; the loader restores them.
     ``copies``: so many neighbouring ranks hold the same rows (see ``model.shard``).
+
+    Parts may share a stored tensor of ``total`` rows (0 = it is this part alone), in which this one begins at
+    ``start``. ``stored`` is the order in Hugging Face checkpoints: "rows" as here, "transposed" [in, out], or
+    "per_head": q, k and v of the first of ``stored_heads`` heads, then of the next.
     """
 
     hf: str
@@ -30,6 +36,11 @@ class Part:
     out_features: int
     heads: int = 0
     copies: int = 1
+    hf_heads: int = 0
+    start: int = 0
+    total: int = 0
+    stored: Stored = "rows"
+    stored_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm over ``size`` values: y = x / rms(x) * (w + offset).
+    """RMSNorm over ``size`` values: y = x / rms(x) * (w + offset); or, of kind "layer", LayerNorm (Ba et al. 2016).
 
-    GGUF files store w + offset already; the loader keeps the sum, so execution never sees ``offset``.
+    GGUF files store w + offset already; the loader keeps the sum, so execution never sees ``offset``. ``bias`` is for
+    LayerNorm only: y = (x - mean(x)) / std(x) * w + b.
     """
 
     hf: str
@@ -62,6 +74,8 @@ class Norm:
     size: int
     eps: float
     offset: float = 0.0
+    kind: Literal["rms", "layer"] = "rms"
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,11 +83,19 @@ class Rope:
     """Rotary embedding of the first ``dim`` values of a head, halves convention (i pairs with i + dim/2).
 
     ``inv_freq`` has dim/2 entries (scaling already applied), ``scale`` multiplies cos and sin (yarn, longrope).
+    Where longrope gives two sets, ``short`` replaces ``inv_freq`` in a run of at most ``original`` positions; the
+    choice holds for the whole run, so that cached keys stay valid.
     """
 
     dim: int
     inv_freq: tuple[float, ...]
     scale: float = 1.0
+    short: tuple[float, ...] = ()
+    original: int = 0
+
+    def frequencies(self, max_position: int) -> tuple[float, ...]:
+        """The set for a run of up to ``max_position`` positions."""
+        return self.short if self.short and max_position <= self.original else self.inv_freq
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,8 @@ class Attention:
     """Multi-head attention with grouped keys: fused qkv, optional q/k norm and rope, paged cache, output.
 
     ``window`` (tokens a query sees, itself included) 0 = all; ``softcap`` 0 = none; ``scale`` multiplies q·k.
-    ``rope`` None = no position encoding in this layer.
+    ``rope`` None = no position encoding in this layer. A q/k norm of size ``head_dim`` works on each head, of another
+    size on the whole projection.
     """
 
     qkv: Linear
@@ -108,16 +131,34 @@ class GatedMLP:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One decoder layer; see the drawing above. ``residual_scale`` multiplies both branches (1 = plain)."""
+class PlainMLP:
+    """down(act(up(x)))."""
 
-    input_norm: Norm
+    up: Linear
+    down: Linear
+    intermediate: int
+    activation: Activation = "gelu"
+
+
+FeedForward = GatedMLP | PlainMLP
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer; see the drawing above. ``residual_scale`` multiplies both branches (1 = plain).
+
+    Without ``input_norm`` or ``pre_mlp_norm`` the branch reads the residual stream itself. ``parallel``: both branches
+    read the layer's input and are added together; without ``pre_mlp_norm`` they share ``input_norm``'s output.
+    """
+
+    input_norm: Norm | None
     attention: Attention
-    pre_mlp_norm: Norm
-    mlp: GatedMLP
+    pre_mlp_norm: Norm | None
+    mlp: FeedForward
     post_attention_norm: Norm | None = None
     post_mlp_norm: Norm | None = None
     residual_scale: float = 1.0
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +178,8 @@ class DecoderSpec:
 
     Layer i's checkpoint names start with ``hf_layer_prefix.format(i)`` / ``gguf_layer_prefix.format(i)``. ``head``
     is None where the embedding is the output matrix too. ``logit_softcap`` 0 = none, ``logit_scale`` multiplies.
+    ``positions`` is a learned embedding of positions, added to the tokens'. ``bare_prefix`` is what some checkpoints
+    leave out before all Hugging Face names.
     """
 
     embedding: Embedding
@@ -147,4 +190,6 @@ class DecoderSpec:
     logit_scale: float = 1.0
     hf_layer_prefix: str = "model.layers.{}."
     gguf_layer_prefix: str = "blk.{}."
+    positions: Embedding | None = None
+    bare_prefix: str = ""
     ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq", "rope_freqs.weight"))

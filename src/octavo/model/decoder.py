@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import (
     Attention,
     DecoderSpec,
     Embedding,
+    FeedForward,
     GatedMLP,
     Layer,
     Linear,
     Norm,
     Part,
+    PlainMLP,
+    Rope,
 )
+from octavo.model.keys import Keys
 from octavo.model.rope import build_rope
 
 
@@ -21,10 +28,14 @@ class Decoder:
 
     qk_norm = False
     norm_offset = 0.0
+    norm_kind: Literal["rms", "layer"] = "rms"
+    norm_bias = False
     gguf_permuted_rope = False  # GGUF stores q and k with interleaved rotary pairs
+    hf_permuted_rope = False  # so do Hugging Face checkpoints
 
     def __init__(self, arch: ArchConfig) -> None:
         self.arch = arch
+        self.keys = Keys(arch.raw, "config.json")  # what only one family knows
 
     def spec(self) -> DecoderSpec:
         """The whole model as blocks."""
@@ -49,43 +60,99 @@ class Decoder:
             input_norm=self.norm("input_layernorm", "attn_norm"),
             attention=self.attention(i),
             pre_mlp_norm=self.norm("post_attention_layernorm", "ffn_norm"),
-            mlp=self.mlp(),
+            mlp=self.mlp(i),
         )
 
+    def sandwich_layer(self, i: int) -> Layer:
+        """Layer i with norms before and after both branches (Gemma 2 and later)."""
+        return Layer(
+            input_norm=self.norm("input_layernorm", "attn_norm"),
+            attention=self.attention(i),
+            post_attention_norm=self.norm("post_attention_layernorm", "post_attention_norm"),
+            pre_mlp_norm=self.norm("pre_feedforward_layernorm", "ffn_norm"),
+            mlp=self.mlp(i),
+            post_mlp_norm=self.norm("post_feedforward_layernorm", "post_ffw_norm"),
+        )
+
+    def post_norm_layer(self, i: int) -> Layer:
+        """Layer i with a norm after each branch and none before it (OLMo 2)."""
+        layer = self.sandwich_layer(i)
+        return replace(layer, input_norm=None, pre_mlp_norm=None)
+
     def norm(self, hf: str, gguf: str, size: int | None = None) -> Norm:
-        """An RMSNorm over the hidden size or over ``size`` values."""
-        return Norm(hf, gguf, size or self.arch.hidden_size, self.arch.norm_eps, self.norm_offset)
+        """A norm of the family's kind over the hidden size or over ``size`` values."""
+        return Norm(
+            hf,
+            gguf,
+            size or self.arch.hidden_size,
+            self.arch.norm_eps,
+            self.norm_offset,
+            self.norm_kind,
+            self.norm_bias,
+        )
 
     def linear(self, parts: list[Part], in_features: int, *, bias: bool = False, row: bool = False) -> Linear:
         """A projection, split by columns under tensor parallelism unless ``row``."""
         return Linear(in_features, tuple(parts), bias, "row" if row else "column")
 
+    def slices(self, whole: Part, sizes: list[int]) -> list[Part]:
+        """Consecutive parts of one stored tensor; ``whole`` names it."""
+        return [
+            replace(whole, out_features=size, start=sum(sizes[:index]), total=sum(sizes))
+            for index, size in enumerate(sizes)
+        ]
+
     def attention(self, i: int) -> Attention:
         """Attention of layer i."""
         a = self.arch
-        q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        turned = self.gguf_permuted_rope
-        qkv = [
-            Part("self_attn.q_proj", "attn_q", q, a.num_heads if turned else 0),
-            Part("self_attn.k_proj", "attn_k", kv, a.num_kv_heads if turned else 0),
-            Part("self_attn.v_proj", "attn_v", kv),
-        ]
         kind = a.layer_types[i]
         return Attention(
-            qkv=self.linear(qkv, a.hidden_size, bias=self.qkv_bias()),
-            output=self.linear(
-                [Part("self_attn.o_proj", "attn_output", a.hidden_size)], q, bias=self.output_bias(), row=True
-            ),
+            qkv=self.qkv(),
+            output=self.output(),
             num_heads=a.num_heads,
             num_kv_heads=a.num_kv_heads,
             head_dim=a.head_dim,
             scale=(a.query_scale or a.head_dim) ** -0.5,
-            rope=build_rope(a.head_dim, a.rope[kind], a.max_position),
+            rope=self.rope(i),
             window=a.sliding_window if kind == "sliding_attention" else 0,
             softcap=a.attention_softcap,
             q_norm=self.norm("self_attn.q_norm", "attn_q_norm", a.head_dim) if self.qk_norm else None,
             k_norm=self.norm("self_attn.k_norm", "attn_k_norm", a.head_dim) if self.qk_norm else None,
         )
+
+    def qkv(self) -> Linear:
+        """Queries, keys and values of one layer."""
+        a = self.arch
+        q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        turned, hf_turned = self.gguf_permuted_rope, self.hf_permuted_rope
+        parts = [
+            Part("self_attn.q_proj", "attn_q", q, a.num_heads * turned, hf_heads=a.num_heads * hf_turned),
+            Part(
+                "self_attn.k_proj", "attn_k", kv, a.num_kv_heads * turned, hf_heads=a.num_kv_heads * hf_turned
+            ),
+            Part("self_attn.v_proj", "attn_v", kv),
+        ]
+        return self.linear(parts, a.hidden_size, bias=self.qkv_bias())
+
+    def output(self) -> Linear:
+        """The projection behind attention."""
+        a = self.arch
+        part = Part("self_attn.o_proj", "attn_output", a.hidden_size)
+        return self.linear([part], a.num_heads * a.head_dim, bias=self.output_bias(), row=True)
+
+    def with_whole_norms(self, attention: Attention) -> Attention:
+        """q and k normed over all heads together, as OLMo does."""
+        a = self.arch
+        return replace(
+            attention,
+            q_norm=self.norm("self_attn.q_norm", "attn_q_norm", a.num_heads * a.head_dim),
+            k_norm=self.norm("self_attn.k_norm", "attn_k_norm", a.num_kv_heads * a.head_dim),
+        )
+
+    def rope(self, i: int) -> Rope | None:
+        """Position encoding of layer i."""
+        a = self.arch
+        return build_rope(a.head_dim, a.rope[a.layer_types[i]], a.max_position)
 
     def qkv_bias(self) -> bool:
         """Whether q, k and v have biases."""
@@ -95,7 +162,11 @@ class Decoder:
         """Whether the attention output has a bias."""
         return self.arch.attention_bias
 
-    def mlp(self) -> GatedMLP:
+    def mlp(self, i: int) -> FeedForward:
+        """What stands behind the attention of layer i."""
+        return self.gated_mlp()
+
+    def gated_mlp(self) -> GatedMLP:
         """The gated MLP."""
         a = self.arch
         parts = [
@@ -106,6 +177,18 @@ class Decoder:
         return GatedMLP(
             gate_up=self.linear(parts, a.hidden_size, bias=a.mlp_bias),
             down=self.linear(down, a.intermediate_size, bias=a.mlp_bias, row=True),
+            intermediate=a.intermediate_size,
+            activation=a.activation,
+        )
+
+    def plain_mlp(self, up: str, down: str, *, bias: bool) -> PlainMLP:
+        """An MLP without gate; ``up`` and ``down`` are its Hugging Face names."""
+        a = self.arch
+        return PlainMLP(
+            up=self.linear([Part(up, "ffn_up", a.intermediate_size)], a.hidden_size, bias=bias),
+            down=self.linear(
+                [Part(down, "ffn_down", a.hidden_size)], a.intermediate_size, bias=bias, row=True
+            ),
             intermediate=a.intermediate_size,
             activation=a.activation,
         )

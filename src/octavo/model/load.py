@@ -12,11 +12,13 @@ from torch import Tensor
 from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles
 from octavo.files.dtypes import GGUF_TYPES_BY_NAME
-from octavo.model.blocks import DecoderSpec
+from octavo.model.blocks import DecoderSpec, Part
 from octavo.model.layers.load import LoadItem
 from octavo.model.quantization.decode import dequantize
 
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QKV = 3  # what lies together in a head of a tensor stored "per_head"
+AS_STORED = Part("", "", 0)
 SHOWN = 8  # names listed in an error
 
 
@@ -37,30 +39,34 @@ def fill(
 ) -> LoadReport:
     """Fill every item from ``files``; see ``Network.load``."""
     gguf = files.format == "gguf"
-    rename = (lambda name: name) if gguf else hf_renaming(files)
+    rename = (lambda name: name) if gguf else hf_renaming(files, spec.bare_prefix)
     names = [item.gguf if gguf else rename(item.hf) for item in items]
     ignored = check_names(names, files, spec, rename)
-    total = sum(files.tensors[name].nbytes for name in names)
-    done = 0
+    total = sum(files.tensors[name].nbytes for name in set(names))
+    done, seen = 0, set()
     for name, item in zip(names, items):
-        info = files.tensors[name]
-        if info.shape != item.stored_shape:
+        info, wanted = files.tensors[name], item.stored_shape(gguf)
+        if info.shape != wanted:
             raise ModelFileError(
-                f"Tensor {name} has shape {list(info.shape)}, but the configuration asks {list(item.stored_shape)}.",
+                f"Tensor {name} has shape {list(info.shape)}, but the configuration asks {list(wanted)}.",
                 "The configuration and the weights do not belong together.",
             )
         read_into(item, files, name, gguf)
-        done += info.nbytes
+        done += 0 if name in seen else info.nbytes  # several items may share a tensor
+        seen.add(name)
         if progress:
             progress(done, total)
     return LoadReport(len(items), total, ignored)
 
 
-def hf_renaming(files: ModelFiles) -> Callable[[str], str]:
+def hf_renaming(files: ModelFiles, bare_prefix: str = "") -> Callable[[str], str]:
     """How this checkpoint spells a decoder's names: multimodal ones put their language model into a part of its own.
 
     Old spelling: language_model.model.layers.0..., language_model.lm_head; new: model.language_model.layers.0..., lm_head.
+    ``bare_prefix`` is left out by checkpoints of the decoder without its head.
     """
+    if bare_prefix and not any(name.startswith(bare_prefix) for name in files.tensors):
+        return lambda name: name.removeprefix(bare_prefix)
     if any(name.startswith("language_model.model.") for name in files.tensors):
         return lambda name: f"language_model.{name}"
     if any(name.startswith("model.language_model.") for name in files.tensors):
@@ -100,7 +106,9 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
     """Decode one stored tensor into its target."""
     info = files.tensors[name]
     raw = files.read(name)
-    turned = gguf and item.heads > 0
+    part = item.part if item.part is not None else AS_STORED
+    heads = part.heads if gguf else part.hf_heads
+    order = "rows" if gguf else part.stored
     if info.dtype not in TORCH_TYPES and info.dtype not in GGUF_TYPES_BY_NAME:
         raise ModelFileError(
             f"Tensor {name} is stored as {info.dtype}, which cannot be loaded.",
@@ -108,15 +116,19 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
         )
     if info.dtype in TORCH_TYPES:
         stored = torch.from_numpy(raw).view(TORCH_TYPES[info.dtype]).view(info.shape)
-    elif not turned and item.cut is None:
+    elif not heads and order == "rows" and item.cut is None:
         dequantize(raw, info.dtype, info.shape, out=item.target)
         return
     else:
         stored = dequantize(raw, info.dtype, info.shape)
+    if order == "transposed" and stored.dim() == 2:
+        stored = stored.t()
+    elif order == "per_head":
+        stored = by_piece(stored, part.stored_heads, QKV)
     if item.cut is not None:
         stored = stored.narrow(item.cut.dim, item.cut.start, item.cut.size)
-    if turned:
-        stored = untangle(stored, item.heads)
+    if heads:
+        stored = untangle(stored, heads)
     if item.offset and not gguf:
         stored = stored.to(torch.float32) + item.offset
     item.target.copy_(stored)
@@ -126,6 +138,12 @@ def untangle(rows: Tensor, heads: int) -> Tensor:
     """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves."""
     shape = rows.shape
     return rows.reshape(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+
+
+def by_piece(rows: Tensor, heads: int, pieces: int) -> Tensor:
+    """Rows ordered (head, piece, d) to (piece, head, d)."""
+    shape = rows.shape
+    return rows.reshape(heads, pieces, -1, *shape[1:]).transpose(0, 1).reshape(shape)
 
 
 def fill_random(

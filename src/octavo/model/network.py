@@ -16,7 +16,7 @@ from octavo.model.layers.build import ALONE, Build, Ranks
 from octavo.model.layers.decoder import DecoderLayer
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import LoadItem
-from octavo.model.layers.norm import NormLayer
+from octavo.model.layers.norm import make_norm
 from octavo.model.load import LoadReport, fill, fill_random
 
 
@@ -40,13 +40,17 @@ class Network:
         build = Build(dtype, device, binder, op_spec, max_position, ranks)
         embedding = spec.embedding
         self.embedding = build.empty(embedding.vocab_size, embedding.hidden)
+        positions = spec.positions
+        self.positions = (
+            build.empty(positions.vocab_size, positions.hidden) if positions is not None else None
+        )
         # Rounded to the run type, as the models were trained.
         self.embedding_scale = float(torch.tensor(embedding.scale, dtype=dtype))
         self.layers = [
             DecoderLayer(layer, build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i))
             for i, layer in enumerate(spec.layers)
         ]
-        self.norm = NormLayer(spec.norm, build)
+        self.norm = make_norm(spec.norm, build)
         self.head = LinearLayer(spec.head, build, "", "") if spec.head is not None else None
         split = spec.head is not None and spec.head.shard == "column" and ranks.size > 1
         self.gather = ranks.gather if split else None
@@ -56,6 +60,9 @@ class Network:
         """Every tensor the loader must fill."""
         embedding = self.spec.embedding
         found = [LoadItem(f"{embedding.hf}.weight", f"{embedding.gguf}.weight", self.embedding)]
+        if self.spec.positions is not None and self.positions is not None:
+            names = self.spec.positions
+            found.append(LoadItem(f"{names.hf}.weight", f"{names.gguf}.weight", self.positions))
         for layer in self.layers:
             found += layer.items()
         found += self.norm.items()
@@ -72,8 +79,8 @@ class Network:
         """Bytes of the matrices that every decode step reads (the floor of a step)."""
         matrices = [item.target for item in self.items() if item.target.dim() == 2]
         total = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
-        if self.head is not None:
-            total -= self.embedding.numel() * self.embedding.element_size()
+        lookups = [self.embedding if self.head is not None else None, self.positions]
+        total -= sum(table.numel() * table.element_size() for table in lookups if table is not None)
         return total
 
     def bind_cache(self, pages: dict[int, Tensor], groups: dict[int, int]) -> None:
@@ -87,6 +94,8 @@ class Network:
         residual = F.embedding(batch.token_ids, self.embedding)
         if self.embedding_scale != 1.0:
             residual = residual * self.embedding_scale
+        if self.positions is not None:
+            residual = residual + F.embedding(batch.positions, self.positions)
         branch: Tensor | None = None
         for layer in self.layers:
             branch = layer(branch, residual, batch)

@@ -11,6 +11,8 @@ from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import Activation
+from octavo.model.hf_defaults import HF_ALL_SLIDING, HF_DEFAULTS, HF_FULL_SCALING, HF_PATTERN, HF_RENAMED
+from octavo.model.keys import Keys
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 GGUF_TYPES = {
@@ -21,35 +23,12 @@ GGUF_TYPES = {
     "gemma3": "gemma3_text",
 }
 QUANTIZED_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
-# Families whose attention alternates where config.json does not list layer_types: every n-th layer is full.
-DEFAULT_PATTERN = {"gemma2": 2, "gemma3_text": 6}
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
-}
-# What config.json may leave out because transformers fills it in; Gemma 3's multimodal checkpoints do.
-GEMMA_DEFAULTS: dict[str, Any] = {
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-}
-HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma2": {**GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3_text": {
-        **GEMMA_DEFAULTS,
-        "vocab_size": 262208,
-        "max_position_embeddings": 131072,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-    },
-    "qwen3": {"head_dim": 128},
 }
 # Keys that a multimodal config.json may hold beside its text_config.
 OUTER_KEYS = (
@@ -60,7 +39,7 @@ OUTER_KEYS = (
     "tie_word_embeddings",
     "quantization_config",
 )
-MAX_LAYERS, MAX_HEADS = 4096, 1 << 16
+MAX_LAYERS = 4096
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:
@@ -68,58 +47,6 @@ def read_arch(files: ModelFiles) -> ArchConfig:
     if files.format == "gguf":
         return from_gguf(files)
     return from_hf(files.config)
-
-
-class Keys:
-    """A mapping that says which key is wrong; None counts as absent."""
-
-    def __init__(self, source: Mapping[str, Any], where: str) -> None:
-        self.source = source
-        self.where = where
-
-    def integer(self, key: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1) -> int:
-        """A whole number from ``least`` to ``most``."""
-        value = self.source.get(key)
-        if value is None:
-            if default is None:
-                raise ModelFileError(f"{self.where} has no {key!r}.")
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ModelFileError(
-                f"{self.where}: {key} must be a whole number from {least} to {most}, got {value!r}."
-            )
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A finite number."""
-        value = self.source.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-            raise ModelFileError(f"{self.where}: {key} must be a number, got {value!r}.")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
-        value = self.source.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise ModelFileError(f"{self.where}: {key} must be true or false, got {value!r}.")
-        return default if value is None else value
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        """An object; {} where absent."""
-        value = self.source.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise ModelFileError(f"{self.where}: {key} must be an object, got {value!r}.")
-        return value or {}
-
-    def heads(self, total: str, shared: str, default: int | None = None) -> tuple[int, int]:
-        """(query heads, key heads), the second a divisor of the first."""
-        queries = self.integer(total, most=MAX_HEADS)
-        keys = self.integer(shared, default or queries, most=MAX_HEADS)
-        if queries % keys:
-            raise ModelFileError(f"{self.where}: {total} {queries} is no multiple of {shared} {keys}.")
-        return queries, keys
 
 
 def from_hf(config: Mapping[str, Any]) -> ArchConfig:
@@ -131,7 +58,9 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     if model_type == "gemma3" and isinstance(nested, Mapping):
         model_type = "gemma3_text"
         config = {**{key: config[key] for key in OUTER_KEYS if key in config}, **nested}
-    keys = Keys({**HF_DEFAULTS.get(model_type, {}), **_present(config)}, "config.json")
+    renamed = HF_RENAMED.get(model_type, {})
+    present = {renamed.get(key, key): value for key, value in config.items() if value is not None}
+    keys = Keys({**HF_DEFAULTS.get(model_type, {}), **present}, "config.json")
     _refuse_variants(keys)
     layers = keys.integer("num_hidden_layers", most=MAX_LAYERS)
     heads, kv_heads = keys.heads("num_attention_heads", "num_key_value_heads")
@@ -143,7 +72,7 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
         model_type=model_type,
         vocab_size=keys.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=keys.integer("intermediate_size"),
+        intermediate_size=keys.integer("intermediate_size", 4 * hidden if model_type == "gpt2" else None),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -152,7 +81,7 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
         norm_eps=keys.number("rms_norm_eps", 1e-6),
         tie_embeddings=keys.flag("tie_word_embeddings", False),
         layer_types=layer_types,
-        rope=_hf_rope(keys, set(layer_types)),
+        rope=_hf_rope(keys, model_type, set(layer_types)),
         sliding_window=keys.integer("sliding_window") if SLIDING in layer_types else 0,
         attention_bias=keys.flag("attention_bias", False),
         mlp_bias=keys.flag("mlp_bias", False),
@@ -163,13 +92,8 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=_token_ids(keys.source.get("eos_token_id")),
-        raw=config,
+        raw=keys.source,
     )
-
-
-def _present(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries that are not null."""
-    return {key: value for key, value in config.items() if value is not None}
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -216,10 +140,10 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
         return tuple(listed)
     if not keys.source.get("sliding_window"):
         return (FULL,) * layers
-    if model_type in DEFAULT_PATTERN:
-        every = keys.integer("sliding_window_pattern", DEFAULT_PATTERN[model_type])
+    if model_type in HF_PATTERN:
+        every = keys.integer("sliding_window_pattern", HF_PATTERN[model_type])
         return tuple(FULL if (i + 1) % every == 0 else SLIDING for i in range(layers))
-    if model_type == "mistral":
+    if model_type in HF_ALL_SLIDING:
         return (SLIDING,) * layers
     if keys.flag("use_sliding_window", False):
         first = keys.integer("max_window_layers", 28, least=0)
@@ -227,16 +151,21 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
     return (FULL,) * layers
 
 
-def _hf_rope(keys: Keys, kinds: set[str]) -> dict[str, Mapping[str, Any]]:
+def _hf_rope(keys: Keys, model_type: str, kinds: set[str]) -> dict[str, Mapping[str, Any]]:
     """Rope parameters by layer type."""
     given = keys.mapping("rope_parameters")
     if kinds & set(given):
         by_kind = Keys(given, "config.json: rope_parameters")
         return {kind: by_kind.mapping(kind) for kind in kinds}
+    original = keys.source.get("original_max_position_embeddings")
     base = dict(given or keys.mapping("rope_scaling"))
     base.setdefault("rope_theta", keys.number("rope_theta", 10000.0))
     base.setdefault("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
+    if original is not None:
+        base.setdefault("original_max_position_embeddings", original)
     rope: dict[str, Mapping[str, Any]] = dict.fromkeys(kinds, base)
+    if SLIDING in kinds and model_type in HF_FULL_SCALING:
+        rope[SLIDING] = {"rope_theta": base["rope_theta"]}
     if SLIDING in kinds and keys.source.get("rope_local_base_freq"):
         rope[SLIDING] = {"rope_theta": keys.number("rope_local_base_freq", 10000.0)}
     return rope
@@ -256,7 +185,7 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
     heads, kv_heads = keys.heads("attention.head_count", "attention.head_count_kv")
     hidden = keys.integer("embedding_length")
     window = keys.integer("attention.sliding_window", 0, least=0)
-    every = DEFAULT_PATTERN.get(model_type)
+    every = HF_PATTERN.get(model_type)
     layer_types = tuple(SLIDING if window and every and (i + 1) % every else FULL for i in range(layers))
     theta = keys.number("rope.freq_base", 10000.0)
     rope: dict[str, Mapping[str, Any]] = {FULL: _gguf_rope(files, keys, theta)}

@@ -9,17 +9,19 @@ from typing import Any
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.model.blocks import Rope
 
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def build_rope(head_dim: int, parameters: Mapping[str, Any], max_position: int) -> Rope:
-    """Inverse frequencies for rope_type default, linear, llama3 or yarn (Peng et al. 2023).
+    """Inverse frequencies for rope_type default, linear, llama3, yarn (Peng et al. 2023) or longrope (Ding et al. 2024).
 
     "factors" stands for GGUF's tensor of divisors. Raises ``ModelFileError`` for a missing or absurd parameter and
     ``UnsupportedModelError`` for another type.
     """
     theta = _number(parameters, "rope_theta", 10000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "su" or "long_factor" in parameters:  # Phi-3's early names for it were "su" and "yarn"
+        kind = "longrope"
     dim = int(head_dim * _number(parameters, "partial_rotary_factor", 1.0)) // 2 * 2
     if not 0 < dim <= head_dim:
         raise ModelFileError(f"Rope parameters rotate {dim} values of a head of {head_dim}.")
@@ -36,6 +38,8 @@ def build_rope(head_dim: int, parameters: Mapping[str, Any], max_position: int) 
         return Rope(dim, tuple(f / factor for f in plain))
     if kind == "llama3":
         return Rope(dim, tuple(_llama3(f, parameters) for f in plain))
+    if kind == "longrope":
+        return _longrope(plain, parameters, max_position)
     if kind == "yarn":
         return _yarn(plain, theta, parameters, max_position)
     raise UnsupportedModelError(f"Rope scaling {kind!r} is not supported.", f"Supported: {', '.join(KINDS)}.")
@@ -69,6 +73,21 @@ def _llama3(frequency: float, parameters: Mapping[str, Any]) -> float:
         return frequency / factor
     smooth = (original / wavelength - low) / (high - low)
     return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def _longrope(plain: list[float], parameters: Mapping[str, Any], max_position: int) -> Rope:
+    """One divisor a frequency, in a set for short and a set for long runs; attention is sharpened by ``scale``."""
+    original = _number(parameters, "original_max_position_embeddings", float(max_position))
+    sets = []
+    for key in ("long_factor", "short_factor"):
+        divisors = parameters.get(key)
+        if not isinstance(divisors, list) or len(divisors) != len(plain):
+            raise ModelFileError(f"The rope parameter {key} must list {len(plain)} numbers.")
+        sets.append(tuple(f / _number({key: d}, key) for f, d in zip(plain, divisors)))
+    factor = _number(parameters, "factor", max_position / original)
+    scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    scale = _number(parameters, "attention_factor", scale)
+    return Rope(2 * len(plain), sets[0], scale, short=sets[1], original=int(original))
 
 
 def _yarn(plain: list[float], theta: float, parameters: Mapping[str, Any], max_position: int) -> Rope:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from octavo.errors import UnsupportedModelError
-from octavo.model.blocks import Attention, DecoderSpec, GatedMLP, Layer, Linear, Part
+from octavo.model.blocks import Attention, DecoderSpec, FeedForward, Layer, Linear, Part, PlainMLP
 
 
 def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
@@ -52,11 +52,18 @@ def _attention(block: Attention, size: int) -> Attention:
     )
 
 
-def _mlp(block: GatedMLP, size: int) -> GatedMLP:
+def _mlp(block: FeedForward, size: int) -> FeedForward:
     if block.intermediate % size:
         raise UnsupportedModelError(
             f"{block.intermediate} MLP channels cannot be split over {size} devices.",
             "Choose a tensor parallel size that divides them.",
+        )
+    if isinstance(block, PlainMLP):
+        return replace(
+            block,
+            up=_linear(block.up, size),
+            down=_linear(block.down, size),
+            intermediate=block.intermediate // size,
         )
     return replace(
         block,
@@ -79,5 +86,6 @@ def _part(part: Part, size: int, copies: int) -> Part:
         part,
         out_features=part.out_features * copies // size,
         heads=part.heads * copies // size,
+        hf_heads=part.hf_heads * copies // size,
         copies=copies,
     )

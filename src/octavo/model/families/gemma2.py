@@ -17,14 +17,7 @@ class Gemma2(Decoder):
         return replace(super().embedding(), scale=self.arch.hidden_size**0.5)
 
     def layer(self, i: int) -> Layer:
-        return Layer(
-            input_norm=self.norm("input_layernorm", "attn_norm"),
-            attention=self.attention(i),
-            post_attention_norm=self.norm("post_attention_layernorm", "post_attention_norm"),
-            pre_mlp_norm=self.norm("pre_feedforward_layernorm", "ffn_norm"),
-            mlp=self.mlp(),
-            post_mlp_norm=self.norm("post_feedforward_layernorm", "post_ffw_norm"),
-        )
+        return self.sandwich_layer(i)
 
 
 FAMILY = Gemma2

@@ -26,6 +26,9 @@ class AttentionLayer:
         self.k_norm = NormLayer(block.k_norm, build, hf_prefix, gguf_prefix) if block.k_norm else None
         self.cos_sin = build.cos_sin(block.rope) if block.rope else None
         self.eps = block.q_norm.eps if block.q_norm else 0.0
+        self.ranks = build.ranks
+        # The kernel norms each head; a norm over all heads goes before it.
+        self.whole_norms = block.q_norm is not None and block.q_norm.size != block.head_dim
         self.store = build.binder.bind(ROPE_STORE, build.spec)
         self.attend = build.binder.bind(PAGED_ATTENTION, build.spec)
         self.pages = torch.empty(0)
@@ -33,10 +36,11 @@ class AttentionLayer:
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         block, tables = self.block, batch.groups[self.group]
+        heads_normed = not self.whole_norms
         q = self.store(
-            self.qkv(x),
-            self.q_norm.weight if self.q_norm else None,
-            self.k_norm.weight if self.k_norm else None,
+            self.qkv(x) if heads_normed else self._normed(self.qkv(x)),
+            self.q_norm.weight if self.q_norm and heads_normed else None,
+            self.k_norm.weight if self.k_norm and heads_normed else None,
             self.eps,
             self.cos_sin,
             batch.positions,
@@ -57,6 +61,23 @@ class AttentionLayer:
             block.softcap,
         )
         return self.output(mixed.view(mixed.shape[0], -1))
+
+    def _normed(self, qkv: Tensor) -> Tensor:
+        """Queries and keys normed over all their heads together."""
+        block = self.block
+        q, kv = block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim
+        query, key, value = torch.split(qkv, [q, kv, kv], dim=1)
+        parts = self.block.qkv.parts
+        query = self._whole(query, self.q_norm, parts[0].copies)
+        return torch.cat((query, self._whole(key, self.k_norm, parts[1].copies), value), dim=1)
+
+    def _whole(self, x: Tensor, norm: NormLayer | None, copies: int) -> Tensor:
+        """The norm over all ranks' heads; ``copies`` neighbouring ranks hold the same ones."""
+        if norm is None or self.ranks.gather is None or self.ranks.size == 1:
+            return x if norm is None else norm(x)
+        tokens, size = x.shape
+        joined = self.ranks.gather(x).view(tokens, -1, copies, size)[:, :, 0]
+        return norm(joined.reshape(tokens, -1)).narrow(1, self.ranks.rank // copies * size, size)
 
     def items(self) -> list[LoadItem]:
         """What the loader must fill."""

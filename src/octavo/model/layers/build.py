@@ -57,7 +57,7 @@ class Build:
     def cos_sin(self, rope: Rope) -> Tensor:
         """[max_position, dim] float32: cos of every position and frequency, then sin."""
         if rope not in self.tables:
-            frequencies = torch.tensor(rope.inv_freq, dtype=torch.float32)
+            frequencies = torch.tensor(rope.frequencies(self.max_position), dtype=torch.float32)
             angles = torch.outer(torch.arange(self.max_position, dtype=torch.float32), frequencies)
             table = torch.cat((angles.cos(), angles.sin()), dim=1) * rope.scale
             self.tables[rope] = table.to(self.device)

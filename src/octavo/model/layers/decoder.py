@@ -5,38 +5,43 @@ from __future__ import annotations
 from torch import Tensor
 
 from octavo.model.batch import Batch
-from octavo.model.blocks import Layer
+from octavo.model.blocks import Layer, Norm
 from octavo.model.layers.attention import AttentionLayer
 from octavo.model.layers.build import Build
 from octavo.model.layers.load import LoadItem
-from octavo.model.layers.mlp import MLPLayer
-from octavo.model.layers.norm import NormLayer
+from octavo.model.layers.mlp import make_mlp
+from octavo.model.layers.norm import LayerNormLayer, NormLayer, make_norm
 
 
 class DecoderLayer:
     """Takes the branch output of the layer before and the residual, returns its own branch output."""
 
     def __init__(self, block: Layer, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
-        def norm(which: str) -> NormLayer | None:
-            found = getattr(block, which)
-            return NormLayer(found, build, hf_prefix, gguf_prefix) if found is not None else None
+        def norm(found: Norm | None) -> NormLayer | LayerNormLayer | None:
+            return make_norm(found, build, hf_prefix, gguf_prefix) if found is not None else None
 
         self.residual_scale = block.residual_scale
-        self.input_norm = NormLayer(block.input_norm, build, hf_prefix, gguf_prefix)
+        self.parallel = block.parallel
+        self.input_norm = norm(block.input_norm)
         self.attention = AttentionLayer(block.attention, build, hf_prefix, gguf_prefix)
-        self.post_attention_norm = norm("post_attention_norm")
-        self.pre_mlp_norm = NormLayer(block.pre_mlp_norm, build, hf_prefix, gguf_prefix)
-        self.mlp = MLPLayer(block.mlp, build, hf_prefix, gguf_prefix)
-        self.post_mlp_norm = norm("post_mlp_norm")
+        self.post_attention_norm = norm(block.post_attention_norm)
+        self.pre_mlp_norm = norm(block.pre_mlp_norm)
+        self.mlp = make_mlp(block.mlp, build, hf_prefix, gguf_prefix)
+        self.post_mlp_norm = norm(block.post_mlp_norm)
 
     def __call__(self, branch: Tensor | None, residual: Tensor, batch: Batch) -> Tensor:
         """``branch`` is None for the first layer, whose input is the residual itself."""
-        x = self.input_norm(residual) if branch is None else self.input_norm.add(branch, residual)
-        x = self.attention(x, batch)
+        x = entered(self.input_norm, branch, residual)
+        mixed = self.attention(x, batch)
         if self.post_attention_norm is not None:
-            x = self.post_attention_norm(x)
-        x = self.mlp(self.pre_mlp_norm.add(self._scaled(x), residual))
-        return self._scaled(x if self.post_mlp_norm is None else self.post_mlp_norm(x))
+            mixed = self.post_attention_norm(mixed)
+        if self.parallel:
+            x = self.mlp(x if self.pre_mlp_norm is None else self.pre_mlp_norm(residual))
+        else:
+            x = self.mlp(entered(self.pre_mlp_norm, self._scaled(mixed), residual))
+        if self.post_mlp_norm is not None:
+            x = self.post_mlp_norm(x)
+        return self._scaled(mixed + x if self.parallel else x)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale
@@ -52,3 +57,10 @@ class DecoderLayer:
             self.post_mlp_norm,
         )
         return [item for part in parts if part is not None for item in part.items()]
+
+
+def entered(norm: NormLayer | LayerNormLayer | None, branch: Tensor | None, residual: Tensor) -> Tensor:
+    """A branch's input: the branch before is added to the residual (in place), then normed where there is a norm."""
+    if norm is None:
+        return residual if branch is None else residual.add_(branch)
+    return norm(residual) if branch is None else norm.add(branch, residual)

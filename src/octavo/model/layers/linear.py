@@ -33,21 +33,23 @@ class LinearLayer:
         for hf, gguf, part in self.names:
             rows = slice(row, row + part.out_features)
             found.append(
-                LoadItem(f"{hf}.weight", f"{gguf}.weight", self.weight[rows], part.heads, cut=self._cut(part))
+                LoadItem(f"{hf}.weight", f"{gguf}.weight", self.weight[rows], part, cut=self._cut(part))
             )
             if self.bias is not None:
-                cut = self._cut(part) if self.block.shard == "column" else None
-                found.append(LoadItem(f"{hf}.bias", f"{gguf}.bias", self.bias[rows], part.heads, cut=cut))
+                cut = self._cut(part) if self.block.shard != "row" else None
+                found.append(LoadItem(f"{hf}.bias", f"{gguf}.bias", self.bias[rows], part, cut=cut))
             row += part.out_features
         return found
 
     def _cut(self, part: Part) -> Cut | None:
         """This rank's slice of the part's stored weight."""
         rank, size = self.ranks.rank, self.ranks.size
-        if size == 1 or self.block.shard == "none":
-            return None
-        if self.block.shard == "row":
+        rows = part.out_features
+        if size > 1 and self.block.shard == "row":
             inputs = self.block.in_features
             return Cut(1, rank * inputs, inputs, size * inputs)
-        rows = part.out_features
-        return Cut(0, rank // part.copies * rows, rows, size // part.copies * rows)
+        if size > 1 and self.block.shard == "column":
+            return Cut(
+                0, part.start + rank // part.copies * rows, rows, part.total or size // part.copies * rows
+            )
+        return Cut(0, part.start, rows, part.total) if part.total else None

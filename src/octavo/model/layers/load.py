@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from octavo.model.blocks import Part
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -21,23 +23,23 @@ class Cut:
 class LoadItem:
     """``target`` is a view into a parameter; ``hf`` and ``gguf`` name its source.
 
-    ``heads`` > 0: GGUF may store the rows with rotary pairs interleaved. ``offset`` is added to Hugging Face norm
-    weights (GGUF stores the sum). ``constant`` is what a random model gets instead of noise. ``cut`` is the part of the
-    stored tensor that belongs here (None = all of it).
+    ``part`` says how its rows are stored (None = as they are). ``offset`` is added to Hugging Face norm weights (GGUF
+    stores the sum). ``constant`` is what a random model gets instead of noise. ``cut`` is the part of the stored tensor
+    that belongs here (None = all of it).
     """
 
     hf: str
     gguf: str
     target: Tensor
-    heads: int = 0
+    part: Part | None = None
     offset: float = 0.0
     constant: float | None = None
     cut: Cut | None = None
 
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
+    def stored_shape(self, gguf: bool) -> tuple[int, ...]:
         """The shape the source must have."""
         shape = list(self.target.shape)
         if self.cut is not None:
             shape[self.cut.dim] = self.cut.total
-        return tuple(shape)
+        transposed = not gguf and self.part is not None and self.part.stored == "transposed"
+        return tuple(shape[::-1] if transposed else shape)

@@ -1,10 +1,11 @@
-"""RMSNorm, with or without the residual addition."""
+"""RMSNorm and LayerNorm, with or without the residual addition."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from octavo.device.ops.layer_norm import LAYER_NORM
 from octavo.device.ops.norm import ADD_RMS_NORM, RMS_NORM
 from octavo.model.blocks import Norm
 from octavo.model.layers.build import Build
@@ -20,7 +21,7 @@ class NormLayer:
         self.weight = build.empty(block.size, dtype=torch.float32)
         self.plain = build.binder.bind(RMS_NORM, build.spec)
         self.adding = build.binder.bind(ADD_RMS_NORM, build.spec)
-        self.names = (f"{hf_prefix}{block.hf}.weight", f"{gguf_prefix}{block.gguf}.weight")
+        self.names = (f"{hf_prefix}{block.hf}", f"{gguf_prefix}{block.gguf}")
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = self.plain(x, self.weight, self.eps)
@@ -33,4 +34,42 @@ class NormLayer:
 
     def items(self) -> list[LoadItem]:
         """What the loader must fill."""
-        return [LoadItem(*self.names, self.weight, offset=self.block.offset, constant=1.0)]
+        hf, gguf = self.names
+        return [
+            LoadItem(f"{hf}.weight", f"{gguf}.weight", self.weight, offset=self.block.offset, constant=1.0)
+        ]
+
+
+class LayerNormLayer:
+    """The same face; weight and bias are in the run type, as the vendor's kernel wants them."""
+
+    def __init__(self, block: Norm, build: Build, hf_prefix: str = "", gguf_prefix: str = "") -> None:
+        self.block = block
+        self.weight = build.empty(block.size)
+        self.bias = build.empty(block.size) if block.bias else None
+        self.plain = build.binder.bind(LAYER_NORM, build.spec)
+        self.names = (f"{hf_prefix}{block.hf}", f"{gguf_prefix}{block.gguf}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.plain(x, self.weight, self.bias, self.block.eps)
+        return out
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual += x in place; the norm of the sum."""
+        return self(residual.add_(x))
+
+    def items(self) -> list[LoadItem]:
+        """What the loader must fill."""
+        hf, gguf = self.names
+        found = [LoadItem(f"{hf}.weight", f"{gguf}.weight", self.weight, constant=1.0)]
+        if self.bias is not None:
+            found.append(LoadItem(f"{hf}.bias", f"{gguf}.bias", self.bias))
+        return found
+
+
+def make_norm(
+    block: Norm, build: Build, hf_prefix: str = "", gguf_prefix: str = ""
+) -> NormLayer | LayerNormLayer:
+    """The layer for a block's kind."""
+    kind = LayerNormLayer if block.kind == "layer" else NormLayer
+    return kind(block, build, hf_prefix, gguf_prefix)

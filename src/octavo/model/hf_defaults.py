@@ -1,0 +1,84 @@
+"""What config.json may leave out because transformers fills it in, and how older families spell their keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Spelling of a family -> the common spelling.
+HF_RENAMED: dict[str, dict[str, str]] = {
+    "cohere2": {"layer_norm_eps": "rms_norm_eps"},
+    "gpt2": {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+        "n_inner": "intermediate_size",
+        "layer_norm_epsilon": "rms_norm_eps",
+        "activation_function": "hidden_act",
+    },
+    "gpt_neox": {
+        "layer_norm_eps": "rms_norm_eps",
+        "rotary_pct": "partial_rotary_factor",
+        "rotary_emb_base": "rope_theta",
+    },
+    "starcoder2": {"norm_epsilon": "rms_norm_eps"},
+}
+GEMMA_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cohere2": {
+        "rms_norm_eps": 1e-5,
+        "logit_scale": 0.0625,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
+    "gemma2": {**GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    # Gemma 3's multimodal checkpoints do leave out most of these.
+    "gemma3_text": {
+        **GEMMA_DEFAULTS,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
+    "gpt2": {
+        "vocab_size": 50257,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "gelu_new",
+        "tie_word_embeddings": True,
+    },
+    "gpt_neox": {
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "partial_rotary_factor": 0.25,
+        "attention_bias": True,
+    },
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "olmo3": {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
+    "phi3": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    "qwen3": {"head_dim": 128},
+    "smollm3": {"tie_word_embeddings": True, "rope_theta": 2e6},
+    "starcoder2": {
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+# Families whose attention alternates where config.json does not list layer_types: every n-th layer is full.
+HF_PATTERN = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6, "olmo3": 4}
+# Families that look through the window in every layer once config.json gives one.
+HF_ALL_SLIDING = ("mistral", "phi3", "starcoder2")
+# Families that scale the rope of full layers only where config.json gives one set of parameters.
+HF_FULL_SCALING = ("olmo3",)
