@@ -159,5 +159,22 @@ def test_a_kill_while_warming_leaves_a_usable_cache(tmp_path: Path) -> None:
     assert all(library.address(name) for name in ("norm", "gate", "add_norm"))
 
 
+def test_old_kernel_folders_go_and_other_things_stay(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"znver4-{number:016x}").mkdir()
+        os.utime(tmp_path / f"znver4-{number:016x}", (number, number))
+    (tmp_path / "notes").mkdir()
+    current = KernelLibrary(tmp_path).folder
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"notes", current.name, *(f"znver4-{number:016x}" for number in (3, 4, 5))}
+    assert current.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_cannot_be_written_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    library = KernelLibrary(tmp_path / "file")
+    assert library.folder.is_dir() and library.address("norm")
+
+
 def test_every_kernel_is_known_by_name() -> None:
     assert all(LIBRARY.address(name) for name in KERNELS)

@@ -10,7 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import re
+import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -22,6 +26,8 @@ HERE = Path(__file__).parent
 SIGNATURE = types.void(types.int64, types.int64, types.int64)
 OPTIONS = {"cache": True, "error_model": "numpy"}
 ROOM = "octavo.device.kernels.numba."
+FOLDER = re.compile(r"[a-z0-9_.+-]+-[0-9a-f]{16}")  # what ``cache_key`` makes
+KEPT = 3
 
 # Kernel name -> (module, function).
 KERNELS = {
@@ -58,6 +64,14 @@ def default_cache() -> Path:
     return Path(base).expanduser() / "octavo" / "kernels"
 
 
+def prune(base: Path, current: Path) -> None:
+    """Remove all but the newest kernel folders: each new version of the sources leaves one behind."""
+    found = [path for path in base.iterdir() if FOLDER.fullmatch(path.name) and path != current]
+    found.sort(key=lambda path: path.stat().st_mtime)
+    for path in found[: max(0, len(found) - KEPT)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class KernelLibrary:
     """Compiles on demand and remembers; keep it alive as long as any address is in use.
 
@@ -65,10 +79,25 @@ class KernelLibrary:
     """
 
     def __init__(self, cache: Path | None = None) -> None:
-        self.folder = (cache or default_cache()) / cache_key()
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder = self._open(cache or default_cache())
         self.compiled = {}
         self.compile_s = 0.0
+
+    def _open(self, base: Path) -> Path:
+        """This processor's folder; one that lasts as long as the library where ``base`` cannot be written."""
+        folder = base / cache_key()
+        try:
+            known = folder.is_dir()
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError:
+            temporary = tempfile.mkdtemp(prefix="octavo-kernels-")
+            weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
+            return Path(temporary)
+        if not known:
+            prune(base, folder)
+        return folder
 
     def address(self, name: str) -> int:
         """Entry point of a kernel; compiles or loads it the first time."""
