@@ -63,14 +63,12 @@ def cgroup_quota(root: Path) -> float | None:
 
 def system_calls() -> NDArray[np.int64]:
     """Addresses of the C functions waiting threads call, in the order ``team`` expects."""
-    table = np.zeros(4, np.int64)
+    table = np.zeros(3, np.int64)
     if sys.platform == "win32":
         kernel = ctypes.CDLL("kernel32")
-        table[team.YIELD] = _address(kernel.SwitchToThread)
         table[team.NAP] = _address(kernel.SwitchToThread)
         return table
     library = ctypes.CDLL(None)
-    table[team.YIELD] = _address(library.sched_yield)
     table[team.NAP] = _address(library.usleep)
     number = FUTEX_NUMBERS.get(platform.machine())
     if sys.platform == "linux" and number is not None:

@@ -2,8 +2,8 @@
 
 A tape is a table of instructions (kernel address, argument address, barrier after it). ``run`` executes it on one
 thread; ``work`` is the life of a helper thread, which waits for the next generation, runs, and waits again. Nobody
-waits by spinning alone: after a bounded spin a thread yields, then sleeps in short naps, so more threads than cores
-make a step slower and never hang it.
+waits by spinning alone: after a bounded spin a thread sleeps in short naps, so more threads than cores make a step slower
+and never hang it. (Giving way without sleeping would cost more: the scheduler then lets others run for milliseconds.)
 
 Control block, one int64 per 64-byte line (``Control`` in the runner holds the addresses):
     0 barrier arrivals   1 generation   2 tape   3 instructions   4 threads of this generation   5 stop
@@ -22,9 +22,8 @@ ARRIVALS, GENERATION, TAPE, LENGTH, THREADS, STOP, PARKED, NAPS, DONE, BASE = ra
 INSTRUCTION_BYTES = 24
 SPINS = 2000  # about 40 microseconds
 IDLE_SPINS = 4000
-YIELDS = 50
-# C functions by address: yield(), nap(microseconds), wait(address, value), wake(address)
-YIELD, NAP, SYSCALL, FUTEX = range(4)
+# What helpers call, by address: usleep and syscall; and the number of the futex call (0 = there is none).
+NAP, SYSCALL, FUTEX = range(3)
 
 RUN_SIGNATURE = types.void(*[types.int64] * 5)
 WORK_SIGNATURE = types.void(*[types.int64] * 3)
@@ -41,8 +40,6 @@ def relax(control, system, waited):
     """Wait a moment, longer the longer it has been."""
     if waited < SPINS:
         mem.pause()
-    elif waited < SPINS + YIELDS:
-        mem.call_system(mem.load_i64(system + 8 * YIELD), 0, 0, 0, 0, 0)
     else:
         mem.atomic_add(line(control, NAPS), 1)
         mem.call_system(mem.load_i64(system + 8 * NAP), 50, 0, 0, 0, 0)
