@@ -165,7 +165,8 @@ def test_answers_obey_however_they_are_scheduled(
     }
     requests = []
     for i, kind in enumerate(kinds):
-        more: dict[str, Any] = {"eos": {"ignore_eos": True}, "min": {"min_tokens": 9}}.get(kind, {})
+        limits: dict[str, dict[str, Any]] = {"eos": {"ignore_eos": True}, "min": {"min_tokens": 9}}
+        more = limits.get(kind, {})
         rule = rules[kind]
         grammar = grammar_of(**rule) if rule else None
         requests.append(

@@ -147,20 +147,11 @@ def test_pathological_patterns_are_answered_soon(fields: dict[str, Any]) -> None
     assert time.process_time() - begin < 2
 
 
-keywords = st.sampled_from(
-    ["type", "not", "enum", "const", "pattern", "format", "items", "properties", "required", "anyOf", "$ref"]
-    + [
-        "minimum",
-        "maxLength",
-        "multipleOf",
-        "additionalProperties",
-        "prefixItems",
-        "allOf",
-        "oneOf",
-        "if",
-        "$defs",
-    ]
+KEYWORDS = (
+    "type not enum const pattern format items properties required anyOf $ref minimum maxLength multipleOf "
+    "additionalProperties prefixItems allOf oneOf if $defs"
 )
+keywords = st.sampled_from(KEYWORDS.split())
 schemas = st.recursive(
     st.none()
     | st.booleans()
