@@ -6,6 +6,7 @@ import platform
 from dataclasses import replace
 
 from octavo.config import EngineOptions, Hardware, resolve
+from octavo.device.kernels.numba.library import KernelLibrary
 from octavo.device.platform.machine import available_bytes
 from octavo.engine.cache.layout import plan_layout
 from octavo.files.base import ModelFiles
@@ -13,6 +14,7 @@ from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.model.arch import ArchConfig
 from octavo.model.describe import cache_specs, describe
 from octavo.runner.cpu.runner import BYTES_PER_ELEMENT, CPURunner
+from octavo.runner.cpu.support import kernels_for
 from octavo.runner.cpu.threads import available_threads
 from octavo.runner.memory import plan_pages
 
@@ -42,6 +44,9 @@ def build(
         step_tokens=resolved.max_num_batched_tokens,
     )
     resolved = replace(resolved, max_model_len=memory.max_model_len, dtype="int8/bfloat16")
+    library = KernelLibrary()
+    library.warm(kernels_for(spec, files), lambda done, total: progress("preparing kernels", done, total))
+    timeline.end("kernels")
     runner = CPURunner(
         spec,
         files,
@@ -52,6 +57,7 @@ def build(
         max_model_len=resolved.max_model_len,
         threads=threads,
         progress=lambda done, total: progress("loading weights", done, total),
+        library=library,
     )
     timeline.end("weights")
-    return Built(runner, arch, resolved, memory, name, {})
+    return Built(runner, arch, resolved, memory, name, runner.explain())
