@@ -50,7 +50,9 @@ class Bench:
         self, logits: Any, positions: list[int], masks: dict[int, GrammarMask] | None = None
     ) -> list[int]:
         self.logits[: len(logits), : self.vocab] = logits
-        rows = [Row(i, i, at, (masks or {}).get(i)) for i, at in enumerate(positions)]
+        rows = [
+            Row(i, i, at, (masks or {}).get(i), int(np.argmax(logits[i]))) for i, at in enumerate(positions)
+        ]
         return self.sampler.draw(rows)
 
 

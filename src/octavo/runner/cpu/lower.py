@@ -23,7 +23,7 @@ from octavo.runner.cpu.program import Program, aligned, float_bits
 from octavo.runner.cpu.weights import Panels, WeightReader
 
 COUNTER_LINE = 8  # int64 entries between two work counters: a cache line
-EXTRA_PARTS = 256  # parts of split contexts beyond one part a token
+EXTRA_PARTS = 1024  # parts of split contexts beyond one part a token
 
 
 @dataclass
@@ -84,8 +84,9 @@ def buffers(spec: DecoderSpec, tokens: int, threads: int) -> Buffers:
     layers = spec.layers
     hidden = spec.embedding.hidden
     attended = max(x.attention.output.in_features for x in layers)
-    inner = max(hidden, attended, *(x.mlp.down.in_features for x in layers))
-    wide = max(max(x.attention.qkv.out_features, 2 * x.mlp.intermediate) for x in layers)
+    gated = [x.mlp.intermediate for x in layers if isinstance(x.mlp, GatedMLP)]
+    inner = max(hidden, attended, *gated)
+    wide = max(2 * max(gated), *(x.attention.qkv.out_features for x in layers))
     heads = max(x.attention.num_heads for x in layers)
     parts = tokens + EXTRA_PARTS
     return Buffers(

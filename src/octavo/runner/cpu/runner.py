@@ -142,13 +142,15 @@ class CPURunner:
         rows, raw = [], {}
         for index, row in enumerate(drawn.rows):
             logits, slot = self.logits[index, : self.vocab_size], plan.slots[row]
-            if row in errors or not np.isfinite(logits.max()):
+            best = int(logits.argmax())  # a NaN wins
+            if row in errors or not np.isfinite(logits[best]):
                 errors[row] = NOT_FINITE
                 tokens[row] = [0]
                 continue
             if self.slots.sampling[slot].logprobs is not None:
                 raw[row] = logits.copy()
-            rows.append((row, Row(index, slot, plan.starts[row] + plan.num_tokens[row], by_row.get(row))))
+            position = plan.starts[row] + plan.num_tokens[row]
+            rows.append((row, Row(index, slot, position, by_row.get(row), best)))
         for (row, wanted), token in zip(rows, self.sampler.draw([wanted for _, wanted in rows])):
             tokens[row] = [token]
             self.slots.append(wanted.slot, wanted.position, token)

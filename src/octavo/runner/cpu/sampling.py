@@ -26,12 +26,13 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Row:
-    """One token to draw: row ``index`` of the logits, for ``position`` of ``slot``."""
+    """One token to draw: row ``index`` of the logits, for ``position`` of ``slot``; ``best`` is its likeliest token."""
 
     index: int
     slot: int
     position: int
     mask: GrammarMask | None
+    best: int
 
 
 class Sampler:
@@ -80,9 +81,9 @@ class Sampler:
         random: list[int] = []
         for place, row in enumerate(rows):
             logits, sampling = self.logits[row.index, : self.vocab_size], self.slots.sampling[row.slot]
-            self._change(logits, row, sampling)
+            changed = self._change(logits, row, sampling)
             if sampling.greedy:
-                tokens[place] = int(logits.argmax())
+                tokens[place] = int(logits.argmax()) if changed else row.best
             else:
                 self._prepare(len(random), row, logits, sampling)
                 random.append(place)
@@ -106,19 +107,24 @@ class Sampler:
         temperature = float_bits(sampling.temperature)
         self.table[index] = logits.ctypes.data, temperature, float_bits(least), first, second
 
-    def _change(self, logits: Floats, row: Row, sampling: SamplingParams) -> None:
-        """Masks, bias, min_tokens and penalties, in place."""
+    def _change(self, logits: Floats, row: Row, sampling: SamplingParams) -> bool:
+        """Masks, bias, min_tokens and penalties, in place; False where there are none."""
+        changed = False
         if row.mask is not None:
+            changed = True
             bits = np.unpackbits(np.frombuffer(row.mask.words, np.uint8), bitorder="little")[: len(logits)]
             logits[: len(bits)][bits == 0] = -np.inf
         if sampling.logit_bias:
+            changed = True
             ids = np.array(list(sampling.logit_bias), np.int64)
             logits[ids] += np.array(list(sampling.logit_bias.values()), np.float32)
         if row.position - self.slots.num_prompt[row.slot] < sampling.min_tokens:
+            changed = True
             stops = [token for token in self.slots.stop_token_ids[row.slot] if token < self.vocab_size]
             logits[stops] = -np.inf
         counts = self.generated.get(row.slot)
         if counts is not None:
+            changed = True
             seen = np.flatnonzero(self.prompted[row.slot] | (counts > 0))
             values, repetition = logits[seen], np.float32(sampling.repetition_penalty)
             values = np.where(values > 0, values / repetition, values * repetition)
@@ -126,6 +132,7 @@ class Sampler:
             values -= np.float32(sampling.frequency_penalty) * times
             values -= np.float32(sampling.presence_penalty) * (times > 0)
             logits[seen] = values
+        return changed
 
 
 def threshold(logits: Floats, sampling: SamplingParams) -> float:
