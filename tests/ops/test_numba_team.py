@@ -113,6 +113,19 @@ def test_a_crowded_team_shrinks_and_tries_again() -> None:
     team.close()
 
 
+def test_the_number_of_members_may_change_from_run_to_run() -> None:
+    """Helpers that sleep through a generation never mistake the next one for it."""
+    ladder, want, rng = Ladder(3), Ladder(3), np.random.default_rng(0)
+    team, alone = Team(5, LIBRARY), Team(1, LIBRARY)
+    alone.run(want.tape)
+    for _ in range(400):
+        ladder.reset()
+        team.active = int(rng.integers(1, 6))
+        team.run(ladder.tape)
+        assert np.array_equal(ladder.values, want.values)
+    team.close()
+
+
 def test_a_team_that_is_dropped_stops_its_helpers() -> None:
     team = Team(2, LIBRARY)
     helper = team._helpers[0]

@@ -95,8 +95,7 @@ class Team:
     PATIENCE = 64  # runs with fewer threads before the next attempt with all
 
     def __init__(self, threads: int, library: KernelLibrary) -> None:
-        self.threads = threads
-        self.active = threads
+        self.threads = self.active = min(threads, team.MEMBERS - 1)
         self._retry_in = 0
         self._run, self._work = library.execute()
         self._lines = np.zeros((team.BASE + 1) * 8 + 8, np.int64)
@@ -109,7 +108,7 @@ class Team:
                 name=f"octavo-cpu-{index}",
                 daemon=True,
             )
-            for index in range(1, threads)
+            for index in range(1, self.threads)
         ]
         for helper in self._helpers:
             helper.start()

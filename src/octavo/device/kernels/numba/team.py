@@ -5,9 +5,12 @@ thread; ``work`` is the life of a helper thread, which waits for the next genera
 waits by spinning alone: after a bounded spin a thread sleeps in short naps, so more threads than cores make a step slower
 and never hang it. (Giving way without sleeping would cost more: the scheduler then lets others run for milliseconds.)
 
-Control block, one int64 per 64-byte line (``Control`` in the runner holds the addresses):
-    0 barrier arrivals   1 generation   2 tape   3 instructions   4 threads of this generation   5 stop
-    6 parked helpers     7 naps taken   8 helpers done   9 barrier arrivals when the generation began
+Control block, one int64 per 64-byte line:
+    0 barrier arrivals   1 generation x 1024 + threads that run it   2 tape   3 instructions   4 stop
+    5 parked helpers     6 naps taken   7 helpers done   8 barrier arrivals when the generation began
+
+The generation's word says itself who takes part. A helper that does not must not read the other entries: nobody waits for
+it, so they may belong to the next generation already.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from numba.extending import register_jitable
 from octavo.device.kernels.numba import memory as mem
 
 LINE = 64
-ARRIVALS, GENERATION, TAPE, LENGTH, THREADS, STOP, PARKED, NAPS, DONE, BASE = range(10)
+ARRIVALS, GENERATION, TAPE, LENGTH, STOP, PARKED, NAPS, DONE, BASE = range(9)
+MEMBERS = 1024  # more threads than this are never asked for
 INSTRUCTION_BYTES = 24
 SPINS = 2000  # about 40 microseconds
 IDLE_SPINS = 4000
@@ -75,10 +79,10 @@ def run(control, system, tape, length, threads):
     if threads != 1:
         mem.store_i64(line(control, TAPE), tape)
         mem.store_i64(line(control, LENGTH), length)
-        mem.store_i64(line(control, THREADS), threads)
         mem.store_i64(line(control, BASE), arrivals)
         mem.atomic_store(line(control, DONE), 0)
-        mem.atomic_add(line(control, GENERATION), 1)
+        number = mem.atomic_load(line(control, GENERATION)) // MEMBERS + 1
+        mem.atomic_store(line(control, GENERATION), number * MEMBERS + max(threads, 0))
         wake(control, system)
     execute(control, system, tape, length, 0, threads, arrivals)
     waited = 0
@@ -126,7 +130,7 @@ def work(control, system, thread):
         seen = mem.atomic_load(line(control, GENERATION))
         if mem.atomic_load(line(control, STOP)) != 0:
             return
-        threads = mem.load_i64(line(control, THREADS))
+        threads = seen % MEMBERS
         if thread < threads:
             tape, length = mem.load_i64(line(control, TAPE)), mem.load_i64(line(control, LENGTH))
             execute(control, system, tape, length, thread, threads, mem.load_i64(line(control, BASE)))
