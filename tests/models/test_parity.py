@@ -52,6 +52,8 @@ YARN = {
 LONG = {"long_factor": [1.5, 2.0, 3.0, 4.0], "short_factor": [1.0, 1.1, 1.2, 1.3]}
 LAYER_KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+GLM = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 HEADS = {"GPT2": "GPT2LMHeadModel"}
 FOREIGN = {  # keys of BASE that a family does not have
     "GPT2": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -169,6 +171,14 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2", GPT2),
     "gpt2-inner": ("GPT2", {**GPT2, "n_inner": 96, "activation_function": "gelu"}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 8}),
+    "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1]}),
+    "qwen3_moe": ("Qwen3Moe", {**MOE, "head_dim": 32, "norm_topk_prob": True, "decoder_sparse_step": 2}),
+    "glm4_moe": ("Glm4Moe", {**GLM, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
+    "glm4_moe-groups": (
+        "Glm4Moe",
+        {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "attention_bias": True},
+    ),
 }
 
 
@@ -183,6 +193,9 @@ def oracle(name: str, folder: Path) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.15)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
     model.save_pretrained(folder)
     return model
 
@@ -224,6 +237,25 @@ def test_logits(name: str, tmp_path: Path) -> None:
             pieces[i].append(logits)
     for found, theirs in zip(pieces, wanted):
         close(torch.cat(found), theirs)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_stacked_experts(name: str, tmp_path: Path) -> None:
+    """Checkpoints may hold all experts of a layer in one tensor, as transformers does in memory."""
+    from safetensors.torch import load_file, save_file
+
+    model = oracle(name, tmp_path)
+    path = tmp_path / "model.safetensors"
+    base = "block_sparse_moe" if name == "mixtral" else "mlp"
+    kept = {key: value for key, value in load_file(path).items() if ".experts." not in key}
+    for i, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "experts"):
+            for part in ("gate_up_proj", "down_proj"):
+                value = getattr(layer.mlp.experts, part).detach().clone()
+                kept[f"model.layers.{i}.{base}.experts.{part}"] = value
+    save_file(kept, path, metadata={"format": "pt"})
+    driver, ids = Driver(open_model(str(tmp_path))), prompts(5)[0]
+    close(driver.step([driver.row()], [ids])[0], expected(model, ids))
 
 
 GGUF_NAMES = {

@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Activation = Literal["silu", "gelu_tanh", "gelu"]
-Stored = Literal["rows", "transposed", "per_head"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"]
+Scoring = Literal["softmax", "sigmoid", "softmax_top_k"]
+Stored = Literal["rows", "transposed", "per_head", "alternating", "alternating_columns"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Part:
 
     Parts may share a stored tensor of ``total`` rows (0 = it is this part alone), in which this one begins at
     ``start``. ``stored`` is the order in Hugging Face checkpoints: "rows" as here, "transposed" [in, out], or
-    "per_head": q, k and v of the first of ``stored_heads`` heads, then of the next.
+    "per_head": q, k and v of the first of ``stored_heads`` heads, then of the next. For stacked experts there are
+    "alternating" rows of gate and up, and the same "alternating_columns" [.., in, out].
     """
 
     hf: str
@@ -104,7 +106,7 @@ class Attention:
 
     ``window`` (tokens a query sees, itself included) 0 = all; ``softcap`` 0 = none; ``scale`` multiplies q·k.
     ``rope`` None = no position encoding in this layer. A q/k norm of size ``head_dim`` works on each head, of another
-    size on the whole projection.
+    size on the whole projection. ``sinks`` names a logit a head that takes probability but has no value (gpt-oss).
     """
 
     qkv: Linear
@@ -118,6 +120,7 @@ class Attention:
     softcap: float = 0.0
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    sinks: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,63 @@ class PlainMLP:
     activation: Activation = "gelu"
 
 
-FeedForward = GatedMLP | PlainMLP
+@dataclass(frozen=True)
+class Router:
+    """Scores every expert, keeps ``top_k`` of them and weighs what they give.
+
+    ``scoring``: the softmax over all experts, the sigmoid of each, or the softmax over the chosen ones. With
+    ``renormalize`` the chosen weights sum to 1; then ``scale`` multiplies them. With ``groups`` > 1 only experts of the
+    ``top_groups`` best groups are chosen (a group is as good as its two best experts together). ``correction`` names a
+    bias, below the layer's prefix, that is added for the choice but not for the weights.
+    """
+
+    linear: Linear
+    top_k: int
+    scoring: Scoring = "softmax"
+    renormalize: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    correction: str = ""
+    gguf_correction: str = ""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """``num`` gated MLPs of ``intermediate`` channels, stacked: gate_up [num, 2 I, hidden], down [num, hidden, I].
+
+    Hugging Face checkpoints hold them stacked at ``hf``.gate_up_proj and .down_proj, or one by one at ``hf``.0.gate_proj
+    and so on, the last names being ``hf_each`` (gate, up, down). ``gguf_each`` are the stacked names in GGUF files.
+    ``interleaved``: stacked tensors are [num, in, out] and gate and up alternate (gpt-oss).
+    """
+
+    hf: str
+    num: int
+    hidden: int
+    intermediate: int
+    bias: bool = False
+    hf_each: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    gguf_each: tuple[str, str, str] = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class MoE:
+    """Sum over the chosen experts of weight * expert(x), plus a shared MLP, which ``shared_gate`` may weigh.
+
+    ``alpha`` and ``limit`` belong to the activation "swiglu_clamped".
+    """
+
+    router: Router
+    experts: Experts
+    activation: Activation = "silu"
+    alpha: float = 1.0
+    limit: float = 0.0
+    shared: GatedMLP | None = None
+    shared_gate: Linear | None = None
+
+
+FeedForward = GatedMLP | PlainMLP | MoE
 
 
 @dataclass(frozen=True)
@@ -178,6 +237,7 @@ class DecoderSpec:
 
     Layer i's checkpoint names start with ``hf_layer_prefix.format(i)`` / ``gguf_layer_prefix.format(i)``. ``head``
     is None where the embedding is the output matrix too. ``logit_softcap`` 0 = none, ``logit_scale`` multiplies.
+    Tensors whose names end with one of ``ignored``, or begin with one of ``ignored_prefixes``, are of no use.
     ``positions`` is a learned embedding of positions, added to the tokens'. ``bare_prefix`` is what some checkpoints
     leave out before all Hugging Face names.
     """
@@ -192,4 +252,12 @@ class DecoderSpec:
     gguf_layer_prefix: str = "blk.{}."
     positions: Embedding | None = None
     bare_prefix: str = ""
-    ignored: tuple[str, ...] = field(default=("rotary_emb.inv_freq", "rope_freqs.weight"))
+    ignored: tuple[str, ...] = field(
+        default=(
+            "rotary_emb.inv_freq",
+            "rope_freqs.weight",
+            "rope_factors_long.weight",
+            "rope_factors_short.weight",
+        )
+    )
+    ignored_prefixes: tuple[str, ...] = ()

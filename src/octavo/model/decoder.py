@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from octavo.errors import ModelFileError
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import (
     Attention,
     DecoderSpec,
     Embedding,
+    Experts,
     FeedForward,
     GatedMLP,
     Layer,
@@ -18,6 +20,7 @@ from octavo.model.blocks import (
     Part,
     PlainMLP,
     Rope,
+    Router,
 )
 from octavo.model.keys import Keys
 from octavo.model.rope import build_rope
@@ -166,20 +169,42 @@ class Decoder:
         """What stands behind the attention of layer i."""
         return self.gated_mlp()
 
-    def gated_mlp(self) -> GatedMLP:
-        """The gated MLP."""
+    def gated_mlp(self, prefix: str = "mlp", inner: int | None = None, gguf_suffix: str = "") -> GatedMLP:
+        """A gated MLP of ``inner`` channels (default: the configuration's)."""
         a = self.arch
+        inner = inner or a.intermediate_size
         parts = [
-            Part("mlp.gate_proj", "ffn_gate", a.intermediate_size),
-            Part("mlp.up_proj", "ffn_up", a.intermediate_size),
+            Part(f"{prefix}.gate_proj", f"ffn_gate{gguf_suffix}", inner),
+            Part(f"{prefix}.up_proj", f"ffn_up{gguf_suffix}", inner),
         ]
-        down = [Part("mlp.down_proj", "ffn_down", a.hidden_size)]
+        down = [Part(f"{prefix}.down_proj", f"ffn_down{gguf_suffix}", a.hidden_size)]
         return GatedMLP(
             gate_up=self.linear(parts, a.hidden_size, bias=a.mlp_bias),
-            down=self.linear(down, a.intermediate_size, bias=a.mlp_bias, row=True),
-            intermediate=a.intermediate_size,
+            down=self.linear(down, inner, bias=a.mlp_bias, row=True),
+            intermediate=inner,
             activation=a.activation,
         )
+
+    def router(
+        self, num: int, top_k: int, *, hf: str = "mlp.gate", bias: bool = False, renormalize: bool = True
+    ) -> Router:
+        """A softmax router over ``num`` experts; raises ``ModelFileError`` where it cannot choose ``top_k`` of them."""
+        if top_k > num:
+            raise ModelFileError(f"config.json: {top_k} of {num} experts cannot be chosen.")
+        part = Part(hf, "ffn_gate_inp", num)
+        linear = Linear(self.arch.hidden_size, (part,), bias)
+        return Router(linear, top_k, renormalize=renormalize)
+
+    def is_sparse(self, i: int) -> bool:
+        """Whether layer i has experts, in Qwen's way of saying so."""
+        dense = self.keys.source.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise ModelFileError(f"config.json: mlp_only_layers must be a list, got {dense!r}.")
+        return i not in dense and (i + 1) % self.keys.integer("decoder_sparse_step", 1) == 0
+
+    def experts(self, num: int, inner: int, hf: str = "mlp.experts") -> Experts:
+        """``num`` gated MLPs of ``inner`` channels."""
+        return Experts(hf, num, self.arch.hidden_size, inner)
 
     def plain_mlp(self, up: str, down: str, *, bias: bool) -> PlainMLP:
         """An MLP without gate; ``up`` and ``down`` are its Hugging Face names."""

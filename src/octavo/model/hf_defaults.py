@@ -7,6 +7,10 @@ from typing import Any
 # Spelling of a family -> the common spelling.
 HF_RENAMED: dict[str, dict[str, str]] = {
     "cohere2": {"layer_norm_eps": "rms_norm_eps"},
+    "glm4_moe": {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"},
+    "gpt_oss": {"num_local_experts": "num_experts"},
+    "mixtral": {"num_local_experts": "num_experts"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
     "gpt2": {
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
@@ -48,6 +52,27 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
     },
+    "glm4_moe": {
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+    "gpt_oss": {
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "sliding_window": 128,
+        "attention_bias": True,
+        "num_experts_per_tok": 4,
+    },
+    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "qwen3_moe": {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     "gpt2": {
         "vocab_size": 50257,
         "hidden_size": 768,
@@ -77,8 +102,8 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 # Families whose attention alternates where config.json does not list layer_types: every n-th layer is full.
-HF_PATTERN = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6, "olmo3": 4}
+HF_PATTERN = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
 # Families that look through the window in every layer once config.json gives one.
-HF_ALL_SLIDING = ("mistral", "phi3", "starcoder2")
+HF_ALL_SLIDING = ("mistral", "mixtral", "phi3", "starcoder2")
 # Families that scale the rope of full layers only where config.json gives one set of parameters.
 HF_FULL_SCALING = ("olmo3",)

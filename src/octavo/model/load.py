@@ -40,6 +40,7 @@ def fill(
     """Fill every item from ``files``; see ``Network.load``."""
     gguf = files.format == "gguf"
     rename = (lambda name: name) if gguf else hf_renaming(files, spec.bare_prefix)
+    items = found_in(items, set(files.tensors), gguf, rename)
     names = [item.gguf if gguf else rename(item.hf) for item in items]
     ignored = check_names(names, files, spec, rename)
     total = sum(files.tensors[name].nbytes for name in set(names))
@@ -57,6 +58,22 @@ def fill(
         if progress:
             progress(done, total)
     return LoadReport(len(items), total, ignored)
+
+
+def found_in(
+    items: list[LoadItem], present: set[str], gguf: bool, rename: Callable[[str], str]
+) -> list[LoadItem]:
+    """The items as this file holds them (see ``LoadItem.ways``); where it holds none of the ways, the one it comes
+    nearest to, so that what is missing can be named."""
+    chosen: list[LoadItem] = []
+    for item in items:
+        ways = []
+        for way in item.ways:
+            names = [part.gguf if gguf else rename(part.hf) if part.hf else "" for part in way]
+            if all(names):
+                ways.append((sum(name in present for name in names) / len(names), way))
+        chosen += max(ways, key=lambda found: found[0])[1] if ways else (item,)
+    return chosen
 
 
 def hf_renaming(files: ModelFiles, bare_prefix: str = "") -> Callable[[str], str]:
@@ -86,7 +103,7 @@ def check_names(
         tied = spec.head is None and name == rename("lm_head.weight")
         # Beside a language model of its own stand vision towers and projectors, which text does not need.
         other_tower = language_model != "model." and not name.startswith(language_model)
-        if tied or other_tower or any(name.endswith(suffix) for suffix in spec.ignored):
+        if tied or other_tower or useless_name(name, spec, rename):
             unused.remove(name)
             useless.append(name)
     if missing or unused:
@@ -100,6 +117,11 @@ def check_names(
             "Check that all files belong to one model and were downloaded completely.",
         )
     return tuple(useless)
+
+
+def useless_name(name: str, spec: DecoderSpec, rename: Callable[[str], str]) -> bool:
+    """Whether the family says that a tensor is of no use."""
+    return name.endswith(spec.ignored) or name.startswith(tuple(map(rename, spec.ignored_prefixes)))
 
 
 def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
@@ -116,15 +138,17 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
         )
     if info.dtype in TORCH_TYPES:
         stored = torch.from_numpy(raw).view(TORCH_TYPES[info.dtype]).view(info.shape)
-    elif not heads and order == "rows" and item.cut is None:
+    elif not heads and order == "rows" and item.cut is None and item.target.is_contiguous():
         dequantize(raw, info.dtype, info.shape, out=item.target)
         return
     else:
         stored = dequantize(raw, info.dtype, info.shape)
-    if order == "transposed" and stored.dim() == 2:
-        stored = stored.t()
-    elif order == "per_head":
+    if order in ("transposed", "alternating_columns") and stored.dim() > 1:
+        stored = stored.transpose(-1, -2)
+    if order == "per_head":
         stored = by_piece(stored, part.stored_heads, QKV)
+    elif order in ("alternating", "alternating_columns"):
+        stored = torch.cat((stored[:, ::2], stored[:, 1::2]), dim=1)
     if item.cut is not None:
         stored = stored.narrow(item.cut.dim, item.cut.start, item.cut.size)
     if heads:

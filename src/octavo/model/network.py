@@ -77,7 +77,7 @@ class Network:
 
     def matrix_bytes(self) -> int:
         """Bytes of the matrices that every decode step reads (the floor of a step)."""
-        matrices = [item.target for item in self.items() if item.target.dim() == 2]
+        matrices = [item.target for item in self.items() if item.target.dim() >= 2]
         total = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
         lookups = [self.embedding if self.head is not None else None, self.positions]
         total -= sum(table.numel() * table.element_size() for table in lookups if table is not None)

@@ -146,7 +146,11 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
     if model_type in HF_ALL_SLIDING:
         return (SLIDING,) * layers
     if keys.flag("use_sliding_window", False):
+        if model_type == "qwen3_moe":
+            return (SLIDING,) * layers
         first = keys.integer("max_window_layers", 28, least=0)
+        if model_type == "qwen2_moe":
+            return tuple(SLIDING if i < first and i % 2 == 0 else FULL for i in range(layers))
         return tuple(SLIDING if i >= first else FULL for i in range(layers))
     return (FULL,) * layers
 

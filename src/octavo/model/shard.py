@@ -11,7 +11,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from octavo.errors import UnsupportedModelError
-from octavo.model.blocks import Attention, DecoderSpec, FeedForward, Layer, Linear, Part, PlainMLP
+from octavo.model.blocks import (
+    Attention,
+    DecoderSpec,
+    FeedForward,
+    GatedMLP,
+    Layer,
+    Linear,
+    MoE,
+    Part,
+    PlainMLP,
+)
 
 
 def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
@@ -48,16 +58,22 @@ def _attention(block: Attention, size: int) -> Attention:
         qkv=replace(block.qkv, parts=parts),
         output=_linear(block.output, size),
         num_heads=heads // size,
+        sinks=_part(block.sinks, size, 1) if block.sinks is not None else None,
         num_kv_heads=kv_heads * copies // size,
     )
 
 
 def _mlp(block: FeedForward, size: int) -> FeedForward:
-    if block.intermediate % size:
+    channels = block.experts.intermediate if isinstance(block, MoE) else block.intermediate
+    if channels % size:
         raise UnsupportedModelError(
-            f"{block.intermediate} MLP channels cannot be split over {size} devices.",
+            f"{channels} MLP channels cannot be split over {size} devices.",
             "Choose a tensor parallel size that divides them.",
         )
+    if isinstance(block, MoE):
+        experts = replace(block.experts, intermediate=channels // size)
+        shared = _gated(block.shared, size) if block.shared is not None else None
+        return replace(block, experts=experts, shared=shared)
     if isinstance(block, PlainMLP):
         return replace(
             block,
@@ -65,6 +81,10 @@ def _mlp(block: FeedForward, size: int) -> FeedForward:
             down=_linear(block.down, size),
             intermediate=block.intermediate // size,
         )
+    return _gated(block, size)
+
+
+def _gated(block: GatedMLP, size: int) -> GatedMLP:
     return replace(
         block,
         gate_up=_linear(block.gate_up, size),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from octavo.model.blocks import GatedMLP, Linear, Part
+from octavo.model.blocks import FeedForward, GatedMLP, Linear, Part
 from octavo.model.decoder import Decoder
 
 
@@ -18,7 +18,7 @@ class Phi3(Decoder):
     def output_bias(self) -> bool:
         return False
 
-    def gated_mlp(self) -> GatedMLP:
+    def mlp(self, i: int) -> FeedForward:
         a = self.arch
         inner = a.intermediate_size
         return GatedMLP(

@@ -11,7 +11,7 @@ from octavo.model.batch import Batch
 from octavo.model.blocks import Attention
 from octavo.model.layers.build import Build
 from octavo.model.layers.linear import LinearLayer
-from octavo.model.layers.load import LoadItem
+from octavo.model.layers.load import Cut, LoadItem
 from octavo.model.layers.norm import NormLayer
 
 
@@ -24,6 +24,10 @@ class AttentionLayer:
         self.output = LinearLayer(block.output, build, hf_prefix, gguf_prefix)
         self.q_norm = NormLayer(block.q_norm, build, hf_prefix, gguf_prefix) if block.q_norm else None
         self.k_norm = NormLayer(block.k_norm, build, hf_prefix, gguf_prefix) if block.k_norm else None
+        self.sinks = build.empty(block.sinks.out_features, dtype=torch.float32) if block.sinks else None
+        self.sink_names = (
+            (hf_prefix + block.sinks.hf, gguf_prefix + block.sinks.gguf) if block.sinks else ("", "")
+        )
         self.cos_sin = build.cos_sin(block.rope) if block.rope else None
         self.eps = block.q_norm.eps if block.q_norm else 0.0
         self.ranks = build.ranks
@@ -59,6 +63,7 @@ class AttentionLayer:
             block.scale,
             block.window,
             block.softcap,
+            self.sinks,
         )
         return self.output(mixed.view(mixed.shape[0], -1))
 
@@ -82,4 +87,9 @@ class AttentionLayer:
     def items(self) -> list[LoadItem]:
         """What the loader must fill."""
         norms = [norm.items() for norm in (self.q_norm, self.k_norm) if norm is not None]
-        return self.qkv.items() + self.output.items() + [item for items in norms for item in items]
+        found = self.qkv.items() + self.output.items() + [item for items in norms for item in items]
+        if self.sinks is not None:
+            heads, ranks = self.sinks.shape[0], self.ranks
+            cut = Cut(0, ranks.rank * heads, heads, ranks.size * heads)
+            found.append(LoadItem(*self.sink_names, self.sinks, cut=cut))
+        return found

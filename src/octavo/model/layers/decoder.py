@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from octavo.model.batch import Batch
-from octavo.model.blocks import Layer, Norm
+from octavo.model.blocks import FeedForward, Layer, MoE, Norm, PlainMLP
 from octavo.model.layers.attention import AttentionLayer
 from octavo.model.layers.build import Build
 from octavo.model.layers.load import LoadItem
-from octavo.model.layers.mlp import make_mlp
+from octavo.model.layers.mlp import GatedMLPLayer, PlainMLPLayer
+from octavo.model.layers.moe import MoELayer
 from octavo.model.layers.norm import LayerNormLayer, NormLayer, make_norm
 
 
@@ -64,3 +65,14 @@ def entered(norm: NormLayer | LayerNormLayer | None, branch: Tensor | None, resi
     if norm is None:
         return residual if branch is None else residual.add_(branch)
     return norm(residual) if branch is None else norm.add(branch, residual)
+
+
+def make_mlp(
+    block: FeedForward, build: Build, hf_prefix: str, gguf_prefix: str
+) -> GatedMLPLayer | PlainMLPLayer | MoELayer:
+    """The layer for a block."""
+    if isinstance(block, MoE):
+        return MoELayer(block, build, hf_prefix, gguf_prefix)
+    if isinstance(block, PlainMLP):
+        return PlainMLPLayer(block, build, hf_prefix, gguf_prefix)
+    return GatedMLPLayer(block, build, hf_prefix, gguf_prefix)

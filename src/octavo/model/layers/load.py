@@ -26,6 +26,9 @@ class LoadItem:
     ``part`` says how its rows are stored (None = as they are). ``offset`` is added to Hugging Face norm weights (GGUF
     stores the sum). ``constant`` is what a random model gets instead of noise. ``cut`` is the part of the stored tensor
     that belongs here (None = all of it).
+
+    ``ways``: the lists of items that fill ``target`` together, one for each way in which files hold it; an item whose
+    name is "" is in no file of that format. The first way whose names all exist is taken.
     """
 
     hf: str
@@ -35,11 +38,14 @@ class LoadItem:
     offset: float = 0.0
     constant: float | None = None
     cut: Cut | None = None
+    ways: tuple[tuple[LoadItem, ...], ...] = ()
 
     def stored_shape(self, gguf: bool) -> tuple[int, ...]:
         """The shape the source must have."""
         shape = list(self.target.shape)
         if self.cut is not None:
             shape[self.cut.dim] = self.cut.total
-        transposed = not gguf and self.part is not None and self.part.stored == "transposed"
-        return tuple(shape[::-1] if transposed else shape)
+        transposed = self.part is not None and self.part.stored in ("transposed", "alternating_columns")
+        if transposed and not gguf and len(shape) > 1:
+            shape[-2:] = shape[:-3:-1]
+        return tuple(shape)

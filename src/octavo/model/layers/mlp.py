@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.device.ops.activation import ACT_MUL
-from octavo.model.blocks import Activation, FeedForward, GatedMLP, PlainMLP
+from octavo.model.blocks import Activation, GatedMLP, PlainMLP
 from octavo.model.layers.build import Build
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import LoadItem
@@ -50,12 +50,3 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     if activation == "silu":
         return F.silu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def make_mlp(
-    block: FeedForward, build: Build, hf_prefix: str, gguf_prefix: str
-) -> GatedMLPLayer | PlainMLPLayer:
-    """The layer for a block."""
-    if isinstance(block, PlainMLP):
-        return PlainMLPLayer(block, build, hf_prefix, gguf_prefix)
-    return GatedMLPLayer(block, build, hf_prefix, gguf_prefix)

@@ -1,0 +1,182 @@
+"""Experts in Triton: tokens sorted by expert, then two grouped products (Gale et al. 2022).
+
+Nothing here asks the host: grids are upper bounds, and blocks past the last used one return at once. So a step can be
+captured whatever the router chooses.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 1024  # choices that a program of the sort looks at together
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "swiglu_clamped": 3}
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sort_kernel(
+    rows, block_expert, num_blocks, ids, count,
+    EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program an expert: lists its choices, padded to whole blocks with ``count``, behind those of lower experts.
+
+    ids [count]: expert of each choice. rows [max_blocks * BLOCK], block_expert [max_blocks], num_blocks [1].
+    """
+    expert = tl.program_id(0)
+    at = tl.arange(0, CHUNK)
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in range(0, count, CHUNK):
+        chosen = tl.load(ids + start + at, mask=start + at < count, other=EXPERTS).to(tl.int32)
+        counts += tl.histogram(chosen, BINS)
+    bins = tl.arange(0, BINS)
+    blocks = tl.where(bins < EXPERTS, (counts + BLOCK - 1) // BLOCK, 0)
+    first = tl.sum(tl.where(bins < expert, blocks, 0))
+    own = tl.sum(tl.where(bins == expert, blocks, 0))
+    used = tl.sum(tl.where(bins == expert, counts, 0))
+    if expert == 0:
+        tl.store(num_blocks, tl.sum(blocks))
+    place = rows + first * BLOCK
+    for start in range(0, count, CHUNK):
+        chosen = tl.load(ids + start + at, mask=start + at < count, other=EXPERTS).to(tl.int32)
+        mine = (chosen == expert).to(tl.int32)
+        tl.store(place + tl.cumsum(mine, 0) - 1, start + at, mask=mine > 0)
+        place += tl.sum(mine)
+    rest = used + tl.arange(0, BLOCK)
+    tl.store(rows + first * BLOCK + rest, tl.zeros((BLOCK,), tl.int32) + count, mask=rest < own * BLOCK)
+    for index in range(own):
+        tl.store(block_expert + first + index, expert)
+
+
+@triton.jit
+def _sigmoid(x):
+    """Without overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """``octavo.device.ops.moe.gated`` on two tiles."""
+    if ACTIVATION == 0:
+        return gate * _sigmoid(gate) * up
+    elif ACTIVATION == 1:
+        return gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    elif ACTIVATION == 2:
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    else:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        return gate * _sigmoid(ALPHA * gate) * (up + 1.0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _grouped_kernel(
+    out, x, weight, bias, scale, rows, block_expert, num_blocks, count,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    SCALED: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[row] = x[row // TOP_K] times the row's expert, for BLOCK_M rows of one expert and BLOCK_N outputs.
+
+    x [., K]; weight [E, N, K], or GATED [E, 2 N, K] whose halves are combined; bias as its rows; SCALED: times
+    scale[row]. Programs of the same outputs follow each other, so that blocks of one expert share its weight.
+    """
+    block = tl.program_id(0)
+    if block >= tl.load(num_blocks):
+        return
+    expert = tl.load(block_expert + block).to(tl.int64)
+    row = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    live = row < count
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    inside = n < N
+    left = x + tl.where(live, row // TOP_K, 0).to(tl.int64)[:, None] * K + k[None, :]
+    first = expert * (2 * N if GATED else N)
+    right = weight + (first + tl.where(inside, n, 0))[None, :] * K + k[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    others = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(left + start, mask=live[:, None], other=0.0)
+            b = tl.load(right + start)
+        else:
+            a = tl.load(left + start, mask=live[:, None] & (start + k < K)[None, :], other=0.0)
+            b = tl.load(right + start, mask=(start + k < K)[:, None], other=0.0)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+        if GATED:
+            if K % BLOCK_K == 0:
+                c = tl.load(right + N * K + start)
+            else:
+                c = tl.load(right + N * K + start, mask=(start + k < K)[:, None], other=0.0)
+            others = tl.dot(a, c, others, input_precision="ieee")
+    if BIAS:
+        sums += tl.load(bias + first + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            others += tl.load(bias + first + N + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        sums = _gated(sums, others, ACTIVATION, ALPHA, LIMIT)
+    if SCALED:
+        sums *= tl.load(scale + row, mask=live, other=0.0)[:, None]
+    place = out + tl.where(live, row, 0).to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(place, sums.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+def sorted_rows(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choices ids [T, K] by expert: rows [max_blocks * block] int32, expert of each block, number of blocks used.
+
+    A row is an index into the flat ids; T * K stands for padding.
+    """
+    count = ids.numel()
+    max_blocks = count // block + min(num_experts, count)  # each expert met has at most one block not full
+    rows = torch.empty(max_blocks * block, dtype=torch.int32, device=ids.device)
+    block_expert = torch.empty(max_blocks, dtype=torch.int32, device=ids.device)
+    num_blocks = torch.empty(1, dtype=torch.int32, device=ids.device)
+    _sort_kernel[(num_experts,)](
+        rows, block_expert, num_blocks, ids, count, EXPERTS=num_experts,
+        BINS=triton.next_power_of_2(num_experts + 1), BLOCK=block, CHUNK=CHUNK, num_warps=4,
+    )  # fmt: skip
+    return rows, block_expert, num_blocks
+
+
+def block_rows(count: int, num_experts: int) -> int:
+    """Rows of a block: about what an expert gets on average, within what tensor cores take."""
+    return max(16, min(128, triton.next_power_of_2(max(1, count // num_experts))))
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    alpha: float = 1.0,
+    limit: float = 0.0,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """``octavo.device.ops.moe.experts`` on a GPU; all tensors are contiguous."""
+    tokens, top_k = ids.shape
+    num_experts, hidden, inner = down.shape
+    count = tokens * top_k
+    if count == 0:
+        return torch.zeros_like(x)
+    block = block_rows(count, num_experts)
+    order = sorted_rows(ids, num_experts, block)
+    middle = torch.empty((count, inner), dtype=x.dtype, device=x.device)
+    out = torch.empty((count, hidden), dtype=x.dtype, device=x.device)
+    wide = 128 if block >= 64 else 64
+    common = {"ALPHA": alpha, "LIMIT": limit, "ACTIVATION": ACTIVATIONS[activation], "BLOCK_M": block}
+    launch = {"num_warps": 8 if block >= 128 else 4, "num_stages": 3 if block >= 64 else 4}
+    blocks = order[1].numel()
+    _grouped_kernel[(blocks, triton.cdiv(inner, 64))](
+        middle, x, gate_up, gate_up_bias, None, *order, count, N=inner, K=hidden, TOP_K=top_k, GATED=True,
+        BIAS=gate_up_bias is not None, SCALED=False, BLOCK_N=64, BLOCK_K=64, **common, **launch,
+    )  # fmt: skip
+    _grouped_kernel[(blocks, triton.cdiv(hidden, wide))](
+        out, middle, down, down_bias, weights, *order, count, N=hidden, K=inner, TOP_K=1, GATED=False,
+        BIAS=down_bias is not None, SCALED=True, BLOCK_N=wide, BLOCK_K=64, **common, **launch,
+    )  # fmt: skip
+    return out.view(tokens, top_k, hidden).sum(1)

@@ -1,0 +1,97 @@
+"""Mixture of experts: which experts a token visits, and what they give (Shazeer et al. 2017; Fedus et al. 2022)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.device.ops.bind import Op, triton_rows
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+    correction: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The experts of each token and their weights: logits [T, E] -> ids [T, top_k] int64, weights [T, top_k] float32.
+
+    ``scoring``: "softmax" over all experts, "sigmoid" of each, or "softmax_top_k": over the chosen logits. For the choice
+    alone, ``correction`` [E] is added and experts outside the ``top_groups`` best of ``groups`` equal groups (by the sum
+    of their two best scores) are left out (DeepSeek-AI 2024). ``renormalize``: weights sum to 1 before ``scale``.
+    """
+    wide = logits.float()
+    scores = torch.softmax(wide, -1) if scoring == "softmax" else wide
+    if scoring == "sigmoid":
+        scores = torch.sigmoid(wide)
+    choice = scores if correction is None else scores + correction
+    if groups > 1:
+        grouped = choice.view(choice.shape[0], groups, -1)
+        best = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(-1)
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter_(
+            1, best.topk(top_groups, dim=-1).indices, True
+        )
+        choice = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
+    ids = choice.topk(top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if scoring == "softmax_top_k":
+        weights = torch.softmax(weights, -1)
+    elif renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * scale
+
+
+def gated(gate_up: Tensor, activation: str, alpha: float = 1.0, limit: float = 0.0) -> Tensor:
+    """act(gate) * up of [T, 2 I] -> [T, I]; "swiglu_clamped" is gate * sigmoid(alpha gate) * (up + 1), both clamped:
+    gate to at most ``limit``, up to +-``limit``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "swiglu_clamped":
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + 1)
+    if activation == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    alpha: float = 1.0,
+    limit: float = 0.0,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Sum over k of weights[t, k] * expert ids[t, k] of x[t].
+
+    x [T, H]; ids [T, K] int64, weights [T, K] float32; gate_up [E, 2 I, H] (gate rows first), down [E, H, I]; biases
+    [E, 2 I] and [E, H]. Returns [T, H] in x's type.
+    """
+    tokens, top_k = ids.shape
+    flat = ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
+    out = x.new_empty((tokens * top_k, x.shape[1]))
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        rows = order[start : start + count]
+        first_bias = gate_up_bias[expert] if gate_up_bias is not None else None
+        last_bias = down_bias[expert] if down_bias is not None else None
+        inner = gated(F.linear(x[rows // top_k], gate_up[expert], first_bias), activation, alpha, limit)
+        out[rows] = F.linear(inner, down[expert], last_bias)
+        start += count
+    return (out.view(tokens, top_k, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+ROUTE = Op("route", route)
+EXPERTS = Op("experts", experts, triton_rows("moe:experts"))

@@ -1,0 +1,163 @@
+"""Mixture of experts: router, stacked experts, shared expert."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from octavo.device.ops.moe import EXPERTS, ROUTE
+from octavo.model.blocks import Experts, MoE, Router
+from octavo.model.layers.build import Build
+from octavo.model.layers.linear import LinearLayer
+from octavo.model.layers.load import Cut, LoadItem
+from octavo.model.layers.mlp import GatedMLPLayer
+
+
+class MoELayer:
+    """Under tensor parallelism every rank holds a slice of each expert; their parts are summed once."""
+
+    def __init__(self, block: MoE, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
+        self.block = block
+        self.router = RouterLayer(block.router, build, hf_prefix, gguf_prefix)
+        self.experts = ExpertWeights(block.experts, build, hf_prefix, gguf_prefix)
+        self.compute = build.binder.bind(EXPERTS, build.spec)
+        self.first = build.ranks.rank == 0
+        self.reduce = build.ranks.reduce if build.ranks.size > 1 else None
+        self.shared = (
+            GatedMLPLayer(block.shared, build, hf_prefix, gguf_prefix) if block.shared is not None else None
+        )
+        self.shared_gate = (
+            LinearLayer(block.shared_gate, build, hf_prefix, gguf_prefix)
+            if block.shared_gate is not None
+            else None
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        block, weights = self.block, self.experts
+        ids, shares = self.router(x)
+        out: Tensor = self.compute(
+            x,
+            ids,
+            shares,
+            weights.gate_up,
+            weights.down,
+            block.activation,
+            block.alpha,
+            block.limit,
+            weights.gate_up_bias,
+            weights.down_bias if self.first else None,  # once, not once a rank
+        )
+        if self.reduce is not None:
+            out = self.reduce(out)
+        if self.shared is None:
+            return out
+        shared = self.shared(x)
+        return out + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
+
+    def items(self) -> list[LoadItem]:
+        """What the loader must fill."""
+        parts = (self.router, self.experts, self.shared, self.shared_gate)
+        return [item for part in parts if part is not None for item in part.items()]
+
+
+class RouterLayer:
+    """Sigmoid routers are computed in float32, as their models were trained."""
+
+    def __init__(self, block: Router, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
+        self.block = block
+        self.dtype = torch.float32 if block.scoring == "sigmoid" else build.dtype
+        self.linear = LinearLayer(block.linear, replace(build, dtype=self.dtype), hf_prefix, gguf_prefix)
+        self.correction = (
+            build.empty(block.linear.out_features, dtype=torch.float32) if block.correction else None
+        )
+        self.names = (hf_prefix + block.correction, gguf_prefix + block.gguf_correction)
+        self.route = build.binder.bind(ROUTE, build.spec)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        block = self.block
+        found: tuple[Tensor, Tensor] = self.route(
+            self.linear(x.to(self.dtype)),
+            block.top_k,
+            block.scoring,
+            block.renormalize,
+            block.scale,
+            block.groups,
+            block.top_groups,
+            self.correction,
+        )
+        return found
+
+    def items(self) -> list[LoadItem]:
+        """What the loader must fill."""
+        found = self.linear.items()
+        if self.correction is not None:
+            found.append(LoadItem(*self.names, self.correction))
+        return found
+
+
+class ExpertWeights:
+    """gate_up [E, 2 I, H], down [E, H, I], and biases; I is this rank's share of the channels."""
+
+    def __init__(self, block: Experts, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
+        self.block = block
+        self.ranks = build.ranks
+        self.hf, self.gguf = hf_prefix + block.hf, gguf_prefix
+        self.gate_up = build.empty(block.num, 2 * block.intermediate, block.hidden)
+        self.down = build.empty(block.num, block.hidden, block.intermediate)
+        self.gate_up_bias = build.empty(block.num, 2 * block.intermediate) if block.bias else None
+        self.down_bias = build.empty(block.num, block.hidden) if block.bias else None
+
+    def items(self) -> list[LoadItem]:
+        """What the loader must fill; each matrix in the ways that files hold it."""
+        gate_up = LoadItem(
+            f"{self.hf}.gate_up_proj", "", self.gate_up, ways=(self._stacked(), self._each(), self._gguf())
+        )
+        down_name, down_gguf = f"{self.hf}.down_proj", f"{self.gguf}{self.block.gguf_each[2]}.weight"
+        cut = self._cut(2)
+        each = tuple(
+            LoadItem(f"{self.hf}.{i}.{self.block.hf_each[2]}.weight", "", self.down[i], cut=self._cut(1))
+            for i in range(self.block.num)
+        )
+        down = LoadItem(
+            down_name,
+            "",
+            self.down,
+            ways=((LoadItem(down_name, down_gguf, self.down, cut=cut),), each),
+        )
+        return [gate_up, down]
+
+    def _halves(self, stacked: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the gate's and of the up-projection's rows."""
+        inner = self.block.intermediate
+        return stacked[..., :inner, :], stacked[..., inner:, :]
+
+    def _stacked(self) -> tuple[LoadItem, ...]:
+        """One tensor [E, 2 I, H]."""
+        inner, size, rank = self.block.intermediate, self.ranks.size, self.ranks.rank
+        name = f"{self.hf}.gate_up_proj"
+        return tuple(
+            LoadItem(name, "", half, cut=Cut(1, (index * size + rank) * inner, inner, 2 * size * inner))
+            for index, half in enumerate(self._halves(self.gate_up))
+        )
+
+    def _each(self) -> tuple[LoadItem, ...]:
+        """Two matrices an expert."""
+        return tuple(
+            LoadItem(f"{self.hf}.{i}.{name}.weight", "", half, cut=self._cut(0))
+            for i in range(self.block.num)
+            for name, half in zip(self.block.hf_each, self._halves(self.gate_up[i]))
+        )
+
+    def _gguf(self) -> tuple[LoadItem, ...]:
+        """Two tensors [E, I, H]."""
+        return tuple(
+            LoadItem("", f"{self.gguf}{name}.weight", half, cut=self._cut(1))
+            for name, half in zip(self.block.gguf_each, self._halves(self.gate_up))
+        )
+
+    def _cut(self, dim: int) -> Cut | None:
+        """This rank's channels, which lie in dimension ``dim``."""
+        inner, size = self.block.intermediate, self.ranks.size
+        return Cut(dim, self.ranks.rank * inner, inner, size * inner) if size > 1 else None
