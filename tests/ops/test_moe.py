@@ -119,3 +119,23 @@ def test_routing() -> None:
         logits, 1, scoring="sigmoid", renormalize=False, correction=torch.tensor([9.0, 0, 0, 0])
     )
     assert corrected.tolist() == [[0]] and weights.item() == pytest.approx(0.5)  # chosen by it, not weighed
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA device here")
+@pytest.mark.parametrize("tokens", [1, 64, 700])
+def test_a_captured_graph_follows_the_router(tokens: int) -> None:
+    """One capture serves whatever experts are chosen: nothing is decided on the host."""
+    num, top_k, hidden, inner = 32, 4, 256, 128
+    gate_up = draw(num, 2 * inner, hidden, dtype=torch.bfloat16, scale=hidden**-0.5)
+    down = draw(num, hidden, inner, dtype=torch.bfloat16, scale=inner**-0.5)
+    x, logits = draw(tokens, hidden, dtype=torch.bfloat16), draw(tokens, num)
+    kernels.experts(x, *moe.route(logits, top_k), gate_up, down, "silu")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.experts(x, *moe.route(logits, top_k), gate_up, down, "silu")
+    for bias in (0.0, 30.0):  # spread, then all tokens on the same experts
+        logits.normal_()
+        logits[:, :top_k] += bias
+        graph.replay()
+        expected = moe.experts(x.float(), *moe.route(logits, top_k), gate_up.float(), down.float(), "silu")
+        torch.testing.assert_close(out.float(), expected, atol=3e-2, rtol=3e-2)
