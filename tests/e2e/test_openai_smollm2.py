@@ -127,9 +127,9 @@ def test_bad_requests_are_named_and_nothing_dies(
 
 
 def test_a_wrong_key_is_refused(url: str) -> None:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as stranger:
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
+    stranger = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
 
 
 def test_a_client_that_leaves_frees_its_pages(client: openai.OpenAI, url: str) -> None:
