@@ -1,11 +1,14 @@
-"""``octavo pull NAME``: fetch a model into the cache, with a progress bar."""
+"""``octavo pull NAME``: fetch a model into the cache and compile what its first start would, with a progress bar."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
+from octavo import host
 from octavo.cli.progress import Reporter
-from octavo.errors import UsageError
+from octavo.config import EngineOptions
+from octavo.errors import UnsupportedModelError, UsageError
 from octavo.files.resolve import is_cached, list_catalogue, pull
 
 
@@ -21,6 +24,11 @@ def run(args: argparse.Namespace) -> int:
     reporter = Reporter()
     try:
         path = pull(args.model_tag, revision=args.revision, download_dir=args.download_dir, progress=reporter)
+        options = EngineOptions.of(model=str(path))
+        try:
+            host.prepare(options, host.open_files(options), reporter)
+        except UnsupportedModelError as error:  # fetched all the same: another version may run it
+            print(f"octavo: {error}", file=sys.stderr)
     finally:
         reporter.close()
     print(path)

@@ -44,8 +44,7 @@ def build(
         step_tokens=resolved.max_num_batched_tokens,
     )
     resolved = replace(resolved, max_model_len=memory.max_model_len, dtype="int8/bfloat16")
-    library = KernelLibrary()
-    library.warm(kernels_for(spec, files), lambda done, total: progress("preparing kernels", done, total))
+    library = prepare(files, arch, progress)
     timeline.end("kernels")
     runner = CPURunner(
         spec,
@@ -61,3 +60,11 @@ def build(
     )
     timeline.end("weights")
     return Built(runner, arch, resolved, memory, name, runner.explain())
+
+
+def prepare(files: ModelFiles, arch: ArchConfig, progress: Progress) -> KernelLibrary:
+    """Compile the kernels that the model needs, or find them compiled; they are kept for each type of CPU."""
+    library = KernelLibrary()
+    wanted = kernels_for(describe(arch), files)
+    library.warm(wanted, lambda done, total: progress("preparing kernels", done, total))
+    return library
