@@ -66,6 +66,13 @@ def build_runner(
     return built
 
 
+def prepare(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> None:
+    """Compile and keep what the first start would have to: the kernels of the compiled CPU path, where it is chosen."""
+    arch = read_arch(files)
+    if choose_backend(options, files, arch) == "compiled":
+        import_module("octavo.host.compiled_engine").prepare(files, arch, progress or quiet)
+
+
 def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> EngineCore:
     """An engine in this process and thread."""
     timeline = Timeline.start()
