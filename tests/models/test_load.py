@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,33 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     assert report.num_tensors == len(files.tensors) == len(seen)
     assert seen[-1] == (report.num_bytes, report.num_bytes)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_mxfp4_experts_are_decoded(tmp_path: Path) -> None:
+    """gpt-oss as published: the oracle's experts replaced by what the blocks stand for, written out by hand."""
+    model = oracle("gpt_oss", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, generator = load_file(path), torch.Generator().manual_seed(1)
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    table = torch.cat((table, -table))
+    for i, layer in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            experts, inputs, rows = getattr(layer.mlp.experts, name).shape
+            codes = torch.randint(0, 16, (experts, rows, inputs // 32, 32), generator=generator)
+            scales = torch.randint(121, 126, (experts, rows, inputs // 32), generator=generator)
+            wide = (table[codes] * 2.0 ** (scales.unsqueeze(-1) - 127.0)).view(experts, rows, inputs)
+            getattr(layer.mlp.experts, name).data.copy_(wide.transpose(1, 2))
+            prefix = f"model.layers.{i}.mlp.experts.{name}"
+            del tensors[prefix]
+            tensors[f"{prefix}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+            tensors[f"{prefix}_scales"] = scales.to(torch.uint8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    driver, ids = Driver(open_model(str(tmp_path))), prompts(6)[0]
+    close(driver.step([driver.row()], [ids])[0], expected(model, ids))
+    broken = tensors.pop("model.layers.1.mlp.experts.down_proj_scales")
+    save_file({**tensors, "model.layers.1.mlp.experts.down_proj_scales": broken[:, :-1]}, path)
+    with pytest.raises(ModelFileError, match=r"layers.1.mlp.experts.down_proj_blocks .* not MXFP4"):
+        Driver(open_model(str(tmp_path)))

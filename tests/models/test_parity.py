@@ -54,6 +54,7 @@ LAYER_KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 GLM = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}
 HEADS = {"GPT2": "GPT2LMHeadModel"}
 FOREIGN = {  # keys of BASE that a family does not have
     "GPT2": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -178,6 +179,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-groups": (
         "Glm4Moe",
         {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "attention_bias": True},
+    ),
+    "gpt_oss": ("GptOss", GPT_OSS),
+    "gpt_oss-limits": (  # low enough to clamp often
+        "GptOss",
+        {**GPT_OSS, "swiglu_limit": 0.5, "swiglu_alpha": 1.2, "layer_types": LAYER_KINDS[::-1]},
     ),
 }
 

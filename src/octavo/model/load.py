@@ -15,6 +15,7 @@ from octavo.files.dtypes import GGUF_TYPES_BY_NAME
 from octavo.model.blocks import DecoderSpec, Part
 from octavo.model.layers.load import LoadItem
 from octavo.model.quantization.decode import dequantize
+from octavo.model.quantization.mxfp4 import BLOCK, decode_mxfp4
 
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QKV = 3  # what lies together in a head of a tensor stored "per_head"
@@ -42,7 +43,8 @@ def fill(
     rename = (lambda name: name) if gguf else hf_renaming(files, spec.bare_prefix)
     items = found_in(items, set(files.tensors), gguf, rename)
     names = [item.gguf if gguf else rename(item.hf) for item in items]
-    ignored = check_names(names, files, spec, rename)
+    scales = [rename(item.scales) for item in items if item.scales]
+    ignored = check_names(names + scales, files, spec, rename)
     total = sum(files.tensors[name].nbytes for name in set(names))
     done, seen = 0, set()
     for name, item in zip(names, items):
@@ -52,7 +54,10 @@ def fill(
                 f"Tensor {name} has shape {list(info.shape)}, but the configuration asks {list(wanted)}.",
                 "The configuration and the weights do not belong together.",
             )
-        read_into(item, files, name, gguf)
+        if item.scales:
+            read_mxfp4(item, files, name, rename(item.scales))
+        else:
+            read_into(item, files, name, gguf)
         done += 0 if name in seen else info.nbytes  # several items may share a tensor
         seen.add(name)
         if progress:
@@ -148,7 +153,7 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
     if order == "per_head":
         stored = by_piece(stored, part.stored_heads, QKV)
     elif order in ("alternating", "alternating_columns"):
-        stored = torch.cat((stored[:, ::2], stored[:, 1::2]), dim=1)
+        stored = gate_then_up(stored)
     if item.cut is not None:
         stored = stored.narrow(item.cut.dim, item.cut.start, item.cut.size)
     if heads:
@@ -156,6 +161,33 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
     if item.offset and not gguf:
         stored = stored.to(torch.float32) + item.offset
     item.target.copy_(stored)
+
+
+def read_mxfp4(item: LoadItem, files: ModelFiles, name: str, scales_name: str) -> None:
+    """Decode stacked matrices [E, rows, inputs] stored as MXFP4 blocks, whole or this rank's part."""
+    shape, scales_info = files.tensors[name].shape, files.tensors[scales_name]
+    if files.tensors[name].dtype != "U8" or scales_info.dtype != "U8" or scales_info.shape != shape[:-1]:
+        raise ModelFileError(f"Tensors {name} and {scales_name} are not MXFP4 blocks and their scales.")
+    blocks = torch.from_numpy(files.read(name)).view(shape)
+    scales = torch.from_numpy(files.read(scales_name)).view(shape[:-1])
+    if item.part is not None and item.part.stored == "alternating":
+        blocks, scales = gate_then_up(blocks), gate_then_up(scales)
+    if item.cut is not None:
+        cut = item.cut
+        unit = BLOCK if cut.dim == 2 else 1  # inputs lie in blocks
+        if cut.start % unit or cut.size % unit:
+            raise ModelFileError(
+                f"Tensor {name}: {cut.size} inputs a device are no whole MXFP4 blocks of {BLOCK}.",
+                "Choose another tensor parallel size.",
+            )
+        blocks = blocks.narrow(cut.dim, cut.start // unit, cut.size // unit)
+        scales = scales.narrow(cut.dim, cut.start // unit, cut.size // unit)
+    decode_mxfp4(blocks, scales, item.target)
+
+
+def gate_then_up(rows: Tensor) -> Tensor:
+    """[E, 2 I, ...] with gate and up rows taking turns -> all gates, then all ups."""
+    return torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1)
 
 
 def untangle(rows: Tensor, heads: int) -> Tensor:

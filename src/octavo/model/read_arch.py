@@ -61,7 +61,7 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     renamed = HF_RENAMED.get(model_type, {})
     present = {renamed.get(key, key): value for key, value in config.items() if value is not None}
     keys = Keys({**HF_DEFAULTS.get(model_type, {}), **present}, "config.json")
-    _refuse_variants(keys)
+    _refuse_variants(keys, model_type)
     layers = keys.integer("num_hidden_layers", most=MAX_LAYERS)
     heads, kv_heads = keys.heads("num_attention_heads", "num_key_value_heads")
     hidden = keys.integer("hidden_size")
@@ -112,10 +112,10 @@ def _activation(keys: Keys) -> Activation:
     return ACTIVATIONS[name]
 
 
-def _refuse_variants(keys: Keys) -> None:
+def _refuse_variants(keys: Keys, model_type: str) -> None:
     """What would load and answer nonsense must not load."""
     quantization = keys.mapping("quantization_config")
-    if quantization:
+    if quantization and (model_type, quantization.get("quant_method")) != ("gpt_oss", "mxfp4"):
         raise UnsupportedModelError(
             f"Weights quantized by {quantization.get('quant_method')!r} are not supported.",
             "Use the unquantized model or a GGUF file.",

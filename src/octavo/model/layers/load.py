@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from octavo.model.blocks import Part
+from octavo.model.quantization.mxfp4 import BLOCK as MXFP4_BLOCK
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LoadItem:
     stores the sum). ``constant`` is what a random model gets instead of noise. ``cut`` is the part of the stored tensor
     that belongs here (None = all of it).
 
+    ``scales`` names the scales that belong to ``hf`` where that is stored as MXFP4 blocks.
     ``ways``: the lists of items that fill ``target`` together, one for each way in which files hold it; an item whose
     name is "" is in no file of that format. The first way whose names all exist is taken.
     """
@@ -38,6 +40,7 @@ class LoadItem:
     offset: float = 0.0
     constant: float | None = None
     cut: Cut | None = None
+    scales: str = ""
     ways: tuple[tuple[LoadItem, ...], ...] = ()
 
     def stored_shape(self, gguf: bool) -> tuple[int, ...]:
@@ -45,6 +48,9 @@ class LoadItem:
         shape = list(self.target.shape)
         if self.cut is not None:
             shape[self.cut.dim] = self.cut.total
+        if self.scales:
+            shape[-1:] = [shape[-1] // MXFP4_BLOCK, MXFP4_BLOCK // 2]
+            return tuple(shape)
         transposed = self.part is not None and self.part.stored in ("transposed", "alternating_columns")
         if transposed and not gguf and len(shape) > 1:
             shape[-2:] = shape[:-3:-1]

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from octavo.device.ops.moe import EXPERTS, ROUTE
-from octavo.model.blocks import Experts, MoE, Router
+from octavo.model.blocks import Experts, MoE, Part, Router
 from octavo.model.layers.build import Build
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import Cut, LoadItem
 from octavo.model.layers.mlp import GatedMLPLayer
+
+TRANSPOSED = Part("", "", 0, stored="transposed")
+ALTERNATING = Part("", "", 0, stored="alternating")
+ALTERNATING_COLUMNS = Part("", "", 0, stored="alternating_columns")
 
 
 class MoELayer:
@@ -114,31 +118,57 @@ class ExpertWeights:
         gate_up = LoadItem(
             f"{self.hf}.gate_up_proj", "", self.gate_up, ways=(self._stacked(), self._each(), self._gguf())
         )
-        down_name, down_gguf = f"{self.hf}.down_proj", f"{self.gguf}{self.block.gguf_each[2]}.weight"
-        cut = self._cut(2)
+        name, gguf, cut = f"{self.hf}.down_proj", f"{self.gguf}{self.block.gguf_each[2]}.weight", self._cut(2)
         each = tuple(
             LoadItem(f"{self.hf}.{i}.{self.block.hf_each[2]}.weight", "", self.down[i], cut=self._cut(1))
             for i in range(self.block.num)
         )
-        down = LoadItem(
-            down_name,
-            "",
-            self.down,
-            ways=((LoadItem(down_name, down_gguf, self.down, cut=cut),), each),
-        )
-        return [gate_up, down]
+        ways: tuple[tuple[LoadItem, ...], ...] = ((LoadItem(name, gguf, self.down, cut=cut),), each)
+        if self.block.interleaved:
+            columns = LoadItem(name, "", self.down, TRANSPOSED, cut=cut)
+            packed = LoadItem(f"{name}_blocks", "", self.down, cut=cut, scales=f"{name}_scales")
+            gate_up.ways = (self._stacked(ALTERNATING_COLUMNS), self._stacked(ALTERNATING, packed=True))
+            ways = ((columns,), (packed,))
+        return [gate_up, LoadItem(name, "", self.down, ways=ways), *self._biases()]
+
+    def _biases(self) -> list[LoadItem]:
+        """[E, 2 I] and [E, H]; only models whose gate and up alternate have them."""
+        if self.gate_up_bias is None or self.down_bias is None:
+            return []
+        inner, size, rank = self.block.intermediate, self.ranks.size, self.ranks.rank
+        halves = (self.gate_up_bias[:, :inner], self.gate_up_bias[:, inner:])
+        name = f"{self.hf}.gate_up_proj_bias"
+        found = [
+            LoadItem(
+                name,
+                "",
+                half,
+                ALTERNATING,
+                cut=Cut(1, (index * size + rank) * inner, inner, 2 * size * inner),
+            )
+            for index, half in enumerate(halves)
+        ]
+        return [*found, LoadItem(f"{self.hf}.down_proj_bias", "", self.down_bias)]
 
     def _halves(self, stacked: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the gate's and of the up-projection's rows."""
         inner = self.block.intermediate
         return stacked[..., :inner, :], stacked[..., inner:, :]
 
-    def _stacked(self) -> tuple[LoadItem, ...]:
-        """One tensor [E, 2 I, H]."""
+    def _stacked(self, part: Part | None = None, packed: bool = False) -> tuple[LoadItem, ...]:
+        """One tensor [E, 2 I, H], plain or in MXFP4 blocks."""
         inner, size, rank = self.block.intermediate, self.ranks.size, self.ranks.rank
         name = f"{self.hf}.gate_up_proj"
+        scales = f"{name}_scales" if packed else ""
         return tuple(
-            LoadItem(name, "", half, cut=Cut(1, (index * size + rank) * inner, inner, 2 * size * inner))
+            LoadItem(
+                f"{name}_blocks" if packed else name,
+                "",
+                half,
+                part,
+                cut=Cut(1, (index * size + rank) * inner, inner, 2 * size * inner),
+                scales=scales,
+            )
             for index, half in enumerate(self._halves(self.gate_up))
         )
 
