@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class CUDAPlatform:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.threads = threads or usable_cores()
         self.properties = torch.cuda.get_device_properties(self.device)
-        self.stream = torch.cuda.Stream(self.device)
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(self.stream)  # graphs cannot be captured on the default stream
         torch.set_num_threads(min(4, self.threads))  # host-side torch work is tiny
 
@@ -75,7 +76,7 @@ class CUDAPlatform:
 
     def event(self) -> torch.cuda.Event:
         """See ``Platform``."""
-        return torch.cuda.Event()
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         """See ``Platform``."""
@@ -84,7 +85,8 @@ class CUDAPlatform:
     def capture(self, work: Callable[[], None], pool: object | None) -> tuple[Callable[[], None], object]:
         """See ``Platform``; ``work`` must have run once before, so that its kernels are compiled."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+        shared: Any = pool
+        with torch.cuda.graph(graph, pool=shared, stream=self.stream):
             work()
         return graph.replay, graph.pool()
 
