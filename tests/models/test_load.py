@@ -170,6 +170,6 @@ def test_mxfp4_experts_are_decoded(tmp_path: Path) -> None:
     driver, ids = Driver(open_model(str(tmp_path))), prompts(6)[0]
     close(driver.step([driver.row()], [ids])[0], expected(model, ids))
     broken = tensors.pop("model.layers.1.mlp.experts.down_proj_scales")
-    save_file({**tensors, "model.layers.1.mlp.experts.down_proj_scales": broken[:, :-1]}, path)
+    save_file({**tensors, "model.layers.1.mlp.experts.down_proj_scales": broken[:, :-1].contiguous()}, path)
     with pytest.raises(ModelFileError, match=r"layers.1.mlp.experts.down_proj_blocks .* not MXFP4"):
         Driver(open_model(str(tmp_path)))

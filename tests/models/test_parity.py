@@ -173,6 +173,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2-inner": ("GPT2", {**GPT2, "n_inner": 96, "activation_function": "gelu"}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 8}),
+    "mixtral-full": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 3}),
+    "qwen3_moe-all": ("Qwen3Moe", {**MOE, "head_dim": 16, "norm_topk_prob": True}),
     "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1]}),
     "qwen3_moe": ("Qwen3Moe", {**MOE, "head_dim": 32, "norm_topk_prob": True, "decoder_sparse_step": 2}),
     "glm4_moe": ("Glm4Moe", {**GLM, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
@@ -274,6 +276,9 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",  # phi3 leaves them fused, under this name
+    "mlp.gate": "ffn_gate_inp",
 }
 NORMS = {
     "llama": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
@@ -290,13 +295,18 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
     """Write the oracle's weights as llama.cpp's converter lays them out: names, turned q/k rows, 1 + w norms."""
     config = model.config
     tensors: dict[str, np.ndarray] = {}
-    names = {**GGUF_NAMES, **NORMS[architecture]}
+    names = {**GGUF_NAMES, **NORMS.get(architecture, NORMS["llama"])}
     for name, value in model.state_dict().items():
         array = value.numpy()
         if "norm" in name and architecture == "gemma3":
             array = array + 1
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
+            if ".experts." in rest:
+                halves = {"gate": array[:, : array.shape[1] // 2], "up": array[:, array.shape[1] // 2 :]}
+                for part, rows in halves.items() if "gate_up" in rest else [("down", array)]:
+                    tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = rows
+                continue
             base, kind = rest.rsplit(".", 1)
             if architecture == "llama" and base in ("self_attn.q_proj", "self_attn.k_proj"):
                 heads = config.num_attention_heads if "q_proj" in base else config.num_key_value_heads
@@ -324,11 +334,39 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
         metadata["gemma3.attention.sliding_window"] = config.sliding_window
         metadata["gemma3.rope.freq_base"] = 1000000.0
     else:
-        metadata["llama.rope.freq_base"] = 10000.0
+        rope = config.rope_parameters
+        metadata[f"{architecture}.rope.freq_base"] = rope["rope_theta"]
+        metadata[f"{architecture}.rope.dimension_count"] = int(
+            head_dim * rope.get("partial_rotary_factor", 1.0)
+        )
+        if rope["rope_type"] == "longrope":
+            original = rope["original_max_position_embeddings"]
+            metadata[f"{architecture}.rope.scaling.original_context_length"] = original
+            for which in ("long", "short"):
+                tensors[f"rope_factors_{which}.weight"] = np.array(rope[f"{which}_factor"])
+    if getattr(config, "num_local_experts", 0):
+        metadata[f"{architecture}.expert_count"] = config.num_local_experts
+        metadata[f"{architecture}.expert_used_count"] = config.num_experts_per_tok
+        metadata[f"{architecture}.expert_feed_forward_length"] = getattr(
+            config, "moe_intermediate_size", config.intermediate_size
+        )
+    if config.model_type in ("phi3", "mixtral") and config.sliding_window:
+        metadata[f"{architecture}.attention.sliding_window"] = config.sliding_window
     write_gguf(path, metadata, {k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()})
 
 
-@pytest.mark.parametrize(("name", "architecture"), [("llama", "llama"), ("gemma3_text", "gemma3")])
+GGUF_ROWS = {
+    "llama": "llama",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "phi3-partial-window": "phi3",
+    "phi3-long": "phi3",
+    "qwen3_moe-all": "qwen3moe",
+    "mixtral-full": "llama",
+}
+
+
+@pytest.mark.parametrize(("name", "architecture"), GGUF_ROWS.items())
 def test_gguf_logits(name: str, architecture: str, tmp_path: Path) -> None:
     model = oracle(name, tmp_path / "hf")
     if architecture == "gemma3":  # GGUF does not say the scale; the reader takes the head's size

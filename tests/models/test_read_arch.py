@@ -38,6 +38,44 @@ LLAMA3 = {
 }
 
 
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}
+GLM = {**LLAMA, "model_type": "glm4_moe", "n_routed_experts": 8, "first_k_dense_replace": 0}
+PHI3 = {**LLAMA, "model_type": "phi3", "rope_scaling": {"type": "su", "long_factor": [1.0] * 8}}
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({**MIXTRAL, "num_experts_per_tok": 5}, "5 of 4 experts"),
+        ({**MIXTRAL, "num_local_experts": 0}, "num_experts"),
+        ({**GLM, "n_group": 3}, "of 3 groups"),
+        ({**GLM, "n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "3 of 8 experts in 1 of 4"),
+        ({**GLM, "num_experts_per_tok": 2, "moe_intermediate_size": -1}, "moe_intermediate_size"),
+        (PHI3, "short_factor"),
+        (
+            {**PHI3, "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 7 + ["x"]}},
+            "short_factor",
+        ),
+        ({**LLAMA, "model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers"),
+        ({**LLAMA, "model_type": "granite", "logits_scaling": 0}, "logits_scaling"),
+        ({**LLAMA, "model_type": "qwen3_moe", "mlp_only_layers": 3}, "mlp_only_layers"),
+        ({**LLAMA, "model_type": "gpt2", "scale_attn_weights": False}, "attention scales"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_values_of_one_family_are_named(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(OctavoError, match=named):
+        describe(from_hf(config))
+
+
+def test_longrope_is_chosen_once_for_a_run() -> None:
+    scaling = {"type": "su", "long_factor": [4.0] * 8, "short_factor": [1.0] * 8}
+    config = {**PHI3, "rope_scaling": scaling, "original_max_position_embeddings": 64}
+    rope = ropes(config)[0]
+    assert rope.frequencies(64) == tuple(f * 4 for f in rope.frequencies(65)) != rope.frequencies(65)
+    assert rope.scale == pytest.approx((1 + np.log(4) / np.log(64)) ** 0.5)  # 256 positions / 64
+
+
 def ropes(config: dict[str, Any]) -> list[Any]:
     return [layer.attention.rope for layer in describe(from_hf(config)).layers]
 
@@ -134,6 +172,8 @@ KEYS = [
     "use_sliding_window", "max_window_layers", "sliding_window_pattern", "hidden_act", "tie_word_embeddings",
     "attention_bias", "partial_rotary_factor", "query_pre_attn_scalar", "eos_token_id", "text_config",
     "quantization_config", "final_logit_softcapping", "rope_local_base_freq", "dtype",
+    "num_experts", "num_experts_per_tok", "n_group", "topk_group", "mlp_only_layers", "decoder_sparse_step",
+    "no_rope_layers", "use_bias", "logits_scaling", "rotary_pct", "first_k_dense_replace", "swiglu_limit",
 ]  # fmt: skip
 
 

@@ -21,6 +21,8 @@ GGUF_TYPES = {
     "qwen3": "qwen3",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "phi3": "phi3",
+    "qwen3moe": "qwen3_moe",
 }
 QUANTIZED_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
 ACTIVATIONS: dict[str, Activation] = {
@@ -183,25 +185,31 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         raise UnsupportedModelError(
             f"GGUF architecture {name!r} is not supported.", f"Supported: {', '.join(GGUF_TYPES)}."
         )
-    model_type = GGUF_TYPES[name]
     keys = Keys({k.removeprefix(f"{name}."): v for k, v in meta.items()}, f"GGUF metadata {name}.*")
+    experts = _gguf_experts(keys)
+    model_type = "mixtral" if name == "llama" and experts else GGUF_TYPES[name]
     layers = keys.integer("block_count", most=MAX_LAYERS)
     heads, kv_heads = keys.heads("attention.head_count", "attention.head_count_kv")
     hidden = keys.integer("embedding_length")
     window = keys.integer("attention.sliding_window", 0, least=0)
     every = HF_PATTERN.get(model_type)
     layer_types = tuple(SLIDING if window and every and (i + 1) % every else FULL for i in range(layers))
+    if window and model_type == "phi3":
+        layer_types = (SLIDING,) * layers
     theta = keys.number("rope.freq_base", 10000.0)
     rope: dict[str, Mapping[str, Any]] = {FULL: _gguf_rope(files, keys, theta)}
     if SLIDING in layer_types:
         local = 10000.0 if model_type == "gemma3_text" else theta
         rope[SLIDING] = {"rope_theta": keys.number("rope.freq_base_swa", local)}
+    if model_type == "phi3":
+        rotated = keys.integer("rope.dimension_count", hidden // heads) / (hidden // heads)
+        rope = {kind: {**rope[FULL], "partial_rotary_factor": rotated} for kind in rope}
     bos = meta.get("tokenizer.ggml.bos_token_id")
     return ArchConfig(
         model_type=model_type,
         vocab_size=_gguf_vocab_size(files, keys),
         hidden_size=hidden,
-        intermediate_size=keys.integer("feed_forward_length"),
+        intermediate_size=keys.integer("feed_forward_length", experts.get("moe_intermediate_size")),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -222,8 +230,23 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         from_gguf=True,
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=_token_ids(meta.get("tokenizer.ggml.eos_token_id")),
-        raw=meta,
+        raw={**meta, **experts},
     )
+
+
+def _gguf_experts(keys: Keys) -> dict[str, Any]:
+    """The experts in Hugging Face's words; {} where there are none. Qwen's weights are renormalized, which GGUF implies."""
+    num = keys.integer("expert_count", 0, least=0)
+    if not num:
+        return {}
+    return {
+        "num_experts": num,
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "moe_intermediate_size": keys.integer(
+            "expert_feed_forward_length", keys.integer("feed_forward_length", 1)
+        ),
+        "norm_topk_prob": True,
+    }
 
 
 def _gguf_vocab_size(files: ModelFiles, keys: Keys) -> int:
@@ -247,10 +270,16 @@ def _gguf_query_scale(name: str, keys: Keys, hidden: int, heads: int) -> float |
 def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
     """Scaling keys as rope parameters; llama3's scaling comes as a tensor of divisors."""
     if "rope_freqs.weight" in files.tensors:
-        if files.tensors["rope_freqs.weight"].dtype != "F32":
-            raise ModelFileError(f"{files.name}: rope_freqs.weight must be F32.")
-        factors = np.frombuffer(files.read("rope_freqs.weight").tobytes(), np.float32).tolist()
+        factors = _gguf_numbers(files, "rope_freqs.weight")
         return {"rope_theta": theta, "rope_type": "factors", "factors": factors}
+    if "rope_factors_long.weight" in files.tensors:
+        return {
+            "rope_theta": theta,
+            "long_factor": _gguf_numbers(files, "rope_factors_long.weight"),
+            "short_factor": _gguf_numbers(files, "rope_factors_short.weight"),
+            "original_max_position_embeddings": keys.source.get("rope.scaling.original_context_length"),
+            "attention_factor": keys.source.get("rope.scaling.attn_factor"),
+        }
     kind = keys.source.get("rope.scaling.type")
     if kind in (None, "none"):
         return {"rope_theta": theta}
@@ -261,3 +290,10 @@ def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
         "original_max_position_embeddings": keys.source.get("rope.scaling.original_context_length"),
         "attention_factor": keys.source.get("rope.scaling.attn_factor"),
     }
+
+
+def _gguf_numbers(files: ModelFiles, name: str) -> list[float]:
+    """A small F32 tensor as numbers."""
+    if name not in files.tensors or files.tensors[name].dtype != "F32":
+        raise ModelFileError(f"{files.name}: {name} must be there and F32.")
+    return [float(value) for value in np.frombuffer(files.read(name).tobytes(), np.float32)]
