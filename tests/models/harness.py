@@ -16,6 +16,7 @@ from octavo.model.batch import Batch, GroupTables
 from octavo.model.describe import cache_specs, describe
 from octavo.model.layers.build import ALONE, Ranks
 from octavo.model.network import Network
+from octavo.model.quantization.fp8 import choose_format
 from octavo.model.read_arch import read_arch
 from octavo.model.shard import shard
 from octavo.runner.pages import PageMemory
@@ -35,17 +36,24 @@ class Driver:
     """A loaded network on the CPU with its own page memory."""
 
     def __init__(
-        self, files: ModelFiles, seed: int = 0, ranks: Ranks = ALONE, dtype: torch.dtype = torch.float32
+        self,
+        files: ModelFiles,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+        dtype: torch.dtype = torch.float32,
+        quantization: str | None = None,
     ) -> None:
         spec = shard(describe(read_arch(files)), ranks.size)
+        op_spec = OpSpec("cpu", str(dtype).removeprefix("torch."))
         self.network = Network(
             spec,
             dtype=dtype,
             device=torch.device("cpu"),
             binder=Binder(),
-            op_spec=OpSpec("cpu", str(dtype).removeprefix("torch.")),
+            op_spec=op_spec,
             max_position=512,
             ranks=ranks,
+            weight_format=choose_format(quantization, spec, op_spec),
         )
         self.network.load(files)
         self.layout: CacheLayout = plan_layout(cache_specs(spec, PAGE, dtype.itemsize))

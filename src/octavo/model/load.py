@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.errors import ModelFileError
@@ -144,7 +146,10 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
     if info.dtype in TORCH_TYPES:
         stored = torch.from_numpy(raw).view(TORCH_TYPES[info.dtype]).view(info.shape)
     elif not heads and order == "rows" and item.cut is None and item.target.is_contiguous():
-        dequantize(raw, info.dtype, info.shape, out=item.target)
+        if item.row_scale is not None:
+            requantize(item, raw, info.dtype)
+        else:
+            dequantize(raw, info.dtype, info.shape, out=item.target)
         return
     else:
         stored = dequantize(raw, info.dtype, info.shape)
@@ -160,7 +165,16 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
         stored = untangle(stored, heads)
     if item.offset and not gguf:
         stored = stored.to(torch.float32) + item.offset
-    item.target.copy_(stored)
+    item.fill(stored)
+
+
+def requantize(item: LoadItem, raw: NDArray[np.uint8], dtype_name: str) -> None:
+    """Decode a matrix of GGUF blocks into a quantized target, some rows at a time."""
+    row_bytes = raw.size // item.target.shape[0]
+    for rows in item.blocks():
+        shape = (rows.stop - rows.start, item.target.shape[1])
+        piece = raw[rows.start * row_bytes : rows.stop * row_bytes]
+        item.fill_rows(rows, dequantize(piece, dtype_name, shape))
 
 
 def read_mxfp4(item: LoadItem, files: ModelFiles, name: str, scales_name: str) -> None:
@@ -215,6 +229,12 @@ def fill_random(
             generators[target.device] = torch.Generator(target.device).manual_seed(seed)
         if item.constant is not None:
             target.fill_(item.constant)
+        elif item.row_scale is not None:
+            for rows in item.blocks():
+                drawn = torch.empty(target[rows].shape, dtype=torch.float32, device=target.device)
+                item.fill_rows(
+                    rows, drawn.normal_(0.0, target.shape[1] ** -0.5, generator=generators[target.device])
+                )
         else:
             target.normal_(
                 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import LoadItem
 from octavo.model.layers.norm import make_norm
 from octavo.model.load import LoadReport, fill, fill_random
+from octavo.model.quantization.base import WeightFormat
+from octavo.model.quantization.dense import DENSE
 
 
 class Network:
@@ -33,9 +36,10 @@ class Network:
         op_spec: OpSpec,
         max_position: int,
         ranks: Ranks = ALONE,
+        weight_format: WeightFormat = DENSE,
     ) -> None:
         """Parameters are allocated on ``device``, uninitialized; ``load`` fills them. Where ``ranks.size`` > 1,
-        ``spec`` is what ``shard`` made of the model's."""
+        ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections."""
         self.spec = spec
         build = Build(dtype, device, binder, op_spec, max_position, ranks)
         embedding = spec.embedding
@@ -46,8 +50,9 @@ class Network:
         )
         # Rounded to the run type, as the models were trained.
         self.embedding_scale = float(torch.tensor(embedding.scale, dtype=dtype))
+        layer_build = replace(build, weight_format=weight_format)
         self.layers = [
-            DecoderLayer(layer, build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i))
+            DecoderLayer(layer, layer_build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i))
             for i, layer in enumerate(spec.layers)
         ]
         self.norm = make_norm(spec.norm, build)
@@ -75,13 +80,19 @@ class Network:
             return fill_random(self.items(), progress)
         return fill(self.items(), files, self.spec, progress)
 
+    def matrix_elements(self) -> dict[torch.dtype, int]:
+        """Weights in the matrices that every decode step reads, by the type they are stored in."""
+        counts: dict[torch.dtype, int] = {}
+        for matrix in [item.target for item in self.items() if item.target.dim() >= 2]:
+            counts[matrix.dtype] = counts.get(matrix.dtype, 0) + matrix.numel()
+        for table in (self.embedding if self.head is not None else None, self.positions):
+            if table is not None:
+                counts[table.dtype] -= table.numel()
+        return counts
+
     def matrix_bytes(self) -> int:
-        """Bytes of the matrices that every decode step reads (the floor of a step)."""
-        matrices = [item.target for item in self.items() if item.target.dim() >= 2]
-        total = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
-        lookups = [self.embedding if self.head is not None else None, self.positions]
-        total -= sum(table.numel() * table.element_size() for table in lookups if table is not None)
-        return total
+        """Bytes of those matrices (the floor of a step)."""
+        return sum(count * dtype.itemsize for dtype, count in self.matrix_elements().items())
 
     def bind_cache(self, pages: dict[int, Tensor], groups: dict[int, int]) -> None:
         """Give every layer its pages [num_pages, 2, Hkv, P, D] and its group's index."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.ops.linear import LINEAR
 from octavo.model.blocks import Rope
+from octavo.model.quantization.base import WeightFormat
+from octavo.model.quantization.dense import DENSE
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ ALONE = Ranks()
 
 @dataclass
 class Build:
-    """The context of a build. ``tables`` shares cos/sin between layers with the same rope."""
+    """The context of a build. ``tables`` shares cos/sin between layers with the same rope; ``weight_format`` is how
+    projections are stored."""
 
     dtype: torch.dtype
     device: torch.device
@@ -43,6 +46,7 @@ class Build:
     spec: OpSpec
     max_position: int
     ranks: Ranks = ALONE
+    weight_format: WeightFormat = DENSE
     tables: dict[Rope, Tensor] = field(default_factory=dict)
 
     @property

@@ -14,17 +14,17 @@ class LinearLayer:
 
     def __init__(self, block: Linear, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
         self.block = block
-        self.weight = build.empty(block.out_features, block.in_features)
+        self.weight = build.weight_format.allocate(block.out_features, block.in_features, build)
         self.bias = build.empty(block.out_features) if block.bias else None
-        self.multiply = build.linear
+        self.multiply = self.weight.multiply
         self.ranks = build.ranks
         self.reduce = build.ranks.reduce if block.shard == "row" and build.ranks.size > 1 else None
         self.names = [(hf_prefix + part.hf, gguf_prefix + part.gguf, part) for part in block.parts]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.reduce is None:
-            return self.multiply(x, self.weight, self.bias)
-        y = self.reduce(self.multiply(x, self.weight, None))
+            return self.multiply(x, self.bias)
+        y = self.reduce(self.multiply(x, None))
         return y if self.bias is None else y + self.bias  # once, not once a rank
 
     def items(self) -> list[LoadItem]:
@@ -32,9 +32,7 @@ class LinearLayer:
         found, row = [], 0
         for hf, gguf, part in self.names:
             rows = slice(row, row + part.out_features)
-            found.append(
-                LoadItem(f"{hf}.weight", f"{gguf}.weight", self.weight[rows], part, cut=self._cut(part))
-            )
+            found.append(self.weight.item(f"{hf}.weight", f"{gguf}.weight", rows, part, self._cut(part)))
             if self.bias is not None:
                 cut = self._cut(part) if self.block.shard != "row" else None
                 found.append(LoadItem(f"{hf}.bias", f"{gguf}.bias", self.bias[rows], part, cut=cut))

@@ -1,0 +1,98 @@
+"""The Triton kernels of fp8 weights (by the interpreter where there is no GPU) against their reference bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.device.ops import fp8
+
+pytest.importorskip("triton")
+from octavo.device.kernels.triton import fp8 as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BOUND = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
+
+
+def matrix(outputs: int, size: int) -> tuple[Tensor, Tensor]:
+    return fp8.quantize_rows(draw(outputs, size) / size**0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 600])
+def test_quantized_rows_are_equal_to_the_bit(dtype: torch.dtype, size: int) -> None:
+    x = draw(5, size, dtype=dtype) * torch.tensor([[1e-4], [1.0], [30.0], [0.0], [5.0]]).to(DEVICE, dtype)
+    expected, expected_scale = fp8.quantize_rows(x)
+    actual, scale, one = kernels.quantize_rows(x)
+    assert torch.equal(scale, expected_scale) and one.item() == 1.0
+    assert torch.equal(actual.view(torch.uint8) & 0x7F, expected.view(torch.uint8) & 0x7F)
+    assert torch.equal(actual.float(), expected.float())
+    view, _, _ = kernels.quantize_rows(x[:, :48])
+    assert torch.equal(view.float(), fp8.quantize_rows(x[:, :48])[0].float())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_row_stays_broken(broken: float) -> None:
+    x = draw(6, 64)
+    x[1, 7] = broken
+    y = kernels.tensor_wise(x, *matrix(32, 64))
+    assert y[1].isnan().all() and not y[[0, 2, 3, 4, 5]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_few_tokens_are_not_quantized(dtype: torch.dtype, tokens: int) -> None:
+    """Sizes that fill no tile: 70 rows of 1100."""
+    x, (weight, scale), bias = draw(tokens, 1100, dtype=dtype), matrix(70, 1100), draw(70, dtype=dtype)
+    exact = x.float() @ (weight.float() * scale[:, None]).T
+    bound = BOUND[dtype]
+    for shift in (None, bias):
+        expected = exact if shift is None else exact + shift.float()
+        actual = kernels.linear_fp8(x, weight, scale, shift)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.float(), expected, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [(kernels.linear_fp8, dtype) for dtype in DTYPES]
+    + [(kernels.tensor_wise, dtype) for dtype in DTYPES]
+    + [(kernels.row_wise, torch.bfloat16)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_more_tokens(way: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    x, (weight, scale), bias = draw(7, 96, dtype=dtype) * 3, matrix(48, 96), draw(48, dtype=dtype)
+    bound = BOUND[dtype] * 2  # the raw product is rounded once more
+    for shift in (None, bias):
+        actual = way(x, weight, scale, shift)
+        expected = fp8.linear_fp8(x, weight, scale, shift)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.float(), expected.float(), atol=bound, rtol=bound)
+
+
+def test_the_way_follows_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    for name in ("skinny", "tensor_wise", "row_wise"):
+        monkeypatch.setattr(kernels, name, lambda *_, name=name, **__: taken.append(name))
+    weight, scale = matrix(32, 64)
+    for tokens in (1, 4, 5, kernels.ROW_WISE_FROM - 1, kernels.ROW_WISE_FROM):
+        kernels.linear_fp8(draw(tokens, 64, dtype=torch.bfloat16), weight, scale)
+    kernels.linear_fp8(draw(kernels.ROW_WISE_FROM, 64, dtype=torch.float16), weight, scale)
+    assert taken == ["skinny", "skinny", "tensor_wise", "tensor_wise", "row_wise", "tensor_wise"]
+
+
+def test_sizes_the_library_does_not_take() -> None:
+    x, (weight, scale) = draw(9, 40), matrix(30, 40)
+    torch.testing.assert_close(
+        kernels.linear_fp8(x, weight, scale), x @ (weight.float() * scale[:, None]).T, atol=1e-4, rtol=1e-4
+    )
+    assert kernels.linear_fp8(x[:0], weight, scale).shape == (0, 30)
