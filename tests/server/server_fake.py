@@ -164,9 +164,10 @@ def make_frontend(engine: FakeEngine, template: str | None = TEMPLATE) -> Fronte
 
 
 def make_app(engine: FakeEngine, **settings: Any) -> ASGIApp:
-    """The whole application over ``engine``."""
+    """The whole application over ``engine``; ``template`` is the model's chat template."""
+    template = settings.pop("template", TEMPLATE)
     given = {"served_model_names": ("fake", "alias"), **settings}
-    return build_app(make_frontend(engine), engine, ServerSettings(**given))
+    return build_app(make_frontend(engine, template), engine, ServerSettings(**given))
 
 
 def make_client(engine: FakeEngine | None = None, **settings: Any) -> TestClient:

@@ -115,9 +115,9 @@ def test_errors_become_the_right_exceptions(client: openai.OpenAI, live: Live) -
         client.chat.completions.create(
             model="fake",
             messages=MESSAGES,
-            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            tools=[{"type": "function", "function": {"name": "", "parameters": {}}}],
         )
-    assert tools.value.param == "tools"
+    assert tools.value.param == "tools[0].function.name"
     with (
         openai.OpenAI(base_url=live.url, api_key="sk-wrong", max_retries=0) as stranger,
         pytest.raises(openai.AuthenticationError),

@@ -6,10 +6,13 @@ import asyncio
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
 
+from octavo.api.chat.formats.detect import detect_tools
+from octavo.api.chat.formats.tools import ToolSyntax
 from octavo.api.chat.request import ChatPrompt
 from octavo.api.generation import Choice, Generation, TextDelta
 from octavo.api.structured import Grammars
@@ -63,6 +66,11 @@ class Frontend:
             raise ModelFileError(
                 f"The model's generation_config is not usable: {error}", "Use --generation-config vllm."
             ) from None
+
+    @cached_property
+    def tool_syntax(self) -> ToolSyntax:
+        """How this model calls tools."""
+        return detect_tools(self.template)
 
     @property
     def max_model_len(self) -> int:

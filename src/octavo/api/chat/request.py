@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from octavo.api.chat.formats.generic import explained
 from octavo.api.text.messages import content_text, conversation_chars
 from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
@@ -21,7 +22,8 @@ class ChatRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     ``messages`` are in OpenAI's form; content is a text, a list of text parts, or None. ``continue_final_message`` leaves
     the last message open, so that the model goes on with it. ``chat_template_kwargs`` are extra variables of the template;
-    they cannot replace the ones above.
+    they cannot replace the ones above. With ``explain_tools`` tools and calls are written into the messages, for a template
+    that knows none.
     """
 
     messages: list[dict[str, Any]]
@@ -31,6 +33,7 @@ class ChatRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = {}
+    explain_tools: bool = False
 
 
 class ChatPrompt:
@@ -47,10 +50,13 @@ class ChatPrompt:
                 "continue_final_message and add_generation_prompt exclude each other.",
                 param="continue_final_message",
             )
+        messages, tools = request.messages, request.tools
+        if request.explain_tools:
+            messages, tools = explained(messages, tools), None
         text = self._template.render(
-            request.messages,
+            messages,
             add_generation_prompt=request.add_generation_prompt,
-            tools=request.tools,
+            tools=tools,
             documents=request.documents,
             kwargs=request.chat_template_kwargs,
         )

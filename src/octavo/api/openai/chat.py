@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from msgspec import UNSET
 
+from octavo.api.chat.reader import ChoiceReader, MessageFold
 from octavo.api.generation import TextDelta
 from octavo.api.openai.context import Context, Stream, reply_id
 from octavo.api.openai.folding import ChoiceFold, TextEvents, event
@@ -25,6 +26,7 @@ from octavo.api.openai.schema import (
     ChatDelta,
     ChatMessage,
 )
+from octavo.api.openai.tools import chat_deltas, chat_message, choice_readers, tool_plan
 from octavo.errors import RequestError
 
 
@@ -38,6 +40,7 @@ class _Reply:
     id: str
     model: str
     created: int
+    readers: list[ChoiceReader] | None  # None: everything is visible text
 
     @property
     def num_top(self) -> int:
@@ -61,33 +64,40 @@ async def chat_completions(context: Context, request: ChatCompletionRequest) -> 
         raise RequestError(
             "max_tokens and max_completion_tokens differ.", param="max_tokens", cure="Send only the second."
         )
+    tools = await tool_plan(context, request)
     sampling = sampling_params(
         context,
         request,
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
-        structured_outputs=await structured_outputs(context, request),
+        structured_outputs=await structured_outputs(context, request, tools),
+        skip_special_tokens=False if tools is not None and tools.shows_specials else None,
     )
-    prompt = await chat_prompt(context, request, sampling)
+    prompt = await chat_prompt(context, request, sampling, tools)
     request_id = reply_id("chatcmpl", request.request_id)
     run = Run(context, request, [prompt], request_id=request_id)
-    reply = _Reply(context, request, run, request_id, model, int(time.time()))
+    readers = choice_readers(tools, run.n)
+    reply = _Reply(context, request, run, request_id, model, int(time.time()), readers)
     return Stream(_stream(reply), run.close) if request.stream else await _whole(reply)
 
 
 async def _whole(reply: _Reply) -> ChatCompletion:
     run, request = reply.run, reply.request
     folds = [ChoiceFold() for _ in range(run.n)]
+    messages = [MessageFold() for _ in range(run.n)]
     async with aclosing(run.deltas()) as deltas:
         async for batch in deltas:
             for choice, delta in batch:
                 folds[choice].add(delta)
+                if reply.readers is not None:
+                    for part in reply.readers[choice].push(delta):
+                        messages[choice].add(part)
     answer = ChatCompletion(
         id=reply.id,
         created=reply.created,
         model=reply.model,
-        choices=[_choice(reply, i, fold) for i, fold in enumerate(folds)],
+        choices=[_choice(reply, i, fold, message) for i, (fold, message) in enumerate(zip(folds, messages))],
         usage=run.usage(),
         system_fingerprint=reply.context.fingerprint,
     )
@@ -100,12 +110,15 @@ async def _whole(reply: _Reply) -> ChatCompletion:
     return answer
 
 
-def _choice(reply: _Reply, index: int, fold: ChoiceFold) -> ChatChoice:
+def _choice(reply: _Reply, index: int, fold: ChoiceFold, message: MessageFold) -> ChatChoice:
+    reason = fold.finish_reason
+    if reply.readers is not None and reason is not None:
+        reason = reply.readers[index].finish_reason(reason)
     return ChatChoice(
         index=index,
-        message=ChatMessage(content=fold.text),
+        message=ChatMessage(content=fold.text) if reply.readers is None else chat_message(message),
         logprobs=chat_logprobs(reply.names, fold.logprobs, reply.num_top) if reply.request.logprobs else None,
-        finish_reason=fold.finish_reason,
+        finish_reason=reason,
         stop_reason=fold.stop_reason,
         token_ids=fold.token_ids if reply.request.return_token_ids else UNSET,
     )
@@ -116,7 +129,7 @@ async def _stream(reply: _Reply) -> AsyncGenerator[bytes, None]:
     options = request.stream_options
     with_usage = bool(options and options.include_usage)
     continuous = bool(options and options.continuous_usage_stats)
-    only_text = not (request.logprobs or request.return_token_ids or continuous)
+    only_text = reply.readers is None and not (request.logprobs or request.return_token_ids or continuous)
     blank = _chunk(reply, [], with_usage=with_usage)
 
     def text_chunk(index: int, text: str) -> ChatCompletionChunk:
@@ -139,11 +152,12 @@ async def _stream(reply: _Reply) -> AsyncGenerator[bytes, None]:
                 if only_text and delta.finish_reason is None:
                     if delta.text:
                         data += events.event(index, delta.text)
-                elif delta.text or delta.token_ids or delta.finish_reason is not None:
-                    blank.choices = [_chunk_choice(reply, index, delta)]
-                    if continuous:
-                        blank.usage = run.usage()
-                    data += event(blank)
+                else:
+                    for choice in _chunk_choices(reply, index, delta):
+                        blank.choices = [choice]
+                        if continuous:
+                            blank.usage = run.usage()
+                        data += event(blank)
             if data:
                 yield data
     if with_usage:
@@ -171,14 +185,25 @@ def _first_chunk(reply: _Reply, index: int, blank: ChatCompletionChunk) -> ChatC
     return chunk
 
 
-def _chunk_choice(reply: _Reply, index: int, delta: TextDelta) -> ChatChunkChoice:
-    choice = ChatChunkChoice(
-        index=index, delta=ChatDelta(content=delta.text or None), finish_reason=delta.finish_reason
-    )
-    if reply.request.logprobs and delta.logprobs:
-        choice.logprobs = chat_logprobs(reply.names, delta.logprobs, reply.num_top)
-    if delta.finish_reason is not None:
-        choice.stop_reason = delta.stop_reason
-    if reply.request.return_token_ids:
-        choice.token_ids = delta.token_ids
-    return choice
+def _chunk_choices(reply: _Reply, index: int, delta: TextDelta) -> list[ChatChunkChoice]:
+    """The events of one delta: the first has its tokens and log probabilities, the last the end."""
+    request, reason = reply.request, delta.finish_reason
+    if reply.readers is None:
+        parts = [ChatDelta(content=delta.text or None)] if delta.text or delta.token_ids or reason else []
+        ending: str | None = reason
+    else:
+        parts = chat_deltas(reply.readers[index].push(delta))
+        if not parts and (reason or (delta.token_ids and (request.logprobs or request.return_token_ids))):
+            parts = [ChatDelta()]
+        ending = None if reason is None else reply.readers[index].finish_reason(reason)
+    choices = [ChatChunkChoice(index=index, delta=part) for part in parts]
+    if not choices:
+        return []
+    if request.logprobs and delta.logprobs:
+        choices[0].logprobs = chat_logprobs(reply.names, delta.logprobs, reply.num_top)
+    if request.return_token_ids:
+        for choice in choices:
+            choice.token_ids = delta.token_ids if choice is choices[0] else []
+    if reason is not None:
+        choices[-1].finish_reason, choices[-1].stop_reason = ending, delta.stop_reason
+    return choices

@@ -7,7 +7,9 @@ from typing import Any
 
 import msgspec
 
+from octavo.api.chat.formats.detect import GENERIC
 from octavo.api.chat.request import ChatPrompt, ChatRequest
+from octavo.api.chat.tools import ToolPlan
 from octavo.api.frontend import LARGE_TEXT
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeRequest
@@ -85,8 +87,10 @@ async def encode_text(context: Context, text: str, add_special_tokens: bool) -> 
     return tokenizer.encode(text, add_special_tokens)
 
 
-async def chat_ids(context: Context, request: ChatCompletionRequest | TokenizeRequest) -> list[int]:
-    """Token ids of the conversation put through the model's chat template."""
+async def chat_ids(
+    context: Context, request: ChatCompletionRequest | TokenizeRequest, tools: ToolPlan | None = None
+) -> list[int]:
+    """Token ids of the conversation (and its tools) put through the model's chat template."""
     frontend = context.frontend
     continues = bool(request.continue_final_message)
     chat = ChatRequest(
@@ -98,15 +102,20 @@ async def chat_ids(context: Context, request: ChatCompletionRequest | TokenizeRe
         continue_final_message=continues,
         add_special_tokens=bool(request.add_special_tokens),
         chat_template_kwargs=request.chat_template_kwargs or {},
+        tools=None if tools is None else [tool.for_template() for tool in tools.tools],
+        explain_tools=frontend.tool_syntax is GENERIC,
     )
     return await ChatPrompt(frontend.tokenizer, frontend.template).token_ids_async(chat)
 
 
 async def chat_prompt(
-    context: Context, request: ChatCompletionRequest, sampling: SamplingParams
+    context: Context,
+    request: ChatCompletionRequest,
+    sampling: SamplingParams,
+    tools: ToolPlan | None = None,
 ) -> tuple[list[int], SamplingParams]:
     """The conversation as checked token ids, with its parameters; errors name ``messages``."""
-    ids = await chat_ids(context, request)
+    ids = await chat_ids(context, request, tools)
     try:
         return context.frontend.prepare(ids, sampling)
     except RequestError as error:

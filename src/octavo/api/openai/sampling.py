@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from octavo.api.chat.tools import ToolPlan
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import (
     NEUTRAL,
@@ -43,8 +44,13 @@ def check_fields(request: ChatCompletionRequest | CompletionRequest) -> None:
         raise RequestError("prompt_logprobs cannot be streamed.", param="prompt_logprobs")
 
 
-async def structured_outputs(context: Context, request: SamplingFields) -> StructuredOutputsParams | None:
-    """What the answer must look like, from either of the two fields that say it; checked, so later use is quick."""
+async def structured_outputs(
+    context: Context, request: SamplingFields, tools: ToolPlan | None = None
+) -> StructuredOutputsParams | None:
+    """What the answer must look like, from either of the two fields that say it, or from tools that must be called.
+
+    Checked, so later use is quick.
+    """
     params, param = request.structured_outputs, "structured_outputs"
     asked = request.response_format
     if asked is not None and asked.type != "text":
@@ -62,6 +68,12 @@ async def structured_outputs(context: Context, request: SamplingFields) -> Struc
             )
         else:
             params = StructuredOutputsParams(json=asked.json_schema.schema)
+    if tools is not None:
+        if params is not None:
+            raise RequestError(
+                f"{param} and tools exclude each other (but with tool_choice none).", param=param
+            )
+        params, param = tools.grammar, "tools"
     if params is not None:
         await context.frontend.grammars.grammar_async(params, param)
     return params
@@ -75,6 +87,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     structured_outputs: StructuredOutputsParams | None = None,
+    skip_special_tokens: bool | None = None,
 ) -> SamplingParams:
     """The request's sampling over the model's defaults; ``max_tokens`` None means the rest of the context."""
     given: dict[str, Any] = {}
@@ -82,6 +95,8 @@ def sampling_params(
         value = getattr(request, name)
         if value is not None:
             given[name] = value
+    if skip_special_tokens is not None:
+        given["skip_special_tokens"] = skip_special_tokens
     return context.frontend.default_sampling(
         **given,
         max_tokens=max_tokens,

@@ -47,6 +47,7 @@ Messages = Annotated[
         },
     ),
 ]
+ToolName = Annotated[str, Meta(min_length=1, max_length=256)]
 User = Annotated[str, Meta(max_length=1024)]
 
 
@@ -72,6 +73,38 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+
+
+class FunctionDefinition(msgspec.Struct, kw_only=True):
+    """A function the model may call; ``parameters`` is a JSON schema."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """One tool of a request."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(msgspec.Struct, kw_only=True):
+    """A function by name."""
+
+    name: ToolName
+
+
+class NamedToolChoice(msgspec.Struct, kw_only=True):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+Tools = Annotated[list[Tool], Meta(max_length=256)]
 
 
 class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -142,14 +175,11 @@ class ChatNotYet(SamplingFields, kw_only=True):
     mm_processor_kwargs: Any = None
     media_io_kwargs: Any = None
     modalities: Any = None
-    parallel_tool_calls: Any = None
     prediction: Any = None
     reasoning_effort: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     thinking_token_budget: Any = None
-    tool_choice: Any = None
-    tools: Any = None
     verbosity: Any = None
     web_search_options: Any = None
     echo: Any = None
@@ -172,9 +202,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "use_beam_search": (False,),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),  # says something only of tools, and those are refused
-    "tool_choice": ("none", "auto"),  # auto without tools is none
-    "tools": ([],),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "include_reasoning": (True,),
@@ -208,6 +235,9 @@ class ChatCompletionRequest(ChatNotYet, kw_only=True):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(CompletionNotYet, kw_only=True):
@@ -318,12 +348,37 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
+class FunctionCall(msgspec.Struct, omit_defaults=True):
+    """A function's name and the JSON text of its arguments; a stream brings them in parts."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    """A call that the model wants made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ToolCallDelta(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a chunk adds to call number ``index``."""
+
+    index: int
+    id: str | None = None
+    type: str | None = None
+    function: FunctionCall | None = None
+
+
 class ChatMessage(msgspec.Struct, kw_only=True):
     """What the model said."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: str | None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -356,6 +411,7 @@ class ChatDelta(msgspec.Struct, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

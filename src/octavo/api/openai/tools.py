@@ -1,0 +1,80 @@
+"""Tools in OpenAI's words: from the request's fields to a plan, from events to messages and chunks."""
+
+from __future__ import annotations
+
+from octavo.api.chat.events import ChatEvent, Text, ToolArgs, ToolStart
+from octavo.api.chat.formats.tools import ToolParser
+from octavo.api.chat.reader import ChoiceReader, MessageFold
+from octavo.api.chat.tools import ToolDefinition, ToolPlan, plan_tools
+from octavo.api.openai.context import Context
+from octavo.api.openai.schema import (
+    ChatCompletionRequest,
+    ChatDelta,
+    ChatMessage,
+    FunctionCall,
+    NamedToolChoice,
+    ToolCall,
+    ToolCallDelta,
+)
+
+
+async def tool_plan(context: Context, request: ChatCompletionRequest) -> ToolPlan | None:
+    """What the request's tools ask for; None where none may be called."""
+    choice = request.tool_choice
+    named = choice.function.name if isinstance(choice, NamedToolChoice) else None
+    tools = [
+        ToolDefinition(
+            tool.function.name,
+            tool.function.description,
+            tool.function.parameters,
+            bool(tool.function.strict),
+        )
+        for tool in request.tools or []
+    ]
+    frontend = context.frontend
+    return await plan_tools(
+        tools,
+        "auto" if choice is None or isinstance(choice, NamedToolChoice) else choice,
+        named,
+        parallel=request.parallel_tool_calls is not False,
+        syntax=frontend.tool_syntax,
+        tokenizer=frontend.tokenizer,
+    )
+
+
+def choice_readers(tools: ToolPlan | None, n: int) -> list[ChoiceReader] | None:
+    """A reader for each choice; None where all text is the answer."""
+    if tools is None:
+        return None
+    return [
+        ChoiceReader(index, tools=ToolParser(tools.syntax, index, names=tools.names, parallel=tools.parallel))
+        for index in range(n)
+    ]
+
+
+def chat_message(fold: MessageFold) -> ChatMessage:
+    """The whole message of a choice."""
+    message = ChatMessage(content=fold.text or (None if fold.calls else ""))
+    if fold.calls:
+        message.tool_calls = [
+            ToolCall(id=call.id, function=FunctionCall(call.name, "".join(parts)))
+            for call, parts in zip(fold.calls, fold.arguments)
+        ]
+    return message
+
+
+def chat_deltas(events: list[ChatEvent]) -> list[ChatDelta]:
+    """What each event adds to the message."""
+    deltas = []
+    for event in events:
+        if isinstance(event, Text):
+            deltas.append(ChatDelta(content=event.text))
+        elif isinstance(event, ToolStart):
+            call = ToolCallDelta(
+                index=event.tool, id=event.id, type="function", function=FunctionCall(event.name, "")
+            )
+            deltas.append(ChatDelta(tool_calls=[call]))
+        elif isinstance(event, ToolArgs):
+            call = ToolCallDelta(index=event.tool, function=FunctionCall(arguments=event.text))
+            deltas.append(ChatDelta(tool_calls=[call]))
+    return deltas
