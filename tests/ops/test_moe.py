@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +106,33 @@ def test_sort_lists_every_choice_once_in_its_expert(
     assert int(used) <= owner.numel()
 
 
+ROUTES: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "unnormalized": {"renormalize": False, "scale": 2.5},
+    "top_k": {"scoring": "softmax_top_k"},
+    "sigmoid": {"scoring": "sigmoid", "correction": True},
+    "groups": {"scoring": "sigmoid", "groups": 4, "top_groups": 2, "correction": True},
+    "groups of one": {"groups": 24, "top_groups": 5},
+}
+
+
+@pytest.mark.parametrize("options", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_route_kernel(options: dict[str, Any], dtype: torch.dtype) -> None:
+    # Distinct in bfloat16 too: equal scores may be chosen in any order.
+    order = torch.stack([torch.randperm(24, generator=torch.Generator().manual_seed(i)) for i in range(9)])
+    logits = ((order - 11.5) / 8).to(DEVICE, dtype)
+    given = dict(options)
+    if given.pop("correction", False):
+        given["correction"] = draw(24)
+    ids, weights = kernels.route(logits, 5, **given)
+    expected_ids, expected = moe.route(logits, 5, **given)
+    assert ids.dtype == expected_ids.dtype and weights.dtype == expected.dtype
+    assert torch.equal(ids.sort(-1).values, expected_ids.sort(-1).values)
+    torch.testing.assert_close(weights.sort(-1).values, expected.sort(-1).values, atol=1e-6, rtol=1e-5)
+    assert torch.equal(ids.gather(1, weights.argsort(-1)), expected_ids.gather(1, expected.argsort(-1)))
+
+
 def test_routing() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     ids, weights = moe.route(logits, 2, renormalize=False)
@@ -129,10 +158,10 @@ def test_a_captured_graph_follows_the_router(tokens: int) -> None:
     gate_up = draw(num, 2 * inner, hidden, dtype=torch.bfloat16, scale=hidden**-0.5)
     down = draw(num, hidden, inner, dtype=torch.bfloat16, scale=inner**-0.5)
     x, logits = draw(tokens, hidden, dtype=torch.bfloat16), draw(tokens, num)
-    kernels.experts(x, *moe.route(logits, top_k), gate_up, down, "silu")
+    kernels.experts(x, *kernels.route(logits, top_k), gate_up, down, "silu")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = kernels.experts(x, *moe.route(logits, top_k), gate_up, down, "silu")
+        out = kernels.experts(x, *kernels.route(logits, top_k), gate_up, down, "silu")
     for bias in (0.0, 30.0):  # spread, then all tokens on the same experts
         logits.normal_()
         logits[:, :top_k] += bias

@@ -93,5 +93,5 @@ def experts(
     return (out.view(tokens, top_k, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-ROUTE = Op("route", route)
+ROUTE = Op("route", route, triton_rows("moe:route"))
 EXPERTS = Op("experts", experts, triton_rows("moe:experts"))

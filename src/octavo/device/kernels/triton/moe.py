@@ -1,4 +1,4 @@
-"""Experts in Triton: tokens sorted by expert, then two grouped products (Gale et al. 2022).
+"""Routing and experts in Triton: one program a token chooses; then tokens are sorted by expert, then two grouped products (Gale et al. 2022).
 
 Nothing here asks the host: grids are upper bounds, and blocks past the last used one return at once. So a step can be
 captured whatever the router chooses.
@@ -12,7 +12,70 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 1024  # choices that a program of the sort looks at together
+SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_top_k": 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "swiglu_clamped": 3}
+
+
+@triton.jit
+def _sigmoid(x):
+    """Without overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _route_kernel(
+    ids, weights, logits, correction,
+    E: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, KEPT: tl.constexpr, SCORING: tl.constexpr,
+    RENORMALIZE: tl.constexpr, SCALE: tl.constexpr, CORRECTION: tl.constexpr, GROUPS: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr, TOP_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """One token: scores of all E experts in one tile, then TOP_K times the best; KEPT and BLOCK are powers of two."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < E
+    scores = tl.load(logits + token * E + at, mask=inside, other=float("-inf")).to(tl.float32)
+    if SCORING == 0:
+        scores = tl.exp(scores - tl.max(scores, 0))
+        scores = scores / tl.sum(scores, 0)
+    elif SCORING == 1:
+        scores = _sigmoid(scores)
+    choice = scores
+    if CORRECTION:
+        choice += tl.load(correction + at, mask=inside, other=0.0)
+    choice = tl.where(inside, choice, float("-inf"))
+    if GROUPS > 1:
+        group = at // (E // GROUPS)
+        groups = tl.arange(0, GROUPS_BLOCK)
+        worth = tl.full((GROUPS_BLOCK,), float("-inf"), tl.float32)
+        for index in tl.static_range(GROUPS):
+            members = tl.where(group == index, choice, float("-inf"))
+            total = tl.max(members, 0)
+            if E // GROUPS > 1:
+                total += tl.max(tl.where(at == tl.argmax(members, 0), float("-inf"), members), 0)
+            worth = tl.where(groups == index, total, worth)
+        kept = at < 0
+        for _ in tl.static_range(TOP_GROUPS):
+            best_group = tl.argmax(worth, 0)
+            kept = kept | (group == best_group)
+            worth = tl.where(groups == best_group, float("-inf"), worth)
+        choice = tl.where(kept, choice, float("-inf"))
+    places = tl.arange(0, KEPT)
+    chosen = tl.zeros((KEPT,), tl.int32)
+    shares = tl.full((KEPT,), float("-inf") if SCORING == 2 else 0.0, tl.float32)
+    for index in tl.static_range(TOP_K):
+        best = tl.argmax(choice, 0)
+        chosen = tl.where(places == index, best, chosen)
+        shares = tl.where(places == index, tl.sum(tl.where(at == best, scores, 0.0), 0), shares)
+        choice = tl.where(at == best, float("-inf"), choice)
+    if SCORING == 2:
+        shares = tl.exp(shares - tl.max(shares, 0))
+        shares = shares / tl.sum(shares, 0)
+    elif RENORMALIZE:
+        shares = shares / (tl.sum(shares, 0) + 1e-20)
+    valid = places < TOP_K
+    tl.store(ids + token * TOP_K + places, chosen.to(tl.int64), mask=valid)
+    tl.store(weights + token * TOP_K + places, shares * SCALE, mask=valid)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -47,13 +110,6 @@ def _sort_kernel(
     tl.store(rows + first * BLOCK + rest, tl.zeros((BLOCK,), tl.int32) + count, mask=rest < own * BLOCK)
     for index in range(own):
         tl.store(block_expert + first + index, expert)
-
-
-@triton.jit
-def _sigmoid(x):
-    """Without overflow."""
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x > 0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit
@@ -121,6 +177,32 @@ def _grouped_kernel(
         sums *= tl.load(scale + row, mask=live, other=0.0)[:, None]
     place = out + tl.where(live, row, 0).to(tl.int64)[:, None] * N + n[None, :]
     tl.store(place, sums.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+    correction: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``octavo.device.ops.moe.route`` on a GPU; logits are contiguous."""
+    tokens, num = logits.shape
+    ids = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    if tokens == 0:
+        return ids, weights
+    block = triton.next_power_of_2(num)
+    _route_kernel[(tokens,)](
+        ids, weights, logits, correction, E=num, BLOCK=block, TOP_K=top_k, KEPT=triton.next_power_of_2(top_k),
+        SCORING=SCORINGS[scoring], RENORMALIZE=renormalize, SCALE=scale, CORRECTION=correction is not None,
+        GROUPS=groups, GROUPS_BLOCK=triton.next_power_of_2(groups), TOP_GROUPS=top_groups,
+        num_warps=1 if block <= 256 else 4,
+    )  # fmt: skip
+    return ids, weights
 
 
 def sorted_rows(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
