@@ -12,6 +12,7 @@ import random
 import secrets
 import time
 from collections import deque
+from functools import partial
 
 from octavo.engine.cache.layout import CacheLayout
 from octavo.engine.executor.base import Executor
@@ -24,6 +25,7 @@ from octavo.engine.settings import EngineSettings
 from octavo.engine.structured.compiler import GrammarCompiler
 from octavo.engine.structured.grammar import GrammarError
 from octavo.engine.structured.lobby import Lobby
+from octavo.engine.structured.thinking import ThinkingConstraint
 from octavo.engine.validate import check_request
 from octavo.errors import OutOfMemoryError, QueueFullError, RequestError
 from octavo.protocol.control import (
@@ -117,9 +119,19 @@ class EngineCore:
         )
         self._live[request.id] = seq
         if request.grammar is not None and self.lobby is not None:
-            self.lobby.add(seq, request.grammar)
+            self.lobby.add(seq, request.grammar, partial(self._constrain, request))
         else:
+            self._constrain(request, seq, constraint)
             self.scheduler.waiting.push(seq)
+
+    def _constrain(self, request: GenerateRequest, seq: Sequence, grammar: Constraint | None) -> None:
+        """Bind a sequence to its grammar, which begins behind the thoughts, if there are any."""
+        if request.thinking is not None:
+            grammar = ThinkingConstraint(
+                request.thinking, grammar, vocab_size=self.info.vocab_size, stop_ids=seq.stop_ids
+            )
+        seq.constraint = grammar
+        seq.is_simple = grammar is None and seq.is_simple
 
     def abort(self, ids: list[int]) -> None:
         """End requests now; unknown ids are ignored. No delta follows."""

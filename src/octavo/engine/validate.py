@@ -23,6 +23,8 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab)
     if sampling.logit_bias:
         _check_ids("logit_bias", list(sampling.logit_bias), vocab)
+    if request.thinking is not None:
+        _check_ids("thinking", [request.thinking.start_id, request.thinking.end_id], vocab)
     if sampling.structured_outputs is not None and request.grammar is None:
         raise RequestError(
             "structured_outputs must reach the engine as a grammar.",

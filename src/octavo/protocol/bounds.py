@@ -39,3 +39,4 @@ Choices = Annotated[
     list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(min_length=1, max_length=4096)
 ]
 WhitespacePattern = Annotated[str, Meta(min_length=1, max_length=256)]
+ThinkingBudget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # tokens; -1 = no bound

@@ -110,6 +110,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 _CHECKS = tuple((field.name, field.type, field.default) for field in msgspec.structs.fields(SamplingParams))
 
 
+class Thinking(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
+    """Where a model's thoughts begin and end, and how many tokens they may have (``budget`` -1: any number).
+
+    ``num_prompt_tokens`` are the thoughts that the prompt holds already, whose end the model is to write; None where the
+    prompt does not open them.
+    """
+
+    start_id: bounds.TokenId
+    end_id: bounds.TokenId
+    budget: bounds.ThinkingBudget = -1
+    num_prompt_tokens: int | None = None
+
+
 class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One sequence to generate (a request with ``n > 1`` is sent as n of these).
 
@@ -117,7 +130,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     unless ``sampling.ignore_eos``. ``arrival_s`` is a wall clock time (queue order, metrics).
 
     ``grammar`` constrains the answer: a grammar in llguidance's form (Lark text, or its JSON), which the front half
-    makes of ``sampling.structured_outputs`` and checks; the engine only compiles it.
+    makes of ``sampling.structured_outputs`` and checks; the engine only compiles it. With ``thinking`` it begins behind
+    the thoughts.
     """
 
     id: int
@@ -128,6 +142,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     arrival_s: float = 0.0
     cache_salt: str | None = None
     grammar: str | None = None
+    thinking: Thinking | None = None
 
 
 class Logprob(msgspec.Struct, array_like=True, gc=False):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from octavo.engine.scheduler.sequence import Sequence
+from octavo.engine.scheduler.sequence import Constraint, Sequence
 from octavo.engine.structured.compiler import Compiled, GrammarCompiler
 
 MAX_WAIT_S = 30.0
@@ -21,6 +22,7 @@ MAX_WAIT_S = 30.0
 class _Waiting:
     seq: Sequence
     grammar: Future[Compiled]
+    constrain: Callable[[Sequence, Constraint], None]
     until_s: float
 
 
@@ -36,10 +38,10 @@ class Lobby:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, seq: Sequence, grammar: str) -> None:
-        """Begin to compile ``grammar`` for a sequence."""
+    def add(self, seq: Sequence, grammar: str, constrain: Callable[[Sequence, Constraint], None]) -> None:
+        """Begin to compile ``grammar`` for a sequence; ``constrain`` binds them in the end."""
         future = self._compiler.compile(grammar)
-        self._waiting[seq.id] = _Waiting(seq, future, time.monotonic() + self._max_wait_s)
+        self._waiting[seq.id] = _Waiting(seq, future, constrain, time.monotonic() + self._max_wait_s)
         future.add_done_callback(self._tell)
 
     def remove(self, seq: Sequence) -> bool:
@@ -47,7 +49,7 @@ class Lobby:
         return self._waiting.pop(seq.id, None) is not None
 
     def leave(self) -> tuple[list[Sequence], list[tuple[Sequence, str]]]:
-        """Sequences that have their grammar (as ``constraint``) now, and those that get none, with the reason."""
+        """Sequences that have their grammar now, and those that get none, with the reason."""
         if not self._waiting:
             return [], []
         self._news.clear()
@@ -63,8 +65,7 @@ class Lobby:
             elif (error := future.exception()) is not None:
                 failed.append((seq, str(error)))
             else:
-                seq.constraint = future.result().start(seq.stop_ids)
-                seq.is_simple = False
+                waiting.constrain(seq, future.result().start(seq.stop_ids))
                 ready.append(seq)
             del self._waiting[seq.id]
         return ready, failed
