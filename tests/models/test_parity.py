@@ -172,6 +172,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2", GPT2),
     "gpt2-inner": ("GPT2", {**GPT2, "n_inner": 96, "activation_function": "gelu"}),
+    "gemma": ("Gemma", {"head_dim": 32}),
+    "cohere": ("Cohere", {"logit_scale": 5.0}),
+    "glm4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 16}),
+    "ernie4_5-bias": ("Ernie4_5", {"head_dim": 32, "use_bias": True, "tie_word_embeddings": False}),
+    "seed_oss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True}),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 8}),
     "mixtral-full": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 3}),
     "qwen3_moe-all": ("Qwen3Moe", {**MOE, "head_dim": 16, "norm_topk_prob": True}),
@@ -298,7 +305,7 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
     names = {**GGUF_NAMES, **NORMS.get(architecture, NORMS["llama"])}
     for name, value in model.state_dict().items():
         array = value.numpy()
-        if "norm" in name and architecture == "gemma3":
+        if "norm" in name and architecture.startswith("gemma"):
             array = array + 1
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
@@ -357,6 +364,7 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
 
 GGUF_ROWS = {
     "llama": "llama",
+    "gemma": "gemma",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
     "phi3-partial-window": "phi3",

@@ -24,7 +24,7 @@ class Part:
 
     ``hf`` and ``gguf`` are names below the layer's prefix without ".weight"/".bias". ``heads`` > 0 marks rows that
     GGUF's llama architecture stores with each head's two rotary halves interleaved, ``hf_heads`` > 0 rows that Hugging
-    Face checkpoints store so; the loader restores them.
+    Face checkpoints store so; the loader restores them. Of each such head the first ``rotated`` rows are meant (0 = all).
     ``copies``: so many neighbouring ranks hold the same rows (see ``model.shard``).
 
     Parts may share a stored tensor of ``total`` rows (0 = it is this part alone), in which this one begins at
@@ -39,6 +39,7 @@ class Part:
     heads: int = 0
     copies: int = 1
     hf_heads: int = 0
+    rotated: int = 0
     start: int = 0
     total: int = 0
     stored: Stored = "rows"

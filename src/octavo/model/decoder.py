@@ -126,15 +126,15 @@ class Decoder:
     def qkv(self) -> Linear:
         """Queries, keys and values of one layer."""
         a = self.arch
-        q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         turned, hf_turned = self.gguf_permuted_rope, self.hf_permuted_rope
+        rope = self.rope_parameters(0)
+        rotated = rope.dim if rope.dim < a.head_dim else 0
         parts = [
-            Part("self_attn.q_proj", "attn_q", q, a.num_heads * turned, hf_heads=a.num_heads * hf_turned),
-            Part(
-                "self_attn.k_proj", "attn_k", kv, a.num_kv_heads * turned, hf_heads=a.num_kv_heads * hf_turned
-            ),
-            Part("self_attn.v_proj", "attn_v", kv),
-        ]
+            Part(f"self_attn.{name}_proj", f"attn_{name}", heads * a.head_dim, heads * turned,
+                 hf_heads=heads * hf_turned, rotated=rotated)
+            for name, heads in (("q", a.num_heads), ("k", a.num_kv_heads))
+        ]  # fmt: skip
+        parts.append(Part("self_attn.v_proj", "attn_v", a.num_kv_heads * a.head_dim))
         return self.linear(parts, a.hidden_size, bias=self.qkv_bias())
 
     def output(self) -> Linear:
@@ -154,6 +154,10 @@ class Decoder:
 
     def rope(self, i: int) -> Rope | None:
         """Position encoding of layer i."""
+        return self.rope_parameters(i)
+
+    def rope_parameters(self, i: int) -> Rope:
+        """What the configuration says about layer i, whether it rotates or not."""
         a = self.arch
         return build_rope(a.head_dim, a.rope[a.layer_types[i]], a.max_position)
 
@@ -164,6 +168,10 @@ class Decoder:
     def output_bias(self) -> bool:
         """Whether the attention output has a bias."""
         return self.arch.attention_bias
+
+    def mlp_bias(self) -> bool:
+        """Whether the MLP has biases."""
+        return self.arch.mlp_bias
 
     def mlp(self, i: int) -> FeedForward:
         """What stands behind the attention of layer i."""
@@ -179,8 +187,8 @@ class Decoder:
         ]
         down = [Part(f"{prefix}.down_proj", f"ffn_down{gguf_suffix}", a.hidden_size)]
         return GatedMLP(
-            gate_up=self.linear(parts, a.hidden_size, bias=a.mlp_bias),
-            down=self.linear(down, inner, bias=a.mlp_bias, row=True),
+            gate_up=self.linear(parts, a.hidden_size, bias=self.mlp_bias()),
+            down=self.linear(down, inner, bias=self.mlp_bias(), row=True),
             intermediate=inner,
             activation=a.activation,
         )

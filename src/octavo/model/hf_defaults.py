@@ -6,6 +6,7 @@ from typing import Any
 
 # Spelling of a family -> the common spelling.
 HF_RENAMED: dict[str, dict[str, str]] = {
+    "cohere": {"layer_norm_eps": "rms_norm_eps"},
     "cohere2": {"layer_norm_eps": "rms_norm_eps"},
     "glm4_moe": {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"},
     "gpt_oss": {"num_local_experts": "num_experts"},
@@ -37,12 +38,15 @@ GEMMA_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cohere": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True},
     "cohere2": {
         "rms_norm_eps": 1e-5,
         "logit_scale": 0.0625,
         "sliding_window": 4096,
         "tie_word_embeddings": True,
     },
+    "ernie4_5": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "head_dim": 128, "tie_word_embeddings": True},
+    "gemma": {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "gemma2": {**GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     # Gemma 3's multimodal checkpoints do leave out most of these.
     "gemma3_text": {
@@ -91,8 +95,10 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
+    "olmoe": {"rms_norm_eps": 1e-5},
     "phi3": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     "qwen3": {"head_dim": 128},
+    "seed_oss": {"head_dim": 128, "attention_bias": True},
     "smollm3": {"tie_word_embeddings": True, "rope_theta": 2e6},
     "starcoder2": {
         "rms_norm_eps": 1e-5,

@@ -13,6 +13,7 @@ from octavo.model.layers.build import Build
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import Cut, LoadItem
 from octavo.model.layers.mlp import GatedMLPLayer
+from octavo.model.quantization.dense import DENSE
 
 TRANSPOSED = Part("", "", 0, stored="transposed")
 ALTERNATING = Part("", "", 0, stored="alternating")
@@ -33,7 +34,7 @@ class MoELayer:
             GatedMLPLayer(block.shared, build, hf_prefix, gguf_prefix) if block.shared is not None else None
         )
         self.shared_gate = (
-            LinearLayer(block.shared_gate, build, hf_prefix, gguf_prefix)
+            LinearLayer(block.shared_gate, replace(build, weight_format=DENSE), hf_prefix, gguf_prefix)
             if block.shared_gate is not None
             else None
         )
@@ -72,7 +73,9 @@ class RouterLayer:
     def __init__(self, block: Router, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
         self.block = block
         self.dtype = torch.float32 if block.scoring == "sigmoid" else build.dtype
-        self.linear = LinearLayer(block.linear, replace(build, dtype=self.dtype), hf_prefix, gguf_prefix)
+        # A few rows that decide much: not worth quantizing.
+        plain = replace(build, dtype=self.dtype, weight_format=DENSE)
+        self.linear = LinearLayer(block.linear, plain, hf_prefix, gguf_prefix)
         self.correction = (
             build.empty(block.linear.out_features, dtype=torch.float32) if block.correction else None
         )
