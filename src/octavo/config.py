@@ -38,6 +38,12 @@ class ModelOptions:
         "Type of activations and dense weights.",
         ("auto", "float32", "float16", "bfloat16", "half", "float"),
     )
+    quantization: str | None = option(
+        None,
+        "Store weights in fewer bits, quantized while they are loaded: fp8 (GPUs of compute capability 8.9 or later; "
+        "slow on CPUs).",
+        ("fp8",),
+    )
     max_model_len: str | None = option(
         None,
         "Longest prompt + answer in tokens (like 8192 or 8k; default: the model's own, as far as it fits).",

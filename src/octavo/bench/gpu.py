@@ -150,24 +150,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", default=None, help="store weights in fewer bits: fp8")
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     return parser.parse_args(argv)
 
 
-def measure(runner: TorchRunner, args: argparse.Namespace, bandwidth: float, flops: float) -> list[Row]:
-    """All rows of the table."""
-    weights = runner.network.matrix_bytes()  # 2 bytes and 2 operations a parameter: the same number
+def fp8_ceiling(device: torch.device) -> float:
+    """fp8 FLOP/s of an 8192^3 product on random data, one scale for all of it."""
+    a, b = (torch.randn(8192, 8192, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
+    product = partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return 2 * 8192**3 / timed(product, 10)
+
+
+def measure(
+    runner: TorchRunner, args: argparse.Namespace, bandwidth: float, flops: dict[torch.dtype, float]
+) -> list[Row]:
+    """All rows of the table; ``flops`` by type of weight, that of bfloat16 for others."""
+    weights = runner.network.matrix_bytes()
+    elements = runner.network.matrix_elements()
+    token_s = sum(2 * count / flops.get(dtype, flops[torch.bfloat16]) for dtype, count in elements.items())
     token_bytes = sum(len(g.layers) * g.spec.page_bytes / g.spec.page_size for g in runner.layout.groups)
     sampling = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=4096)
     rows: list[Row] = []
     for batch in numbers(args.batch):
         seconds = decode(runner, batch, args.context, args.steps, sampling)
         moved = weights + batch * token_bytes * (args.context + args.steps / 2)
-        floor = max(moved / bandwidth, weights * batch / flops)
+        floor = max(moved / bandwidth, token_s * batch)
         rows.append(Row(f"decode x{batch}", seconds * 1e3, batch / seconds, floor * 1e3, floor / seconds))
     for size in numbers(args.prefill):
         seconds = prefill(runner, 1, size, 5)
-        floor = max(weights / bandwidth, weights * size / flops)
+        floor = max(weights / bandwidth, token_s * size)
         rows.append(Row(f"prefill {size}", seconds * 1e3, size / seconds, floor * 1e3, floor / seconds))
     return rows
 
@@ -191,16 +204,23 @@ def main(argv: list[str]) -> int:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max([8192, *numbers(args.prefill)]),
         dtype=args.dtype,
+        quantization=args.quantization,
     )
     platform = open_platform("cuda")
     name = platform.hardware().name
-    bandwidth, flops = ceilings(platform.device)
+    bandwidth, bf16 = ceilings(platform.device)
+    flops = {torch.bfloat16: bf16}
+    if args.quantization == "fp8":
+        flops[torch.float8_e4m3fn] = fp8_ceiling(platform.device)
     timeline = Timeline.start()
     built = host.build_runner(options, host.open_files(options), timeline=timeline)
     runner = built.runner
     if not isinstance(runner, TorchRunner):
         raise TypeError("bench gpu drives the torch runner")
-    print(f"{name}: copy {bandwidth / 1e9:.0f} GB/s, bf16 {flops / 1e12:.0f} TFLOP/s")
+    rates = ", ".join(
+        f"{str(dtype).split('.')[1]} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in flops.items()
+    )
+    print(f"{name}: copy {bandwidth / 1e9:.0f} GB/s, {rates}")
     print("start: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in timeline.phases.items()))
     print("kernels: " + str(built.kernels))
     rows = measure(runner, args, bandwidth, flops)
@@ -209,7 +229,7 @@ def main(argv: list[str]) -> int:
         print(f"{row.name:<16}{row.ms:>10.3f}{row.tokens_per_s:>12.0f}{row.floor_ms:>11.3f}{row.share:>8.0%}")
     if args.output:
         table = {"device": name, "model": args.model, "rows": [asdict(row) for row in rows]}
-        table |= {"copy_bytes_per_s": bandwidth, "bf16_flops": flops, "start_s": timeline.phases}
+        table |= {"copy_bytes_per_s": bandwidth, "bf16_flops": bf16, "start_s": timeline.phases}
         args.output.write_text(json.dumps(table, indent=1))
     return 0
 

@@ -21,6 +21,8 @@ def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) 
         return "torch"
     if device.cpu_backend == "torch" or options.model.dtype not in ("auto",):
         return "torch"
+    if options.model.quantization == "fp8":  # whole bytes of a float are no type of the compiled kernels
+        return "torch"
     return "torch" if supports(describe(arch), files) else "compiled"
 
 

@@ -17,6 +17,7 @@ from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
 from octavo.model.network import Network
+from octavo.model.quantization.fp8 import choose_format
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import SlotInit, StepPlan
 from octavo.runner.graphs import StepGraphs
@@ -38,14 +39,17 @@ def build(
     dtype = DTYPES[resolved.dtype]
     spec = describe(arch)
     binder = Binder()
+    op_spec = platform.op_spec(dtype)
+    weight_format = choose_format(options.model.quantization, spec, op_spec)
     timeline.end("imports")
     network = Network(
         spec,
         dtype=dtype,
         device=platform.device,
         binder=binder,
-        op_spec=platform.op_spec(dtype),
+        op_spec=op_spec,
         max_position=resolved.max_model_len,
+        weight_format=weight_format,
     )
     network.load(files, progress=lambda done, total: progress("loading weights", done, total))
     platform.synchronize()

@@ -25,10 +25,10 @@ FP8 = torch.float8_e4m3fn
 
 @triton.jit(do_not_specialize=["count"])
 def _skinny_kernel(
-    out, x, weight, scale, bias, count, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
+    out, x, weight, scale, bias, count, N: tl.constexpr, K: tl.constexpr, FEW: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of ``count`` <= TOKENS tokens; a program owns whole rows of the weight."""
+    """BLOCK_N outputs of one token, or (FEW) of ``count`` <= 4; a program owns whole rows of the weight."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -39,27 +39,35 @@ def _skinny_kernel(
     shift = tl.zeros((BLOCK_N,), tl.float32)
     if BIAS:
         shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    if TOKENS == 1:
-        sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            inside = start + k < K
-            w = tl.load(rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
-            values = tl.load(x + start + k, mask=inside, other=0.0)
-            sums += w.to(tl.float32) * values.to(tl.float32)[None, :]
-        tl.store(out + n, (tl.sum(sums, 1) * unit + shift).to(out.dtype.element_ty), mask=n < N)
-    else:
-        token = tl.arange(0, TOKENS)
-        live = token < count
-        lines = x + tl.where(live, token, 0)[:, None] * K
-        many = tl.zeros((TOKENS, BLOCK_N, BLOCK_K), tl.float32)
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            inside = start + k < K
-            w = tl.load(rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
-            values = tl.load(lines + (start + k)[None, :], mask=inside[None, :], other=0.0)
-            many += w.to(tl.float32)[None, :, :] * values.to(tl.float32)[:, None, :]
-        total = tl.sum(many, 2) * unit[None, :] + shift[None, :]
-        place = out + token[:, None] * N + n[None, :]
-        tl.store(place, total.to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
+    # Rows past the last token are the first one's again, and are not stored.
+    second = tl.where(count > 1, K, 0)
+    third = tl.where(count > 2, 2 * K, 0)
+    fourth = tl.where(count > 3, 3 * K, 0)
+    sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    # One sum a token by name: a third dimension would send the weight through shared memory again.
+    sums_b = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    sums_c = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    sums_d = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        inside = start + k < K
+        w = tl.load(rows + (start + k)[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+        line = x + start + k
+        sums += w * tl.load(line, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if FEW:
+            sums_b += w * tl.load(line + second, mask=inside, other=0.0).to(tl.float32)[None, :]
+            sums_c += w * tl.load(line + third, mask=inside, other=0.0).to(tl.float32)[None, :]
+            sums_d += w * tl.load(line + fourth, mask=inside, other=0.0).to(tl.float32)[None, :]
+    place = out + n
+    kind = out.dtype.element_ty
+    tl.store(place, (tl.sum(sums, 1) * unit + shift).to(kind), mask=n < N)
+    if FEW:
+        tl.store(place + N, (tl.sum(sums_b, 1) * unit + shift).to(kind), mask=n < tl.where(count > 1, N, 0))
+        tl.store(
+            place + 2 * N, (tl.sum(sums_c, 1) * unit + shift).to(kind), mask=n < tl.where(count > 2, N, 0)
+        )
+        tl.store(
+            place + 3 * N, (tl.sum(sums_d, 1) * unit + shift).to(kind), mask=n < tl.where(count > 3, N, 0)
+        )
 
 
 @triton.jit
@@ -135,11 +143,11 @@ def skinny(
     tokens, (outputs, size) = x.shape[0], weight.shape
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     # One class for 2-4 tokens: it is compiled once, and reading the weight is what takes the time.
-    lanes, block_k = (1, 1024) if tokens == 1 else (SKINNY, 512)
+    block_k = 1024 if tokens == 1 else 512
     block = 8 if outputs < 16384 or tokens > 1 else 16
     launch = {"launch_pdl": True} if pdl else {}
     _skinny_kernel[(triton.cdiv(outputs, block),)](
-        out, x.contiguous(), weight, scale, bias, tokens, N=outputs, K=size, TOKENS=lanes, BLOCK_N=block,
+        out, x.contiguous(), weight, scale, bias, tokens, N=outputs, K=size, FEW=tokens > 1, BLOCK_N=block,
         BLOCK_K=block_k, BIAS=bias is not None, STAGES=4, PDL=pdl, num_warps=8, **launch,
     )  # fmt: skip
     return out
