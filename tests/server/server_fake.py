@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
+from tokenizers import AddedToken
 
 from octavo.api.frontend import Frontend
 from octavo.api.server.app import build_app
@@ -26,6 +27,7 @@ from octavo.protocol.control import Control, ControlReply, EngineInfo, EngineSta
 from octavo.protocol.generate import FinishReason, GenerateRequest, Logprob, TokenDelta
 
 EOS = 257
+THINK, END_THINK = 298, 299  # <think> and </think>
 VOCAB_SIZE = 300
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -155,19 +157,25 @@ def _candidates(token: int, num_top: int) -> list[Logprob]:
     return [top[1], *top[:num_top]]
 
 
-def make_tokenizer() -> Tokenizer:
-    return Tokenizer(build_byte_tokenizer({"vocab_size": VOCAB_SIZE, "eos_token_id": EOS}))
+def make_tokenizer(special: bool = False) -> Tokenizer:
+    """Bytes, and thinking markers as tokens of their own (``special`` or not)."""
+    built = build_byte_tokenizer({"vocab_size": THINK, "eos_token_id": EOS})
+    markers = [AddedToken("<think>", special=special), AddedToken("</think>", special=special)]
+    built.backend.add_tokens(markers)
+    return Tokenizer(built)
 
 
-def make_frontend(engine: FakeEngine, template: str | None = TEMPLATE) -> Frontend:
-    return Frontend(engine, make_tokenizer(), ChatTemplate(template), model_name="fake")
+def make_frontend(
+    engine: FakeEngine, template: str | None = TEMPLATE, tokenizer: Tokenizer | None = None
+) -> Frontend:
+    return Frontend(engine, tokenizer or make_tokenizer(), ChatTemplate(template), model_name="fake")
 
 
 def make_app(engine: FakeEngine, **settings: Any) -> ASGIApp:
     """The whole application over ``engine``; ``template`` is the model's chat template."""
-    template = settings.pop("template", TEMPLATE)
+    template, tokenizer = settings.pop("template", TEMPLATE), settings.pop("tokenizer", None)
     given = {"served_model_names": ("fake", "alias"), **settings}
-    return build_app(make_frontend(engine, template), engine, ServerSettings(**given))
+    return build_app(make_frontend(engine, template, tokenizer), engine, ServerSettings(**given))
 
 
 def make_client(engine: FakeEngine | None = None, **settings: Any) -> TestClient:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_fake import FakeEngine, make_client, says
+from server_fake import TEMPLATE, FakeEngine, make_client, says
 from starlette.testclient import TestClient
 
 from octavo.api.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeRequest
@@ -95,6 +95,8 @@ def test_documented_bounds_are_the_enforced_ones(
         body["echo"] = True
     if name == "min_tokens" and value > 16:
         body["max_tokens"] = min(value, 2**31 - 1)
+    if name == "thinking_token_budget":  # only for models that think aloud
+        client = make_client(FakeEngine(rule=says("ab")), template=TEMPLATE + "{# </think> #}")
     reply = client.post(path, json=body)
     assert reply.status_code == status, reply.text
     if status == 400:

@@ -14,13 +14,14 @@ import msgspec
 from octavo.api.chat.formats.detect import detect_tools
 from octavo.api.chat.formats.tools import ToolSyntax
 from octavo.api.chat.request import ChatPrompt
+from octavo.api.chat.thinking import ThinkingFormat
 from octavo.api.generation import Choice, Generation, TextDelta
 from octavo.api.structured import Grammars
 from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.base import EngineClient
 from octavo.errors import EngineDeadError, ModelFileError, RequestError
-from octavo.protocol.generate import GenerateRequest, SamplingParams
+from octavo.protocol.generate import GenerateRequest, SamplingParams, Thinking
 
 __all__ = ["Frontend", "Generation", "TextDelta"]
 
@@ -71,6 +72,11 @@ class Frontend:
     def tool_syntax(self) -> ToolSyntax:
         """How this model calls tools."""
         return detect_tools(self.template)
+
+    @cached_property
+    def thinking(self) -> ThinkingFormat | None:
+        """How this model thinks aloud; None where it does not."""
+        return ThinkingFormat.of(self.template, self.tokenizer)
 
     @property
     def max_model_len(self) -> int:
@@ -133,6 +139,7 @@ class Frontend:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        thinking: Thinking | None = None,
     ) -> Generation:
         """Hand a prepared request to the engine at once and return its stream of ``TextDelta``.
 
@@ -160,6 +167,7 @@ class Frontend:
                     arrival_s=arrival_s,
                     cache_salt=cache_salt,
                     grammar=grammar,
+                    thinking=thinking,
                 )
                 generation.submit(request, Choice(index, request, self.tokenizer))
         except BaseException:

@@ -9,14 +9,20 @@ from octavo.api.generation import TextDelta
 
 
 class ChoiceReader:
-    """Implements ``ChatFormat``: thoughts first, then tool calls in what is left."""
+    """Implements ``ChatFormat``: thoughts first (left out unless ``show_reasoning``), then tool calls in what is left."""
 
     def __init__(
-        self, index: int, *, reasoning: ReasoningParser | None = None, tools: ToolParser | None = None
+        self,
+        index: int,
+        *,
+        reasoning: ReasoningParser | None = None,
+        tools: ToolParser | None = None,
+        show_reasoning: bool = True,
     ) -> None:
         self._index = index
         self._reasoning = reasoning
         self._tools = tools
+        self._show_reasoning = show_reasoning
 
     def push(self, delta: TextDelta) -> list[ChatEvent]:
         """See ``ChatFormat.push``; the last delta brings what was held back."""
@@ -27,6 +33,8 @@ class ChoiceReader:
             if delta.finish_reason is not None:
                 more, rest = self._reasoning.finish()
                 events, text = events + more, text + rest
+            if not self._show_reasoning:
+                events = []
         if self._tools is None:
             return [*events, Text(self._index, text, [])] if text else events
         events += self._tools.push(text)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from msgspec import UNSET
 
 from octavo.api.chat.reader import ChoiceReader, MessageFold
+from octavo.api.chat.thinking import plan_thinking
 from octavo.api.generation import TextDelta
 from octavo.api.openai.context import Context, Stream, reply_id
 from octavo.api.openai.folding import ChoiceFold, TextEvents, event
@@ -64,20 +65,38 @@ async def chat_completions(context: Context, request: ChatCompletionRequest) -> 
         raise RequestError(
             "max_tokens and max_completion_tokens differ.", param="max_tokens", cure="Send only the second."
         )
+    frontend = context.frontend
     tools = await tool_plan(context, request)
+    params = await structured_outputs(context, request, tools)
+    markers_are_special = (tools is not None and tools.shows_specials) or (
+        frontend.thinking is not None and frontend.thinking.shows_specials
+    )
     sampling = sampling_params(
         context,
         request,
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
-        structured_outputs=await structured_outputs(context, request, tools),
-        skip_special_tokens=False if tools is not None and tools.shows_specials else None,
+        structured_outputs=params,
+        skip_special_tokens=False if markers_are_special else None,
     )
     prompt = await chat_prompt(context, request, sampling, tools)
+    thinking = plan_thinking(
+        frontend.thinking,
+        prompt[0],
+        frontend.tokenizer,
+        budget=request.thinking_token_budget,
+        has_grammar=params is not None,
+    )
     request_id = reply_id("chatcmpl", request.request_id)
-    run = Run(context, request, [prompt], request_id=request_id)
-    readers = choice_readers(tools, run.n)
+    run = Run(
+        context,
+        request,
+        [prompt],
+        request_id=request_id,
+        thinking=None if thinking is None else thinking.engine,
+    )
+    readers = choice_readers(tools, thinking, run.n, show_reasoning=request.include_reasoning is not False)
     reply = _Reply(context, request, run, request_id, model, int(time.time()), readers)
     return Stream(_stream(reply), run.close) if request.stream else await _whole(reply)
 

@@ -10,7 +10,7 @@ from octavo.api.generation import Generation, TextDelta
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import PromptTokensDetails, SamplingFields, Usage
 from octavo.errors import RequestError
-from octavo.protocol.generate import SamplingParams
+from octavo.protocol.generate import SamplingParams, Thinking
 
 MAX_CHOICES = 2048  # of one request: prompts x n
 
@@ -21,7 +21,7 @@ class Run:
     """Hands ``prompts`` (prepared ids and parameters) to the engine and follows their choices to the end.
 
     Choices are numbered as OpenAI does: those of the first prompt first. ``counts_output`` False leaves generated
-    tokens out of the usage (a request that only scores its prompt). Raises ``QueueFullError`` or ``EngineDeadError``
+    tokens out of the usage (a request that only scores its prompt). ``thinking`` is what the engine watches. Raises ``QueueFullError`` or ``EngineDeadError``
     at once, before anything is answered.
     """
 
@@ -33,6 +33,7 @@ class Run:
         *,
         request_id: str,
         counts_output: bool = True,
+        thinking: Thinking | None = None,
     ) -> None:
         self.context = context
         self.prompts = prompts
@@ -58,6 +59,7 @@ class Run:
                         request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
                         priority=request.priority or 0,
                         cache_salt=request.cache_salt,
+                        thinking=thinking,
                     )
                 )
         except BaseException:

@@ -171,7 +171,6 @@ class ChatNotYet(SamplingFields, kw_only=True):
     documents: Any = None
     function_call: Any = None
     functions: Any = None
-    include_reasoning: Any = None
     mm_processor_kwargs: Any = None
     media_io_kwargs: Any = None
     modalities: Any = None
@@ -179,7 +178,6 @@ class ChatNotYet(SamplingFields, kw_only=True):
     reasoning_effort: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-    thinking_token_budget: Any = None
     verbosity: Any = None
     web_search_options: Any = None
     echo: Any = None
@@ -204,7 +202,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "include_reasoning": (True,),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "echo": (False,),
@@ -238,6 +235,8 @@ class ChatCompletionRequest(ChatNotYet, kw_only=True):
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    thinking_token_budget: bounds.ThinkingBudget | None = None
+    include_reasoning: bool | None = None
 
 
 class CompletionRequest(CompletionNotYet, kw_only=True):
@@ -379,6 +378,8 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     content: str | None
     refusal: str | None = None
     tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET  # the same, for older clients
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -412,6 +413,8 @@ class ChatDelta(msgspec.Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None  # the same, for older clients
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

@@ -1,10 +1,11 @@
-"""Tools in OpenAI's words: from the request's fields to a plan, from events to messages and chunks."""
+"""Tools and thoughts in OpenAI's words: from the request's fields to a plan, from events to messages and chunks."""
 
 from __future__ import annotations
 
-from octavo.api.chat.events import ChatEvent, Text, ToolArgs, ToolStart
+from octavo.api.chat.events import ChatEvent, Reasoning, Text, ToolArgs, ToolStart
 from octavo.api.chat.formats.tools import ToolParser
 from octavo.api.chat.reader import ChoiceReader, MessageFold
+from octavo.api.chat.thinking import ThinkingPlan
 from octavo.api.chat.tools import ToolDefinition, ToolPlan, plan_tools
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import (
@@ -42,19 +43,30 @@ async def tool_plan(context: Context, request: ChatCompletionRequest) -> ToolPla
     )
 
 
-def choice_readers(tools: ToolPlan | None, n: int) -> list[ChoiceReader] | None:
+def choice_readers(
+    tools: ToolPlan | None, thinking: ThinkingPlan | None, n: int, *, show_reasoning: bool
+) -> list[ChoiceReader] | None:
     """A reader for each choice; None where all text is the answer."""
-    if tools is None:
+    if tools is None and (thinking is None or thinking.prompt.closed):
         return None
     return [
-        ChoiceReader(index, tools=ToolParser(tools.syntax, index, names=tools.names, parallel=tools.parallel))
+        ChoiceReader(
+            index,
+            reasoning=None if thinking is None else thinking.parser(index),
+            tools=None
+            if tools is None
+            else ToolParser(tools.syntax, index, names=tools.names, parallel=tools.parallel),
+            show_reasoning=show_reasoning,
+        )
         for index in range(n)
     ]
 
 
 def chat_message(fold: MessageFold) -> ChatMessage:
     """The whole message of a choice."""
-    message = ChatMessage(content=fold.text or (None if fold.calls else ""))
+    message = ChatMessage(content=fold.text or (None if fold.calls or fold.reasoning else ""))
+    if fold.reasoning:
+        message.reasoning = message.reasoning_content = fold.reasoning
     if fold.calls:
         message.tool_calls = [
             ToolCall(id=call.id, function=FunctionCall(call.name, "".join(parts)))
@@ -69,6 +81,8 @@ def chat_deltas(events: list[ChatEvent]) -> list[ChatDelta]:
     for event in events:
         if isinstance(event, Text):
             deltas.append(ChatDelta(content=event.text))
+        elif isinstance(event, Reasoning):
+            deltas.append(ChatDelta(reasoning=event.text, reasoning_content=event.text))
         elif isinstance(event, ToolStart):
             call = ToolCallDelta(
                 index=event.tool, id=event.id, type="function", function=FunctionCall(event.name, "")
