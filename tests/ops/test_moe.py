@@ -65,7 +65,7 @@ def test_experts(dtype: torch.dtype, tokens: int, num: int, top_k: int, hidden: 
         draw(num, 2 * inner, hidden, dtype=dtype, scale=hidden**-0.5),
         draw(num, hidden, inner, dtype=dtype, scale=inner**-0.5),
     )
-    ours = kernels.experts(x, ids, weights, gate_up, down, "silu")
+    ours = kernels.GroupedExperts()(x, ids, weights, gate_up, down, "silu")
     theirs = moe.experts(x.float(), ids, weights, gate_up.float(), down.float(), "silu")
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.float(), theirs, atol=BOUND[dtype], rtol=BOUND[dtype])
@@ -86,7 +86,7 @@ def test_biases_and_activations(activation: str) -> None:
         draw(5, 48),
         draw(5, 32),
     )
-    torch.testing.assert_close(kernels.experts(*args), moe.experts(*args), atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(kernels.GroupedExperts()(*args), moe.experts(*args), atol=2e-3, rtol=1e-4)
 
 
 @given(
@@ -158,10 +158,11 @@ def test_a_captured_graph_follows_the_router(tokens: int) -> None:
     gate_up = draw(num, 2 * inner, hidden, dtype=torch.bfloat16, scale=hidden**-0.5)
     down = draw(num, hidden, inner, dtype=torch.bfloat16, scale=inner**-0.5)
     x, logits = draw(tokens, hidden, dtype=torch.bfloat16), draw(tokens, num)
-    kernels.experts(x, *kernels.route(logits, top_k), gate_up, down, "silu")
+    experts = kernels.GroupedExperts()
+    experts(x, *kernels.route(logits, top_k), gate_up, down, "silu")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = kernels.experts(x, *kernels.route(logits, top_k), gate_up, down, "silu")
+        out = experts(x, *kernels.route(logits, top_k), gate_up, down, "silu")
     for bias in (0.0, 30.0):  # spread, then all tokens on the same experts
         logits.normal_()
         logits[:, :top_k] += bias

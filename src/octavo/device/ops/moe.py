@@ -94,4 +94,4 @@ def experts(
 
 
 ROUTE = Op("route", route, triton_rows("moe:route"))
-EXPERTS = Op("experts", experts, triton_rows("moe:experts"))
+EXPERTS = Op("experts", experts, triton_rows("moe:GroupedExperts", factory=True))

@@ -6,12 +6,15 @@ captured whatever the router chooses.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 CHUNK = 1024  # choices that a program of the sort looks at together
+BLOCKS = (16, 32, 64, 128)
 SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_top_k": 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "swiglu_clamped": 3}
 
@@ -224,41 +227,66 @@ def sorted_rows(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tens
 
 def block_rows(count: int, num_experts: int) -> int:
     """Rows of a block: about what an expert gets on average, within what tensor cores take."""
-    return max(16, min(128, triton.next_power_of_2(max(1, count // num_experts))))
+    return max(BLOCKS[0], min(BLOCKS[-1], triton.next_power_of_2(max(1, count // num_experts))))
 
 
-def experts(
+class GroupedExperts:
+    """``octavo.device.ops.moe.experts`` on a GPU; all tensors are contiguous.
+
+    The first call runs one token through every block size, so that none compiles later, whatever a step's size.
+    """
+
+    def __init__(self) -> None:
+        self.ready = False
+
+    def __call__(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: str,
+        alpha: float = 1.0,
+        limit: float = 0.0,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> Tensor:
+        if ids.numel() == 0:
+            return torch.zeros_like(x)
+        options = {"ACTIVATION": ACTIVATIONS[activation], "ALPHA": alpha, "LIMIT": limit}
+        matrices = (gate_up, down, gate_up_bias, down_bias)
+        if not self.ready:
+            for block in BLOCKS:
+                _two_products(block, x[:1], ids[:1], weights[:1], matrices, options)
+            self.ready = True
+        return _two_products(block_rows(ids.numel(), down.shape[0]), x, ids, weights, matrices, options)
+
+
+def _two_products(
+    block: int,
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    activation: str,
-    alpha: float = 1.0,
-    limit: float = 0.0,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
+    matrices: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    options: dict[str, Any],
 ) -> Tensor:
-    """``octavo.device.ops.moe.experts`` on a GPU; all tensors are contiguous."""
+    gate_up, down, gate_up_bias, down_bias = matrices
     tokens, top_k = ids.shape
     num_experts, hidden, inner = down.shape
     count = tokens * top_k
-    if count == 0:
-        return torch.zeros_like(x)
-    block = block_rows(count, num_experts)
     order = sorted_rows(ids, num_experts, block)
     middle = torch.empty((count, inner), dtype=x.dtype, device=x.device)
     out = torch.empty((count, hidden), dtype=x.dtype, device=x.device)
     wide = 128 if block >= 64 else 64
-    common = {"ALPHA": alpha, "LIMIT": limit, "ACTIVATION": ACTIVATIONS[activation], "BLOCK_M": block}
     launch = {"num_warps": 8 if block >= 128 else 4, "num_stages": 3 if block >= 64 else 4}
     blocks = order[1].numel()
     _grouped_kernel[(blocks, triton.cdiv(inner, 64))](
         middle, x, gate_up, gate_up_bias, None, *order, count, N=inner, K=hidden, TOP_K=top_k, GATED=True,
-        BIAS=gate_up_bias is not None, SCALED=False, BLOCK_N=64, BLOCK_K=64, **common, **launch,
+        BIAS=gate_up_bias is not None, SCALED=False, BLOCK_M=block, BLOCK_N=64, BLOCK_K=64, **options, **launch,
     )  # fmt: skip
     _grouped_kernel[(blocks, triton.cdiv(hidden, wide))](
         out, middle, down, down_bias, weights, *order, count, N=hidden, K=inner, TOP_K=1, GATED=False,
-        BIAS=down_bias is not None, SCALED=True, BLOCK_N=wide, BLOCK_K=64, **common, **launch,
+        BIAS=down_bias is not None, SCALED=True, BLOCK_M=block, BLOCK_N=wide, BLOCK_K=64, **options, **launch,
     )  # fmt: skip
     return out.view(tokens, top_k, hidden).sum(1)
