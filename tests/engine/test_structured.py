@@ -101,6 +101,14 @@ def test_rewind_restores_the_mask(compiler: GrammarCompiler, data: st.DataObject
     assert grammar.mask() == before
 
 
+def test_digits_and_words_are_ascii(compiler: GrammarCompiler) -> None:
+    assert allowed(start(compiler, regex=r"\d")) == set(range(ord("0"), ord("9") + 1))
+    assert not allowed(start(compiler, regex=r"\w+")) - set(range(128))
+    grammar = start(compiler, regex='a/b\n\\/"')
+    feed(grammar, 'a/b\n/"')
+    assert grammar.ended
+
+
 def test_special_and_missing_tokens_are_never_text(compiler: GrammarCompiler) -> None:
     grammar = start(compiler, regex="(.|\n)*")
     assert allowed(grammar) == {*range(128), *range(0xC2, 0xF5), EOS}  # no bos, no padding rows

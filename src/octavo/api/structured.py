@@ -66,12 +66,13 @@ def make_grammar(params: StructuredOutputsParams, param: str) -> str:
 
 
 def _text(params: StructuredOutputsParams, param: str) -> str:
-    from llguidance import LLMatcher  # 60 ms that a server without grammars never pays
+    from llguidance import LLMatcher, regex_to_lark  # 60 ms that a server without grammars never pays
 
     if params.grammar is not None:
         return LLMatcher.grammar_from_lark(params.grammar)
     if params.regex is not None:
-        return LLMatcher.grammar_from_regex(params.regex)
+        # \d and \w mean ASCII, as in JSON schemas: nobody who asks for digits wants those of other scripts.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, 'dw')}/")
     if params.choice is not None:
         return LLMatcher.grammar_from_lark(choice_rule(params.choice))
     return schema_grammar(params, {"type": "object"} if params.json is None else params.json, param)
@@ -79,7 +80,12 @@ def _text(params: StructuredOutputsParams, param: str) -> str:
 
 def choice_rule(choices: list[str]) -> str:
     """A Lark grammar of exactly these texts."""
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return "start: " + " | ".join(quoted(choice) for choice in choices)
+
+
+def quoted(text: str) -> str:
+    """``text`` as a Lark string: JSON's form, but that Lark does not know DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def schema_grammar(params: StructuredOutputsParams, schema: object, param: str) -> str:

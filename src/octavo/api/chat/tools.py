@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from octavo.api.chat.formats.tools import ToolSyntax
-from octavo.api.structured import LARGE_GRAMMAR, WHITESPACE, checked
+from octavo.api.structured import LARGE_GRAMMAR, WHITESPACE, checked, quoted
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.errors import RequestError
 from octavo.protocol.generate import StructuredOutputsParams
@@ -111,7 +111,7 @@ class ToolGrammar:
             rules.insert(0, f"start: {section}" if must else self._in_text(calls, many))
             return "\n".join(rules)
         rules.append(f"call: {calls}")
-        separator = f"{json.dumps(syntax.separator)} " if syntax.separator else ""
+        separator = f"{quoted(syntax.separator)} " if syntax.separator else ""
         inner = "call" + (f" ({separator}call)*" if many else "")
         if syntax.is_list:
             inner = f'{self._mark(syntax.begin)} "[" {inner} "]"'
@@ -120,10 +120,10 @@ class ToolGrammar:
         return "\n".join(rules)
 
     def _call(self, i: int, tool: ToolDefinition, *, opened: bool) -> str:
-        syntax, name = self._syntax, json.dumps(tool.name, ensure_ascii=False)
+        syntax, name = self._syntax, tool.name
         if syntax.args_mark:
-            return f"{self._mark(syntax.begin)} {name} {self._mark(syntax.args_mark)} args_{i}"
-        head = json.dumps(f'{{"name": {name}, "{syntax.args_key}": ', ensure_ascii=False)
+            return f"{self._mark(syntax.begin)} {quoted(name)} {self._mark(syntax.args_mark)} args_{i}"
+        head = quoted(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{syntax.args_key}": ')
         if not syntax.end:
             return f'{head} args_{i} "}}"'
         begin = "" if opened else self._mark(syntax.begin)
@@ -152,7 +152,7 @@ class ToolGrammar:
         schema = {"type": "object", **given}
         schema["x-guidance"] = {"lenient": False, "whitespace_pattern": WHITESPACE}
         try:
-            text = json.dumps(schema, ensure_ascii=False)
+            text = json.dumps(schema)
             checked(f"start: %json {text}", f"tools[{i}].function.parameters")
         except RecursionError:
             raise RequestError(
@@ -173,7 +173,7 @@ class ToolGrammar:
     def _mark(self, mark: str) -> str:
         """A marker as the grammar writes it: a special token by its id, anything else as text."""
         token_id = self._special_id(mark)
-        return json.dumps(mark) if token_id is None else f"<[{token_id}]>"
+        return quoted(mark) if token_id is None else f"<[{token_id}]>"
 
 
 def _escaped(text: str) -> str:
