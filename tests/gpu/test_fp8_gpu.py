@@ -22,7 +22,7 @@ pytestmark = [
         reason="there is no CUDA device with fp8 arithmetic here",
     ),
 ]
-SIZES = [(6144, 4096), (4096, 14336), (3072, 1024)]
+SIZES = [(6144, 4096), (4096, 14336), (3072, 1024), (18944, 3584)]
 
 
 def bound() -> tuple[str, object]:
@@ -40,9 +40,9 @@ def operands(tokens: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 17, 256, 1023, 1024, 2000])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17, 256, 511, 512, 2000])
 def test_every_way_at_model_shapes(tokens: int, n: int, k: int) -> None:
-    """Few tokens: the product of the dequantized weight; more: the reference body, which rounds tokens too."""
+    """One token: the product of the dequantized weight; more: the reference body, which rounds tokens too."""
     from octavo.device.kernels.triton import fp8 as kernels
 
     name, linear = bound()
@@ -50,7 +50,7 @@ def test_every_way_at_model_shapes(tokens: int, n: int, k: int) -> None:
     x, weight, scale, bias = operands(tokens, n, k)
     for shift in (None, bias):
         actual = linear(x, weight, scale, shift)  # type: ignore[operator]
-        if tokens <= kernels.SKINNY:
+        if tokens == 1 and n < kernels.WIDE:
             expected = x.float() @ (weight.float() * scale[:, None]).T + (
                 0 if shift is None else shift.float()
             )
@@ -95,13 +95,13 @@ def test_nothing_compiles_once_warm(monkeypatch: pytest.MonkeyPatch) -> None:
         triton.knobs.runtime, "jit_post_compile_hook", lambda **info: compiled.append(str(info.get("repr")))
     )
     _, linear = bound()
-    for tokens in (1, 2, 5):
-        linear(*operands(tokens, 2048, 1024))  # type: ignore[operator]
+    for tokens in (1, 5):
+        linear(*operands(tokens, 2096, 1040))  # type: ignore[operator]
     warm = len(compiled)
-    assert warm >= 4  # two of our own product, tokens, scales
+    assert warm >= 3  # our own product, tokens, scales; no other test has these sizes
     generator = random.Random(0)
     for _ in range(20):
-        linear(*operands(generator.choice((1, 3, 4, 17, 100, 1023, 1500, 3000)), 2048, 1024))  # type: ignore[operator]
+        linear(*operands(generator.choice((1, 3, 4, 17, 100, 511, 1500, 3000)), 2096, 1040))  # type: ignore[operator]
     assert compiled[warm:] == []
 
 

@@ -21,9 +21,9 @@ from octavo.device.kernels.triton import fp8 as kernels
 from octavo.device.ops.fp8 import quantize_rows
 
 WAYS: tuple[tuple[str, Callable[..., Tensor], int, int], ...] = (  # name, function, fewest and most tokens
-    ("skinny", partial(kernels.skinny, pdl=True), 1, kernels.SKINNY),
-    ("tensor-wise", kernels.tensor_wise, 5, 1 << 20),
-    ("row-wise", kernels.row_wise, 5, 1 << 20),
+    ("vector", partial(kernels.vector, pdl=True), 1, 1),
+    ("tensor-wise", kernels.tensor_wise, 1, 1 << 20),
+    ("row-wise", kernels.row_wise, 2, 1 << 20),
 )
 
 

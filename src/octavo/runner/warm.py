@@ -1,7 +1,7 @@
 """Runs a step of every shape class once, so that nothing compiles after the server says it is ready (rule R7).
 
-Classes: one token and a few, one row and several (their kernels differ), short and long chunks, a long chunk beside a
-decode, and every stage of sampling. The steps go through the real runner; they scribble on page 0, which belongs to nobody yet.
+Classes: one row and several (their kernels differ), short and long chunks, a long chunk beside a decode, and every
+stage of sampling. The steps go through the real runner; they scribble on page 0, which belongs to nobody yet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLINGS = (
 def warm(runner: TorchRunner, max_model_len: int) -> int:
     """Run the steps; returns how many. They need one slot more than one where the runner has it."""
     long = min(LONG + 128, runner.max_tokens - 1, max_model_len - 1)
-    rows = [[1], [2], [5], [long]]  # fp8 products of 2 to 4 tokens have a kernel of their own
+    rows = [[1], [5], [long]]
     if runner.num_slots > 1:
         rows += [[1, 1], [5, 1], [long, 1], [5] * min(80, runner.num_slots, runner.max_tokens // 5)]
     count = 0

@@ -16,11 +16,11 @@ SMALLEST = 1e-12  # largest magnitude assumed of a row of zeros, so that its sca
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [R, K] as fp8 [R, K] and float32 scales [R] with x ~ fp8 * scale.
 
-    scale = max |row| / 448, so that the largest value of a row is exact and none overflows; values are divided in
-    float32 and rounded to nearest even. A row with a NaN becomes NaN.
+    scale = max |row| * (1 / 448), so that the largest value of a row becomes 448 and none overflows; values are divided
+    in float32 and rounded to nearest even. A row with a NaN becomes NaN.
     """
     wide = x.float()
-    scale = wide.abs().amax(dim=-1).clamp(min=SMALLEST) / FP8_MAX
+    scale = wide.abs().amax(dim=-1).clamp(min=SMALLEST) * (1 / FP8_MAX)
     return (wide / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
@@ -28,9 +28,9 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
     """x [T, K] times (weight [N, K] fp8, row n times scale [N]) transposed, plus bias [N]: [T, N] in x's type.
 
     The rows of x are quantized as ``quantize_rows`` does (dynamic, one scale a token); sums are in float32. GPU
-    implementations may leave x as it is, which is nearer to the unquantized product: up to four tokens do so, because
-    there the time goes into reading the weight. Between two tokens counts results may therefore differ by x's
-    rounding, 2^-4 of each value at most, a relative error of about 0.026 of the result's norm on normal values.
+    implementations may leave x as it is, which is nearer to the unquantized product: one token does so, because there
+    the time goes into reading the weight. Alone and among others a token's results may therefore differ by x's
+    rounding: 2^-4 of each value at most, about 0.026 of the result's norm on normal values.
     """
     tokens, token_scale = quantize_rows(x)
     y = (tokens.float() @ weight.float().t()) * token_scale.unsqueeze(-1) * scale

@@ -1,10 +1,11 @@
 """Linear maps with fp8 weights on a GPU, three ways by the number of tokens.
 
-1-4            our own kernel: the weight is read once, widened in registers; x stays as it is
-up to ~1000    tokens quantized | product without scales in the vendor's library | scales and bias in one pass
+one            our own kernel: the weight is read once and widened in registers; x stays as it is
+up to 511      tokens quantized | product without scales in the vendor's library | scales and bias in one pass
 more           tokens quantized | product with a scale a row, which the library does as fast from there on
 
-Sizes that are no multiples of 16, which the library does not take, are widened to a dense product.
+``octavo.bench.gpu_fp8`` times them; the bounds below are what it showed. Sizes that are no multiples of 16, which the
+library does not take, are widened to a dense product.
 """
 
 from __future__ import annotations
@@ -17,57 +18,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SKINNY = 4  # most tokens of our own kernel
-ROW_WISE_FROM = 1024  # tokens from which scales inside the product cost less than a pass over its result
+WIDE = (
+    16384  # outputs from which the library is faster even for one token: widening takes the time, not reading
+)
+ROW_WISE_FROM = 512  # tokens from which scales inside the product cost less than a pass over its result
 ALIGNMENT = 16  # of both sizes of a weight that the library's product takes
 FP8 = torch.float8_e4m3fn
 
 
-@triton.jit(do_not_specialize=["count"])
-def _skinny_kernel(
-    out, x, weight, scale, bias, count, N: tl.constexpr, K: tl.constexpr, FEW: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _vector_kernel(
+    out, x, weight, scale, bias, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BIAS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of one token, or (FEW) of ``count`` <= 4; a program owns whole rows of the weight."""
+    """BLOCK_N outputs of one token; a program owns whole rows of the weight."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     rows = weight + tl.where(n < N, n, 0).to(tl.int64)[:, None] * K
-    unit = tl.load(scale + n, mask=n < N, other=0.0)
-    shift = tl.zeros((BLOCK_N,), tl.float32)
-    if BIAS:
-        shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    # Rows past the last token are the first one's again, and are not stored.
-    second = tl.where(count > 1, K, 0)
-    third = tl.where(count > 2, 2 * K, 0)
-    fourth = tl.where(count > 3, 3 * K, 0)
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    # One sum a token by name: a third dimension would send the weight through shared memory again.
-    sums_b = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    sums_c = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    sums_d = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         inside = start + k < K
-        w = tl.load(rows + (start + k)[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-        line = x + start + k
-        sums += w * tl.load(line, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if FEW:
-            sums_b += w * tl.load(line + second, mask=inside, other=0.0).to(tl.float32)[None, :]
-            sums_c += w * tl.load(line + third, mask=inside, other=0.0).to(tl.float32)[None, :]
-            sums_d += w * tl.load(line + fourth, mask=inside, other=0.0).to(tl.float32)[None, :]
-    place = out + n
-    kind = out.dtype.element_ty
-    tl.store(place, (tl.sum(sums, 1) * unit + shift).to(kind), mask=n < N)
-    if FEW:
-        tl.store(place + N, (tl.sum(sums_b, 1) * unit + shift).to(kind), mask=n < tl.where(count > 1, N, 0))
-        tl.store(
-            place + 2 * N, (tl.sum(sums_c, 1) * unit + shift).to(kind), mask=n < tl.where(count > 2, N, 0)
-        )
-        tl.store(
-            place + 3 * N, (tl.sum(sums_d, 1) * unit + shift).to(kind), mask=n < tl.where(count > 3, N, 0)
-        )
+        w = tl.load(rows + (start + k)[None, :], mask=inside[None, :], other=0.0)
+        values = tl.load(x + start + k, mask=inside, other=0.0)
+        sums += w.to(tl.float32) * values.to(tl.float32)[None, :]
+    total = tl.sum(sums, 1) * tl.load(scale + n, mask=n < N, other=0.0)
+    if BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -78,7 +58,7 @@ def _quantize_kernel(out, scale, one, x, stride, SIZE: tl.constexpr, BLOCK: tl.c
     inside = at < SIZE
     wide = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(wide), 0)
-    unit = tl.div_rn(tl.maximum(largest, 1e-12), 448.0)
+    unit = tl.maximum(largest, 1e-12) * (1.0 / 448.0)
     scaled = tl.div_rn(wide, unit)
     scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
     # Rounded here to 3 bits of mantissa, nearest even, so that the conversion is exact wherever it runs: beside
@@ -136,19 +116,16 @@ def scaled(
     return out
 
 
-def skinny(
+def vector(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, pdl: bool = False
 ) -> Tensor:
-    """``linear_fp8`` of 1 to 4 tokens, without quantizing them; rows of x and weight are contiguous."""
-    tokens, (outputs, size) = x.shape[0], weight.shape
-    out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
-    # One class for 2-4 tokens: it is compiled once, and reading the weight is what takes the time.
-    block_k = 1024 if tokens == 1 else 512
-    block = 8 if outputs < 16384 or tokens > 1 else 16
+    """``linear_fp8`` of one token without quantizing it; its row and the weight are contiguous."""
+    outputs, size = weight.shape
+    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
     launch = {"launch_pdl": True} if pdl else {}
-    _skinny_kernel[(triton.cdiv(outputs, block),)](
-        out, x.contiguous(), weight, scale, bias, tokens, N=outputs, K=size, FEW=tokens > 1, BLOCK_N=block,
-        BLOCK_K=block_k, BIAS=bias is not None, STAGES=4, PDL=pdl, num_warps=8, **launch,
+    _vector_kernel[(triton.cdiv(outputs, 8),)](
+        out, x, weight, scale, bias, N=outputs, K=size, BLOCK_N=8, BLOCK_K=1024, BIAS=bias is not None,
+        STAGES=4, PDL=pdl, num_warps=8, **launch,
     )  # fmt: skip
     return out
 
@@ -157,12 +134,13 @@ def linear_fp8(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, pdl: bool = False
 ) -> Tensor:
     """``octavo.device.ops.fp8.linear_fp8`` on a GPU; the weight is contiguous."""
-    tokens = x.shape[0]
+    tokens, outputs = x.shape[0], weight.shape[0]
     if tokens == 0:
-        return torch.empty((0, weight.shape[0]), dtype=x.dtype, device=x.device)
-    if tokens <= SKINNY:
-        return skinny(x, weight, scale, bias, pdl=pdl and tokens == 1)
-    if weight.shape[0] % ALIGNMENT or weight.shape[1] % ALIGNMENT:
+        return torch.empty((0, outputs), dtype=x.dtype, device=x.device)
+    fits = outputs % ALIGNMENT == 0 and weight.shape[1] % ALIGNMENT == 0
+    if tokens == 1 and not (fits and outputs >= WIDE):
+        return vector(x, weight, scale, bias, pdl=pdl)
+    if not fits:
         return F.linear(x, (weight.float() * scale.unsqueeze(1)).to(x.dtype), bias)
     # The library returns row-wise scaled products in bfloat16 alone.
     if tokens >= ROW_WISE_FROM and x.dtype == torch.bfloat16:
