@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from octavo.config import EngineOptions as EngineOptions
     from octavo.llm import LLM as LLM
     from octavo.protocol.generate import SamplingParams as SamplingParams
+    from octavo.protocol.generate import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineOptions", "SamplingParams", "__version__"]
+__all__ = ["LLM", "EngineOptions", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _HOMES = {
     "LLM": "octavo.llm",
     "EngineOptions": "octavo.config",
     "SamplingParams": "octavo.protocol.generate",
+    "StructuredOutputsParams": "octavo.protocol.generate",
 }
 
 
