@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import build, checkpoint, run
+from test_engine import build, checkpoint, run, some_prompts
 from torch import Tensor
 
 from octavo.device.ops import fp8
@@ -106,17 +106,18 @@ def test_nothing_compiles_once_warm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_engine(tmp_path: Path) -> None:
-    """Graphs and launches give the same tokens; most of them are those of the unquantized model."""
+    """Graphs and launches give the same tokens, and the first ones are those of the reference body on a CPU.
+
+    Random weights have flat logits, so that rounding may turn a few rows.
+    """
     folder = checkpoint("llama", tmp_path)
-    prompts = [[1, *range(3, 3 + size)] for size in (1, 3, 30, 120)]
-    plain = run(build(folder, device="cuda", dtype="bfloat16"), prompts, 12)
-    options = {"device": "cuda", "dtype": "bfloat16", "quantization": "fp8"}
-    recorded = run(build(folder, **options), prompts, 12)
-    launched = run(build(folder, **options, enforce_eager=True), prompts, 12)
-    assert [len(tokens) for tokens in recorded] == [12] * 4
-    first = sum(a[0] == b[0] for a, b in zip(recorded, plain))
-    assert first >= 2, (recorded, plain)
-    assert sum(a == b for a, b in zip(recorded, launched)) >= 3
+    prompts = some_prompts(12, 60)
+    options = {"dtype": "bfloat16", "quantization": "fp8"}
+    expected = run(build(folder, device="cpu", **options), prompts, 4)
+    recorded = run(build(folder, device="cuda", **options), prompts, 4)
+    launched = run(build(folder, device="cuda", **options, enforce_eager=True), prompts, 4)
+    assert sum(a[0] == b[0] for a, b in zip(recorded, expected)) >= 10, (recorded, expected)
+    assert sum(a == b for a, b in zip(recorded, launched)) >= 10, (recorded, launched)
 
 
 def test_old_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
