@@ -157,7 +157,12 @@ def test_random_weights() -> None:
     }
     files = open_dummy(config)
     spec = describe(read_arch(files))
-    options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "binder": Binder(), "max_position": 64}
+    options: dict[str, Any] = {
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "binder": Binder(),
+        "max_position": 64,
+    }
     op_spec = OpSpec("cpu", "bfloat16")
     network = Network(spec, op_spec=op_spec, weight_format=choose_format("fp8", spec, op_spec), **options)
     network.load(files)
