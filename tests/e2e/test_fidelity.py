@@ -38,13 +38,13 @@ def reference(request: pytest.FixtureRequest) -> tuple[str, list[list[int]], lis
     model.eval()
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     core = build(request.param)
-    found = run(core, dict(enumerate(prompts)), {key: EOS[request.param] for key in range(len(prompts))})
+    found = run(core, dict(enumerate(prompts)), dict.fromkeys(range(len(prompts)), EOS[request.param]))
     core.close()
     for key, prompt in enumerate(prompts):
         # Tokens are greedy if each is the most likely after those before it: one forward pass shows all of them.
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([prompt + found[key]])).logits[0, len(prompt) - 1 : -1]
-        logits[:, EOS[request.param]] = float("-inf")
+            logits[:, EOS[request.param]] = float("-inf")
         assert logits.argmax(dim=-1).tolist() == found[key], "greedy, as transformers has it"
     return request.param, prompts, [found[key] for key in range(len(prompts))]
 
