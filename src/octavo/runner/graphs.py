@@ -21,6 +21,7 @@ from octavo.model.network import Network
 from octavo.protocol.plan import StepPlan
 from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.mixed_graphs import SIZES, MixedGraphs
+from octavo.runner.record import Replays, record
 from octavo.runner.slots import PROMPT_LOGPROBS, Slots
 
 
@@ -43,31 +44,18 @@ class DecodeGraphs:
         self.platform = platform
         self.max_model_len = max_model_len
         self.static = torch.zeros((2, 1), dtype=torch.int32, device=platform.device)
-        self.replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self.replays: Replays = {}
         self.sizes: list[int] = []
 
     @torch.inference_mode()
     def capture(self, sizes: list[int], pool: object | None, done: Callable[[], None]) -> object | None:
-        """Record every size, largest first, in the given memory pool; calls ``done`` after each."""
+        """Record every size in the given memory pool; calls ``done`` after each."""
         largest = max(sizes)
         self.static = torch.full(
             (2, largest), self.slots.dummy, dtype=torch.int32, device=self.platform.device
         )
         self.static[1].zero_()
-        for size in sorted(sizes, reverse=True):
-            output: list[Tensor] = []
-
-            def work(size: int = size, output: list[Tensor] = output) -> None:
-                output[:] = [self.network.forward(self._batch(size))]
-
-            work()  # compiles kernels outside the recording
-            self.platform.synchronize()
-            recorded = self.platform.capture(work, pool)
-            if recorded is None:
-                return pool
-            replay, pool = recorded
-            self.replays[size] = (replay, output[0])
-            done()
+        self.replays, pool = record(self.network, self.platform, sizes, self._batch, pool, done)
         self.sizes = sorted(self.replays)
         return pool
 

@@ -20,6 +20,7 @@ from octavo.model.batch import Batch, GroupTables
 from octavo.model.network import Network
 from octavo.protocol.plan import StepPlan
 from octavo.runner.batch import BatchBuilder, Prepared
+from octavo.runner.record import Replays, record
 from octavo.runner.slots import PROMPT_LOGPROBS, Slots
 
 SIZES = (
@@ -49,7 +50,7 @@ class MixedGraphs:
         self.platform = platform
         self.max_model_len = max_model_len
         self.static = torch.zeros(0, dtype=torch.int32, device=platform.device)
-        self.replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self.replays: Replays = {}
         self.sizes: list[int] = []
 
     def rows_of(self, tokens: int) -> int:
@@ -58,27 +59,17 @@ class MixedGraphs:
 
     @torch.inference_mode()
     def capture(self, sizes: list[int], pool: object | None, done: Callable[[], None]) -> object | None:
-        """Record every size, largest first, in the given memory pool; calls ``done`` after each."""
+        """Record every size in the given memory pool; calls ``done`` after each."""
         if not sizes:
             return pool
         largest = max(sizes)
         length = 3 * self.rows_of(largest) + 1 + 3 * largest
         self.static = torch.zeros(length, dtype=torch.int32, device=self.platform.device)
+        # The layout of the static buffer follows the size: fill it with a valid step before each recording.
         for size in sorted(sizes, reverse=True):
-            output: list[Tensor] = []
             self.static.copy_(torch.from_numpy(self._padding(size, length)))
-
-            def work(size: int = size, output: list[Tensor] = output) -> None:
-                output[:] = [self.network.forward(self._batch(size))]
-
-            work()  # compiles kernels outside the recording
-            self.platform.synchronize()
-            recorded = self.platform.capture(work, pool)
-            if recorded is None:
-                return pool
-            replay, pool = recorded
-            self.replays[size] = (replay, output[0])
-            done()
+            found, pool = record(self.network, self.platform, [size], self._batch, pool, done)
+            self.replays.update(found)
         self.sizes = sorted(self.replays)
         return pool
 
