@@ -77,7 +77,6 @@ class SchedulerOptions:
     max_num_batched_tokens: int | None = option(None, "Most tokens in one step (default: by device).")
     scheduling_policy: str = option("fcfs", "Order of the queue.", ("fcfs", "priority"))
     max_queue_len: int = option(4096, "Requests that may wait; beyond it clients get 429.")
-    enable_chunked_prefill: bool = option(True, "Split long prompts over several steps.")
     max_step_ms: float | None = option(
         None,
         "Longest step while answers stream, in ms; prompts are cut to fit, by measured speed (0 = no limit; "
@@ -206,14 +205,6 @@ def resolve(options: EngineOptions, hardware: Hardware, limits: ModelLimits) -> 
                 f"--max-model-len {max_model_len} is more than the model's {limits.max_position} positions.",
                 f"Use --max-model-len {limits.max_position}.",
             )
-    if not scheduler.enable_chunked_prefill and max_tokens < max_model_len:
-        if scheduler.max_num_batched_tokens:
-            raise UsageError(
-                f"Without chunked prefill a step must hold a whole prompt: --max-num-batched-tokens {max_tokens} is "
-                f"less than the context of {max_model_len}.",
-                f"Use --max-num-batched-tokens {max_model_len}.",
-            )
-        max_tokens = max_model_len
     page_size = cache.block_size or 16
     if page_size < 1 or page_size & (page_size - 1):
         raise UsageError(f"--block-size must be a power of two, got {page_size}.")

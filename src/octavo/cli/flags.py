@@ -18,6 +18,7 @@ REFUSED = {
     "--trust-remote-code": "Octavo never runs code from a model repository; leave it out.",
     "--disable-log-requests": "Requests are not logged anyway; leave it out.",
     "--swap-space": "There is no swap space: preempted requests are recomputed; leave it out.",
+    "--enable-chunked-prefill": "Long prompts are always split over steps; leave it out.",
     "--use-v2-block-manager": "There is one page pool; leave it out.",
 }
 
