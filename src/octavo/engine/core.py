@@ -12,6 +12,7 @@ import random
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 from octavo.engine.cache.layout import CacheLayout
@@ -52,7 +53,12 @@ class EngineCore:
     """
 
     def __init__(
-        self, executor: Executor, settings: EngineSettings, grammars: GrammarCompiler | None = None
+        self,
+        executor: Executor,
+        settings: EngineSettings,
+        grammars: GrammarCompiler | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.executor = executor
         self.settings = settings
@@ -62,11 +68,13 @@ class EngineCore:
             root_key=secrets.token_bytes(32),
             prefix_caching=settings.enable_prefix_caching,
         )
+        self.pace = Pace(settings.max_step_ms / 1e3, settings.max_num_batched_tokens)
         self.scheduler = Scheduler(
             [Slots(min(settings.max_num_seqs, executor.num_slots)), self.pages],
             max_num_batched_tokens=settings.max_num_batched_tokens,
+            pace=self.pace,
         )
-        self.pace = Pace(settings.max_step_ms / 1e3, settings.max_num_batched_tokens)
+        self._clock = clock
         self._last_done_s = 0.0
         self.stopping = False
         self._depth = 1 if settings.overlap else 0
@@ -162,10 +170,9 @@ class EngineCore:
         """Run one step; returns what it (with overlap: the one before) brought."""
         if self.lobby is not None:
             self._leave_lobby(self.lobby)
-        self.scheduler.mixed_budget = self.pace.budget()
         step = self.scheduler.schedule()
         if step is not None:
-            step.launched_s = time.perf_counter()
+            step.launched_s = self._clock()
             self.executor.forward(step.plan)
         deltas = self._collect() if self._depth else []
         if step is not None:
@@ -195,7 +202,7 @@ class EngineCore:
             return []
         step = self._in_flight.popleft()
         result = self.executor.collect()
-        now = time.perf_counter()
+        now = self._clock()
         # With overlap a step begins when the one before it is done, not when it was queued.
         self.pace.observe(sum(step.plan.num_tokens), now - max(step.launched_s, self._last_done_s))
         self._last_done_s = now
