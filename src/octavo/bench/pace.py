@@ -192,8 +192,10 @@ def simulate(
     return Figures(
         clients,
         loop.num_tokens / executor.now,
-        *(1e3 * percentile(loop.ttft_s, p) for p in (50, 99)),
-        *(1e3 * percentile(loop.itl_s, p) for p in (50, 99)),
+        1e3 * percentile(loop.ttft_s, 50),
+        1e3 * percentile(loop.ttft_s, 99),
+        1e3 * percentile(loop.itl_s, 50),
+        1e3 * percentile(loop.itl_s, 99),
         1e3 * max(executor.step_s),
     )
 

@@ -19,7 +19,7 @@ import platform
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -186,8 +186,13 @@ def own_logits(runner: TorchRunner, prompts: list[list[int]], dtype: torch.dtype
     with torch.inference_mode():
         for mine, theirs in zip(plain.items(), network.items()):
             mine.target.copy_(theirs.target)
-    pages = {i: view.to(dtype) for i, view in runner.pages.views.items()}
-    plain.bind_cache(pages, runner.pages.groups)
+    wider = dtype.itemsize // torch.bfloat16.itemsize
+    plain.bind_cache(
+        {
+            layer: replace(place, raw=place.raw.new_zeros(PAGES, wider * place.raw.shape[1]))
+            for layer, place in runner.pages.places.items()
+        }
+    )
     kept, runner.network = runner.network, plain
     try:
         prober = Prober(runner, prompts)
