@@ -40,26 +40,8 @@ def build(
     dtype = DTYPES[resolved.dtype]
     spec = describe(arch)
     binder = Binder()
-    op_spec = platform.op_spec(dtype)
-    weight_format = choose_format(options.model.quantization, spec, op_spec)
     timeline.end("imports")
-
-    def make(device: torch.device, binder: Binder) -> Network:
-        return Network(
-            spec,
-            dtype=dtype,
-            device=device,
-            binder=binder,
-            op_spec=op_spec,
-            max_position=resolved.max_model_len,
-            weight_format=weight_format,
-        )
-
-    if platform.kind != "cpu":
-        check_weights(weight_bytes(make), options, platform, dtype)
-    network = make(platform.device, binder)
-    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
-    platform.synchronize()
+    network = load_network(spec, options, files, platform, binder, resolved, progress)
     timeline.end("weights")
     layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize))
     graphs_wanted = platform.kind == "cuda" and not options.device.enforce_eager
@@ -94,6 +76,39 @@ def build(
         warm(runner, resolved.max_model_len)
         timeline.end("warm")
     return Built(runner, arch, resolved, memory, hardware.name, binder.explain())
+
+
+def load_network(
+    spec: DecoderSpec,
+    options: EngineOptions,
+    files: ModelFiles,
+    platform: Platform,
+    binder: Binder,
+    resolved: Resolved,
+    progress: Progress,
+) -> Network:
+    """The network with its weights on the platform; refused before anything is allocated where they do not fit."""
+    dtype = DTYPES[resolved.dtype]
+    op_spec = platform.op_spec(dtype)
+    weight_format = choose_format(options.model.quantization, spec, op_spec)
+
+    def make(device: torch.device, binder: Binder) -> Network:
+        return Network(
+            spec,
+            dtype=dtype,
+            device=device,
+            binder=binder,
+            op_spec=op_spec,
+            max_position=resolved.max_model_len,
+            weight_format=weight_format,
+        )
+
+    if platform.kind != "cpu":
+        check_weights(weight_bytes(make), options, platform, dtype)
+    network = make(platform.device, binder)
+    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
+    platform.synchronize()
+    return network
 
 
 def torch_runner(
