@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.device.kernels.rows import Raw
 from octavo.device.ops.bind import Binder, OpSpec
 from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch
@@ -57,7 +58,7 @@ class Network:
             DecoderLayer(layer, layer_build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i))
             for i, layer in enumerate(spec.layers)
         ]
-        self.norm = make_norm(spec.norm, build)
+        self.norm = make_norm(spec.norm, layer_build)
         self.head = LinearLayer(spec.head, build, "", "") if spec.head is not None else None
         split = spec.head is not None and spec.head.shard == "column" and ranks.size > 1
         self.gather = ranks.gather if split else None
@@ -108,12 +109,14 @@ class Network:
             residual = residual * self.embedding_scale
         if self.positions is not None:
             residual = residual + F.embedding(batch.positions, self.positions)
-        branch: Tensor | None = None
+        branch: Tensor | Raw | None = None
         for layer in self.layers:
             branch = layer(branch, residual, batch)
         if branch is None:
             return self.norm(residual[batch.sample_at])
-        return self.norm.add(branch[batch.sample_at], residual[batch.sample_at])
+        last = branch.take(batch.sample_at) if isinstance(branch, Raw) else branch[batch.sample_at]
+        normed: Tensor = self.norm.add(last, residual[batch.sample_at])
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, V] float32 for hidden states [S, E]."""
