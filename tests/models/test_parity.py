@@ -55,6 +55,16 @@ GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 GLM = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    **GLM,
+}
+YARN_LATENT = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 32, "beta_slow": 1}
 HEADS = {"GPT2": "GPT2LMHeadModel"}
 FOREIGN = {  # keys of BASE that a family does not have
     "GPT2": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -189,6 +199,23 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4Moe",
         {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "attention_bias": True},
     ),
+    "deepseek_v2": (  # V2-Lite: queries without a latent, the best experts of all
+        "DeepseekV2",
+        {**MLA, "q_lora_rank": None, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
+    ),
+    "deepseek_v2-groups": (
+        "DeepseekV2",
+        {**MLA, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "rope_parameters": YARN_LATENT},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {**MLA, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "rope_parameters": YARN_LATENT},
+    ),
+    "deepseek_v3-halves": (  # one group, as Kimi-K2
+        "DeepseekV3",
+        {**MLA, "n_group": 1, "topk_group": 1, "rope_interleave": False, "attention_bias": True, "first_k_dense_replace": 0},
+    ),
+    "glm4_moe_lite": ("Glm4MoeLite", MLA),
     "gpt_oss": ("GptOss", GPT_OSS),
     "gpt_oss-limits": (  # low enough to clamp often
         "GptOss",

@@ -26,7 +26,8 @@ class Part:
 
     ``hf`` and ``gguf`` are names below the layer's prefix without ".weight"/".bias". ``heads`` > 0 marks rows that
     GGUF's llama architecture stores with each head's two rotary halves interleaved, ``hf_heads`` > 0 rows that Hugging
-    Face checkpoints store so; the loader restores them. Of each such head the first ``rotated`` rows are meant (0 = all).
+    Face checkpoints store so; the loader restores them. Of each such head ``rotated`` rows (0 = all) from ``turns_at`` on
+    are meant.
     ``copies``: so many neighbouring ranks hold the same rows (see ``model.shard``).
 
     Parts may share a stored tensor of ``total`` rows (0 = it is this part alone), in which this one begins at
@@ -42,6 +43,7 @@ class Part:
     copies: int = 1
     hf_heads: int = 0
     rotated: int = 0
+    turns_at: int = 0
     start: int = 0
     total: int = 0
     stored: Stored = "rows"
@@ -133,9 +135,42 @@ class Attention:
         return FullKV(page_size, token_bytes)
 
 
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention: of a token, one small latent is kept for all heads (DeepSeek-AI 2024).
+
+        x ─ down ─┬─ (queries ─ query_norm ─) query ──► q_h = [nope | rope]      without query_norm, query reads x
+                  ├─ latent ─ latent_norm ────────────► c          kept
+                  └─ key ─ rope ──────────────────────► r          kept
+        k_h = [K_h c | r]     v_h = V_h c     ``up`` holds K_h [nope_dim, latent_dim], V_h [value_dim, latent_dim] by head
+
+    ``down``'s parts are the queries (where there is a ``query_norm``), the latent and the key. ``scale`` multiplies q·k.
+    ``split_up`` names K and V where GGUF files hold them apart ([H, latent, nope] and [H, value, latent]).
+    """
+
+    down: Linear
+    query_norm: Norm | None
+    query: Linear
+    latent_norm: Norm
+    up: Linear
+    output: Linear
+    num_heads: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    latent_dim: int
+    scale: float
+    rope: Rope
+    split_up: tuple[str, str] = ("attn_k_b", "attn_v_b")
+
+    def cache(self, page_size: int, element_bytes: int) -> KVSpec:
+        """What this layer keeps, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
+        return FullKV(page_size, (self.latent_dim + self.rope_dim) * element_bytes)
+
+
 # What mixes a layer's tokens with those before them. Each states what it keeps of them (``cache``); the torch form is
 # built by ``layers.decoder.make_mixer``.
-Mixer = Attention
+Mixer = Attention | LatentAttention
 
 
 @dataclass(frozen=True)
@@ -164,8 +199,8 @@ class Router:
 
     ``scoring``: the softmax over all experts, the sigmoid of each, or the softmax over the chosen ones. With
     ``renormalize`` the chosen weights sum to 1; then ``scale`` multiplies them. With ``groups`` > 1 only experts of the
-    ``top_groups`` best groups are chosen (a group is as good as its two best experts together). ``correction`` names a
-    bias, below the layer's prefix, that is added for the choice but not for the weights.
+    ``top_groups`` best groups are chosen (a group is as good as its ``group_best`` best experts together, 1 or 2).
+    ``correction`` names a bias, below the layer's prefix, that is added for the choice but not for the weights.
     """
 
     linear: Linear
@@ -175,6 +210,7 @@ class Router:
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
     correction: str = ""
     gguf_correction: str = ""
 

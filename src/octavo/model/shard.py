@@ -16,8 +16,10 @@ from octavo.model.blocks import (
     DecoderSpec,
     FeedForward,
     GatedMLP,
+    LatentAttention,
     Layer,
     Linear,
+    Mixer,
     MoE,
     Part,
     PlainMLP,
@@ -39,7 +41,29 @@ def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
 
 
 def _layer(layer: Layer, size: int) -> Layer:
-    return replace(layer, attention=_attention(layer.attention, size), mlp=_mlp(layer.mlp, size))
+    return replace(layer, attention=_mixer(layer.attention, size), mlp=_mlp(layer.mlp, size))
+
+
+def _mixer(block: Mixer, size: int) -> Mixer:
+    if isinstance(block, LatentAttention):
+        return _latent(block, size)
+    return _attention(block, size)
+
+
+def _latent(block: LatentAttention, size: int) -> LatentAttention:
+    """Heads are split; every rank keeps all latents, which belong to all heads."""
+    if block.num_heads % size:
+        raise UnsupportedModelError(
+            f"{block.num_heads} attention heads cannot be split over {size} devices.",
+            "Choose a tensor parallel size that divides them.",
+        )
+    return replace(
+        block,
+        query=_linear(block.query, size),
+        up=_linear(block.up, size),
+        output=_linear(block.output, size),
+        num_heads=block.num_heads // size,
+    )
 
 
 def _attention(block: Attention, size: int) -> Attention:

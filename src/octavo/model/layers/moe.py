@@ -93,6 +93,7 @@ class RouterLayer:
             block.groups,
             block.top_groups,
             self.correction,
+            block.group_best,
         )
         return found
 
