@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from octavo.engine.cache.spec import FullKV, KVSpec, WindowKV
+from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, WindowKV
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"]
 Scoring = Literal["softmax", "sigmoid", "softmax_top_k"]
@@ -112,6 +112,10 @@ class Attention:
     ``window`` (tokens a query sees, itself included) 0 = all; ``softcap`` 0 = none; ``scale`` multiplies q·k.
     ``rope`` None = no position encoding in this layer. A q/k norm of size ``head_dim`` works on each head, of another
     size on the whole projection. ``sinks`` names a logit a head that takes probability but has no value (gpt-oss).
+
+    Llama 4: ``chunk`` > 0: a query sees keys of its own chunk of so many positions. ``unit_norm`` > 0: rotated queries and
+    keys are divided by their root mean square, this being its epsilon. ``temperature`` (f, a): the query at position p is
+    multiplied by 1 + a log(1 + floor((p + 1) / f)).
     """
 
     qkv: Linear
@@ -126,12 +130,17 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     sinks: Part | None = None
+    chunk: int = 0
+    unit_norm: float = 0.0
+    temperature: tuple[float, float] | None = None
 
     def cache(self, page_size: int, element_bytes: int) -> KVSpec:
         """What this layer keeps, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
         token_bytes = 2 * self.num_kv_heads * self.head_dim * element_bytes
         if self.window:
             return WindowKV(page_size, token_bytes, self.window)
+        if self.chunk:
+            return ChunkedKV(page_size, token_bytes, self.chunk)
         return FullKV(page_size, token_bytes)
 
 
@@ -221,7 +230,8 @@ class Experts:
 
     Hugging Face checkpoints hold them stacked at ``hf``.gate_up_proj and .down_proj, or one by one at ``hf``.0.gate_proj
     and so on, the last names being ``hf_each`` (gate, up, down). ``gguf_each`` are the stacked names in GGUF files.
-    ``interleaved``: stacked tensors are [num, in, out] and gate and up alternate (gpt-oss).
+    ``interleaved``: stacked tensors are [num, in, out] and gate and up alternate (gpt-oss). ``columns``: they are [num, in,
+    out], gate before up (Llama 4).
     """
 
     hf: str
@@ -232,13 +242,15 @@ class Experts:
     hf_each: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     gguf_each: tuple[str, str, str] = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
     interleaved: bool = False
+    columns: bool = False
 
 
 @dataclass(frozen=True)
 class MoE:
     """Sum over the chosen experts of weight * expert(x), plus a shared MLP, which ``shared_gate`` may weigh.
 
-    ``alpha`` and ``limit`` belong to the activation "swiglu_clamped".
+    ``alpha`` and ``limit`` belong to the activation "swiglu_clamped". ``weigh_input``: the one chosen expert sees weight * x
+    and its answer is taken as it is (Llama 4).
     """
 
     router: Router
@@ -248,6 +260,7 @@ class MoE:
     limit: float = 0.0
     shared: GatedMLP | None = None
     shared_gate: Linear | None = None
+    weigh_input: bool = False
 
 
 FeedForward = GatedMLP | PlainMLP | MoE

@@ -15,6 +15,7 @@ HF_RENAMED: dict[str, dict[str, str]] = {
     "glm4_moe": DEEPSEEK_RENAMED,
     "glm4_moe_lite": DEEPSEEK_RENAMED,
     "gpt_oss": {"num_local_experts": "num_experts"},
+    "llama4_text": {"num_local_experts": "num_experts"},
     "mixtral": {"num_local_experts": "num_experts"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "gpt2": {
@@ -110,6 +111,20 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 128,
         "attention_bias": True,
         "num_experts_per_tok": 4,
+    },
+    "llama4_text": {
+        "vocab_size": 202048,
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "num_experts": 16,
+        "attention_chunk_size": 8192,
     },
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {

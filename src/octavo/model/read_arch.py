@@ -14,7 +14,8 @@ from octavo.model.blocks import Activation
 from octavo.model.hf_defaults import HF_ALL_SLIDING, HF_DEFAULTS, HF_FULL_SCALING, HF_PATTERN, HF_RENAMED
 from octavo.model.keys import Keys
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+MULTIMODAL = {"gemma3": "gemma3_text", "llama4": "llama4_text"}  # whose text part has a family
 GGUF_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -43,6 +44,7 @@ OUTER_KEYS = (
     "quantization_config",
 )
 MAX_LAYERS = 4096
+KINDS = {"llama4_text": {FULL, CHUNKED}}  # of attention, where they are not the usual ones
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:
@@ -58,8 +60,8 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     if not isinstance(model_type, str):
         raise ModelFileError("config.json has no model_type.")
     nested = config.get("text_config")
-    if model_type == "gemma3" and isinstance(nested, Mapping):
-        model_type = "gemma3_text"
+    if model_type in MULTIMODAL and isinstance(nested, Mapping):
+        model_type = MULTIMODAL[model_type]
         config = {**{key: config[key] for key in OUTER_KEYS if key in config}, **nested}
     renamed = HF_RENAMED.get(model_type, {})
     present = {renamed.get(key, key): value for key, value in config.items() if value is not None}
@@ -135,12 +137,15 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
     if listed is not None:
         if not isinstance(listed, list) or len(listed) != layers:
             raise ModelFileError(f"config.json: layer_types must list one type for each of {layers} layers.")
-        unknown = sorted({str(kind) for kind in listed} - {FULL, SLIDING})
+        unknown = sorted({str(kind) for kind in listed} - KINDS.get(model_type, {FULL, SLIDING}))
         if unknown:
             raise UnsupportedModelError(
                 f"config.json: layers of type {', '.join(unknown)} are not supported."
             )
         return tuple(listed)
+    if model_type == "llama4_text":
+        chunked = keys.source.get("attention_chunk_size")
+        return tuple(CHUNKED if chunked and rotated else FULL for rotated in keys.rope_layers(layers))
     if not keys.source.get("sliding_window"):
         return (FULL,) * layers
     if model_type in HF_PATTERN:

@@ -18,6 +18,7 @@ from octavo.engine.cache.spec import WindowKV
 from octavo.model.blocks import DecoderSpec
 from octavo.protocol.plan import StepPlan
 from octavo.runner.cpu.lower import EXTRA_PARTS, StepTables
+from octavo.runner.cpu.program import attention_of
 from octavo.runner.cpu.slots import Slots
 
 Ints = NDArray[np.int64]
