@@ -10,6 +10,7 @@ from octavo.device.ops import latent as ops
 
 pytest.importorskip("triton")
 from octavo.device.kernels.triton import latent as kernels
+from octavo.device.kernels.triton import latent_prefill as kernels_prefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [
@@ -177,3 +178,58 @@ def test_store(heads: int, nope: int, dims: tuple[int, int], dtype: torch.dtype)
     torch.testing.assert_close(ours, theirs, **bound)
     assert ours.flatten(0, 1)[[0, 5, 16, 47]].abs().sum(-1).min() > 0
     assert (ours.flatten(0, 1).abs().sum(-1) > 0).sum() == 4
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[(5, 5)], [(7, 33), (20, 45), (3, 3)], [(1, 1), (40, 75), (2, 60)]],
+    ids=["one", "three", "mixed"],
+)
+@pytest.mark.parametrize("heads", [1, 5])
+@pytest.mark.parametrize(("nope", "value"), [(16, 16), (24, 12)])
+def test_prefill_in_full_heads(rows: list[tuple[int, int]], heads: int, nope: int, value: int) -> None:
+    latent, rope = 32, 8
+    inputs = make(rows, heads, (latent, rope), padding=2)
+    pages: Tensor = inputs["pages"]  # type: ignore[assignment]
+    table: Tensor = inputs["page_table"]  # type: ignore[assignment]
+    wide: Tensor = inputs["q"]  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(nope)
+    q = torch.randn(wide.shape[0], heads, nope + rope, generator=generator).to(DEVICE)
+    up = torch.randn(heads, nope + value, latent, generator=generator).to(DEVICE) / 4
+    longer = [i for i, (count, _) in enumerate(rows) if count > 1]
+    begins = torch.tensor([sum(count for count, _ in rows[:i]) for i in longer], device=DEVICE)
+    first = [
+        torch.tensor([0, *(rows[i][which] for i in longer)]).cumsum(0).to(DEVICE, torch.int32)
+        for which in (0, 1)
+    ]
+    slots = torch.cat(
+        [
+            table[i, at // 16].long() * 16 + at % 16
+            for i in longer
+            for at in [torch.arange(rows[i][1], device=DEVICE)]
+        ]
+    )
+    bounds = [(int(b), int(b) + rows[i][0]) for b, i in zip(begins, longer)]
+    work = torch.full(
+        (ops.prefill_bytes(len(slots), latent + rope, nope + value, 4),), 0xFF, dtype=torch.uint8
+    )
+    work = work[: work.numel() // 4 * 4].to(DEVICE)
+    ours, theirs = (torch.full((wide.shape[0], heads, value), 7.0, device=DEVICE) for _ in range(2))
+    common = (q, wide, up, pages, slots, begins, *first, 0.2, work)
+    kernels_prefill.latent_prefill(ours, *common)
+    ops.latent_prefill(theirs, *common)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    untouched = torch.ones(wide.shape[0], dtype=torch.bool)
+    for begin, end in bounds:
+        untouched[begin:end] = False
+        assert not (ours[begin:end] == 7.0).all()
+    assert (ours[untouched.to(DEVICE)] == 7.0).all()
+    # The same as by comparing with latents, one row at a time.
+    for i, (begin, end) in zip(longer, bounds):
+        absorbed = torch.einsum("thn,hnl->thl", q[begin:end, :, :nope], up[:, :nope])
+        mixed = ops.latent_attention(
+            torch.cat((absorbed, wide[begin:end, :, latent:]), -1), pages, table[i : i + 1],
+            torch.tensor([0, end - begin]), torch.tensor([rows[i][1]]), end - begin, rows[i][1], 0.2, latent,
+        )  # fmt: skip
+        want = torch.einsum("thl,hvl->thv", mixed, up[:, nope:])
+        torch.testing.assert_close(theirs[begin:end], want, atol=1e-4, rtol=1e-4)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.device.platform.base import Platform
-from octavo.model.batch import Batch, GroupTables
+from octavo.model.batch import Batch, GroupTables, Prompts
 from octavo.protocol.plan import StepPlan
 from octavo.runner.slots import PROMPT_LOGPROBS, Slots
 
@@ -96,6 +96,7 @@ class BatchBuilder:
         sample_at, prompt_rows = self._sample_at(plan, rows, row_slots, starts, counts, query_start)
         where, pages = slots.write_pages(plan.page_writes)
         ends = starts + counts
+        singles, longer = np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)
         columns = [
             row_slots,
             query_start,
@@ -110,6 +111,8 @@ class BatchBuilder:
             ends[rows],
             np.asarray(where, np.int64),
             np.asarray(pages, np.int64),
+            singles,
+            longer,
         ]
         up = self.staging.upload(columns)
         if where:
@@ -126,6 +129,7 @@ class BatchBuilder:
             sample_at=up[3].long(),
             max_query=int(counts.max(initial=0)),
             max_kv=int(ends.max(initial=0)),
+            prompts=prompts(counts[longer], ends[longer], up[13], up[14]) if len(longer) else None,
         )
         return Prepared(
             batch,
@@ -164,6 +168,12 @@ class BatchBuilder:
                 prompt_rows.append((int(row), int(starts[row]), count))
                 extra.append(query_start[row] + np.arange(count))
         return (np.concatenate([sample_at, *extra]) if extra else sample_at), prompt_rows
+
+
+def prompts(counts: Ints, ends: Ints, singles: Tensor, longer: Tensor) -> Prompts:
+    """The step's rows by kind; ``counts`` and ``ends`` are the longer rows' queries and keys."""
+    pairs = (counts * ends - counts * (counts - 1) // 2).sum()
+    return Prompts(singles.long(), longer.long(), int(counts.sum()), int(ends.sum()), int(pairs))
 
 
 def group_tables(

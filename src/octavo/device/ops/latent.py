@@ -77,9 +77,58 @@ def latent_attention(
     return out
 
 
+def latent_prefill(
+    out: Tensor,
+    q: Tensor,
+    wide: Tensor,
+    up: Tensor,
+    pages: Tensor,
+    slots: Tensor,
+    begins: Tensor,
+    first_query: Tensor,
+    first_key: Tensor,
+    scale: float,
+    work: Tensor,
+) -> None:
+    """The same attention in full heads, for rows of many queries: keys and values of every head are computed from latents.
+
+    Fills the rows' tokens in out [T, H, value]. q [T, H, nope + rope], whose rotated parts are the last of wide [T, H,
+    latent + rope]; up [H, nope + value, latent]. Row r of L has the queries begins[r] .. of which there are first_query[r
+    + 1] - first_query[r] (both [L + 1] int32, from 0), and the keys at slots[first_key[r]:first_key[r + 1]] (page *
+    page_size + offset, int64), the last query standing at the last key. ``work`` is memory of at least ``prefill_bytes``
+    that kernels may use (this body does not).
+    """
+    latent = up.shape[2]
+    rope = wide.shape[2] - latent
+    nope = q.shape[2] - rope
+    queries, keys = first_query.tolist(), first_key.tolist()
+    for row, begin in enumerate(begins.tolist()):
+        count = queries[row + 1] - queries[row]
+        where = slots[keys[row] : keys[row + 1]]
+        cached = pages[where // pages.shape[1], where % pages.shape[1]].float()
+        key, value = torch.einsum("kl,hnl->hkn", cached[:, :latent], up.float()).tensor_split((nope,), dim=-1)
+        plain, turned = q[begin : begin + count, :, :nope], wide[begin : begin + count, :, latent:]
+        scores = torch.einsum("thn,hkn->htk", plain.float(), key)
+        scores = (scores + torch.einsum("thr,kr->htk", turned.float(), cached[:, latent:])) * scale
+        last = torch.arange(len(where) - count, len(where), device=q.device).unsqueeze(1)
+        hidden = torch.arange(len(where), device=q.device) > last
+        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        out[begin : begin + count] = torch.einsum("htk,hkv->thv", weights, value).to(out.dtype)
+
+
+def prefill_bytes(num_keys: int, width: int, head_width: int, element_bytes: int) -> int:
+    """Least workspace of ``latent_prefill``: latents of ``width`` values, and a few heads of ``head_width`` a key."""
+    return num_keys * (width + 4 * head_width) * element_bytes + 256
+
+
 LATENT_STORE = Op("latent_store", latent_store, triton_rows("latent:latent_store"))
 LATENT_ATTENTION = Op(
     "latent_attention",
     latent_attention,
     triton_rows("latent:LatentAttention", "LatentAttentionHopper", factory=True),
+)
+LATENT_PREFILL = Op(
+    "latent_prefill",
+    latent_prefill,
+    triton_rows("latent_prefill:latent_prefill", "latent_prefill_hopper"),
 )
