@@ -43,6 +43,7 @@ TORCH_FREE_FILES = (
     "model/rope.py",
     "model/shard.py",
     "model/decoder.py",
+    "model/latent.py",
     "model/describe.py",
 )
 

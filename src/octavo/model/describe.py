@@ -13,7 +13,7 @@ from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.decoder import Decoder
 
-ALIASES = {"gemma3": "gemma3_text"}
+ALIASES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "kimi_k2": "deepseek_v3"}
 
 
 def supported() -> list[str]:

@@ -21,7 +21,15 @@ from octavo.model.hf_defaults import (
 )
 from octavo.model.keys import Keys
 
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+LINEAR = "linear_attention"
+MULTIMODAL = {  # whose text part has a family
+    "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+OLD_KINDS = {"attention": FULL, "mamba": LINEAR}  # how hybrids spell their layer types
 GGUF_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -41,7 +49,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
 }
 # Keys that a multimodal config.json may hold beside its text_config.
-HF_NESTED = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 OUTER_KEYS = (
     "bos_token_id",
     "eos_token_id",
@@ -51,6 +58,7 @@ OUTER_KEYS = (
     "quantization_config",
 )
 MAX_LAYERS = 4096
+KINDS = {"llama4_text": {FULL, CHUNKED}}  # of attention, where they are not the usual ones
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:
@@ -66,8 +74,8 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     if not isinstance(model_type, str):
         raise ModelFileError("config.json has no model_type.")
     nested = config.get("text_config")
-    if model_type in HF_NESTED and isinstance(nested, Mapping):
-        model_type = HF_NESTED[model_type]
+    if model_type in MULTIMODAL and isinstance(nested, Mapping):
+        model_type = MULTIMODAL[model_type]
         config = {**{key: config[key] for key in OUTER_KEYS if key in config}, **nested}
     renamed = HF_RENAMED.get(model_type, {})
     present = {renamed.get(key, key): value for key, value in config.items() if value is not None}
@@ -143,9 +151,8 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
     if listed is not None:
         if not isinstance(listed, list) or len(listed) != layers:
             raise ModelFileError(f"config.json: layer_types must list one type for each of {layers} layers.")
-        listed = ["full_attention" if kind == "attention" else "linear_attention" if kind == "mamba" else kind
-                  for kind in listed]  # fmt: skip
-        unknown = sorted({str(kind) for kind in listed} - {FULL, SLIDING, LINEAR})
+        listed = [OLD_KINDS.get(kind, kind) if isinstance(kind, str) else kind for kind in listed]
+        unknown = sorted({str(kind) for kind in listed} - KINDS.get(model_type, {FULL, SLIDING, LINEAR}))
         if unknown:
             raise UnsupportedModelError(
                 f"config.json: layers of type {', '.join(unknown)} are not supported."
@@ -155,6 +162,9 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
         every = keys.integer("full_attention_interval", HF_HYBRID[model_type], least=0)
         full = keys.source.get("attn_layer_indices") or (range(every - 1, layers, every) if every else ())
         return tuple(FULL if i in full else LINEAR for i in range(layers))
+    if model_type == "llama4_text":
+        chunked = keys.source.get("attention_chunk_size")
+        return tuple(CHUNKED if chunked and rotated else FULL for rotated in keys.rope_layers(layers))
     if not keys.source.get("sliding_window"):
         return (FULL,) * layers
     if model_type in HF_PATTERN:
