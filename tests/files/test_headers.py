@@ -95,7 +95,10 @@ def test_damaged_repositories_are_named(hub: Hub, files: dict[str, bytes], messa
 
 def test_errors_name_cause_and_cure(hub: Hub) -> None:
     hub.files = {"x-Q4_K_M.gguf": b"GGUF" + b"\xff" * 100}
-    for name, message in (("org/name:Q8_0", "It has: x-Q4_K_M.gguf"), ("org/name:Q4_K_M", "is not supported")):
+    for name, message in (
+        ("org/name:Q8_0", "It has: x-Q4_K_M.gguf"),
+        ("org/name:Q4_K_M", "is not supported"),
+    ):
         with pytest.raises(ModelFileError, match=message):
             open_headers(name, endpoint=hub.url)
     hub.status = 401

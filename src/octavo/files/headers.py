@@ -1,8 +1,8 @@
 """The headers of a hub model, by range requests: configuration, tensor names, shapes and types, but no weights.
 
-    config.json, index      whole, small
-    model-*.safetensors     8 bytes of length + the JSON header, in one or two requests a shard
-    *.gguf                  the beginning, four times as much until metadata and tensor table are in it
+config.json, index      whole, small
+model-*.safetensors     8 bytes of length + the JSON header, in one or two requests a shard
+*.gguf                  the beginning, four times as much until metadata and tensor table are in it
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ class Repository:
         self.repo = repo
         self.revision = revision
         self.endpoint = endpoint
-        info = self._asked(partial(huggingface_hub.HfApi(endpoint=endpoint).model_info, repo, revision=revision or "main"))
+        info = self._asked(
+            partial(huggingface_hub.HfApi(endpoint=endpoint).model_info, repo, revision=revision or "main")
+        )
         self.commit = str(info.sha)
         self.files = sorted(sibling.rfilename for sibling in info.siblings or [])
 
     def fetch(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
         """Bytes [start, stop) of a file (fewer at its end), and the size of the whole file."""
-        return self._asked(partial(self._fetch, name, start, stop))
+        found: tuple[bytes, int] = self._asked(partial(self._fetch, name, start, stop))
+        return found
 
     def head(self, name: str, nbytes: int) -> RemoteHead:
         """The beginning of a file."""
@@ -58,7 +61,11 @@ class Repository:
     def _fetch(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
         utils = self.hub.utils
         url = self.hub.hf_hub_url(self.repo, name, revision=self.commit, endpoint=self.endpoint)
-        headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers = {
+            **utils.build_hf_headers(),
+            "Range": f"bytes={start}-{stop - 1}",
+            "Accept-Encoding": "identity",
+        }
         with utils.get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
             utils.hf_raise_for_status(answer)
             found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from octavo.errors import ModelFileError
 
-
 MAX_REMOTE_BYTES = 1 << 20  # of one tensor: what describes a model is small, its weights are not wanted
 
 

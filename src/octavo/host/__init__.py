@@ -85,6 +85,7 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         device=built.device,
         kernels=built.kernels,
         timeline_s=timeline.phases,
+        memory_bytes=built.memory_use,
     )
     grammars = GrammarCompiler(partial(read_vocabulary, options, files), built.arch.vocab_size)
     return EngineCore(InlineExecutor(built.runner), settings, grammars)

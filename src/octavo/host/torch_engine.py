@@ -12,6 +12,7 @@ from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.files.base import ModelFiles
+from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
@@ -41,6 +42,9 @@ def build(
     binder = Binder()
     op_spec = platform.op_spec(dtype)
     weight_format = choose_format(options.model.quantization, spec, op_spec)
+    layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize))
+    budget = StartBudget(options, resolved, spec, layout, hardware, platform, op_spec.capability)
+    budget.require_room(files, arch)
     timeline.end("imports")
     network = Network(
         spec,
@@ -52,9 +56,8 @@ def build(
         weight_format=weight_format,
     )
     network.load(files, progress=lambda done, total: progress("loading weights", done, total))
-    platform.synchronize()
+    budget.weights_loaded()
     timeline.end("weights")
-    layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize))
     peak = measure_peak(network, spec, layout, platform, binder, resolved, dtype)
     timeline.end("profile")
     memory = plan_pages(
@@ -63,7 +66,7 @@ def build(
         kind=platform.kind,
         free_bytes=platform.free_bytes(),
         total_bytes=hardware.total_memory_bytes,
-        peak_bytes=peak,
+        peak_bytes=budget.peak(peak),
         max_model_len=resolved.max_model_len,
         length_is_fixed=options.model.max_model_len not in (None, "auto", "-1"),
         max_num_seqs=resolved.max_num_seqs,
@@ -71,6 +74,7 @@ def build(
     )
     resolved = replace(resolved, max_model_len=memory.max_model_len)
     runner = torch_runner(network, spec, layout, platform, binder, resolved, dtype, memory.num_pages)
+    budget.cache_allocated()
     timeline.end("cache")
     if platform.kind == "cuda" and not options.device.enforce_eager:
         graphs = StepGraphs(network, runner.slots, runner.builder, platform, resolved.max_model_len)
@@ -80,11 +84,12 @@ def build(
             lambda done, total: progress("capturing graphs", done, total),
         )
         runner.graphs = graphs
+        budget.graphs_captured()
         timeline.end("graphs")
     if platform.kind == "cuda":
         warm(runner, resolved.max_model_len)
         timeline.end("warm")
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain())
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
 
 
 def torch_runner(

@@ -10,6 +10,7 @@ that ``host.torch_engine`` measures:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -58,22 +59,26 @@ class Held:
 @dataclass(frozen=True)
 class Scheme:
     """How a projection's weights are stored: ``bits`` each (0 = in the run type), ``row_bytes`` beside every output
-    row, ``group_bits`` beside every ``group`` inputs of a row. Where ``experts`` is False those stay in the run type."""
+    row, ``group_bits`` beside every ``group`` inputs of a row. Where ``experts`` is False those stay in the run type;
+    with ``everything`` the bits are an average over all tensors."""
 
     name: str
-    bits: int = 0
+    bits: float = 0
     row_bytes: int = 0
     group: int = 0
     group_bits: int = 0
     experts: bool = True
+    everything: bool = False
 
     def nbytes(self, held: Held, element_bytes: int) -> int:
         """Bytes of tensors of the network with run type elements of so many bytes."""
+        if self.everything:
+            return round(held.elements * self.bits / 8)
         if held.kind == "float32":
             return held.elements * FLOAT32
         if not self.bits or held.kind == "run" or (held.kind == "experts" and not self.experts):
             return held.elements * element_bytes
-        row = ceil_div(held.inputs * self.bits, 8) + self.row_bytes
+        row = math.ceil(held.inputs * self.bits / 8) + self.row_bytes
         if self.group:
             row += ceil_div(ceil_div(held.inputs, self.group) * self.group_bits, 8)
         return row * held.rows * held.count
@@ -200,8 +205,9 @@ def _widest(layer: Layer, hidden: int) -> int:
     """Values a token: residual, the branch before, and the branch being computed with its input."""
     attention: Any = layer.attention
     mixing = 3 * hidden + (_attention_width(attention) if isinstance(attention, Attention) else 0)
-    # The attention's input and output live on in the layer's frame while the MLP runs.
-    return max(mixing, 5 * hidden + _mlp_width(layer.mlp))
+    # The attention's input and output live on in the layer's frame while the MLP runs; unnormed, an input is the residual.
+    inputs = sum(norm is not None for norm in (layer.input_norm, layer.pre_mlp_norm))
+    return max(mixing, (3 + inputs) * hidden + _mlp_width(layer.mlp))
 
 
 def _attention_width(block: Attention) -> int:
