@@ -54,7 +54,7 @@ def test_weights_and_cache_of_every_family(family: str, tmp_path: Path) -> None:
     planned = footprint.weight_bytes(spec, footprint.DENSE, 2) + footprint.rope_bytes(spec, 512)
     assert planned == pytest.approx(weights - before, rel=0.05, abs=BLOCK * count)
     layout = plan_layout(cache_specs(spec, 16, 2))
-    pages = PageMemory(layout, 512, spec, torch.bfloat16, platform.device)
+    pages = PageMemory(layout, 512, platform.device)
     measured = torch.cuda.memory_allocated() - weights
     assert 512 * layout.pool_page_bytes == pytest.approx(measured, rel=0.05)
     del network, pages

@@ -101,7 +101,7 @@ def test_weights_are_exact(name: str, tmp_path: Path) -> None:
 def test_cache_is_exact(name: str, tmp_path: Path) -> None:
     spec = spec_of(name, tmp_path)
     layout = plan_layout(cache_specs(spec, PAGE, 2))
-    memory = PageMemory(layout, 8, spec, torch.bfloat16, torch.device("cpu"))
+    memory = PageMemory(layout, 8, torch.device("cpu"))
     assert sum(tensor.nbytes for tensor in memory.tensors) == 8 * layout.pool_page_bytes
 
 
@@ -181,8 +181,8 @@ def test_step_buffers_are_those_of_the_layers(
     spec = spec_of(name, tmp_path)
     network = build(spec, torch.bfloat16, binder=KernelBinder())
     layout = plan_layout(cache_specs(spec, PAGE, 2))
-    memory = PageMemory(layout, 2, spec, torch.bfloat16, torch.device("cpu"))
-    network.bind_cache(memory.views, memory.groups)
+    memory = PageMemory(layout, 2, torch.device("cpu"))
+    network.bind_cache(memory.places)
     tokens = 64
     index = torch.zeros(tokens, dtype=torch.int64)
     tables = [GroupTables(index.view(1, -1).int(), index) for _ in layout.groups]
