@@ -210,8 +210,8 @@ def start(gpu: GPU, platform: FakePlatform, **options: Any) -> StartBudget:
     hardware = Hardware("cuda", gpu.name, gpu.memory_bytes, 8, True)
     resolved = resolve(chosen, hardware, limits_of(found.arch))
     layout = found.layout(found.spec, resolved)
-    budget = StartBudget(chosen, resolved, found.spec, layout, hardware, platform, gpu.capability)  # type: ignore[arg-type]
-    budget.require_room(found.files, found.arch)
+    budget = StartBudget(chosen, resolved, found.arch, found.spec, layout, hardware, platform, gpu.capability)  # type: ignore[arg-type]
+    budget.require_room(found.files)
     return budget
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from octavo.config import EngineOptions, Hardware, Resolved
 from octavo.device.platform.base import Platform
 from octavo.device.platform.gpus import GIB, GPU
 from octavo.engine.cache.layout import CacheLayout
 from octavo.errors import OutOfMemoryError
 from octavo.files.base import ModelFiles
-from octavo.host.plan import CONTEXT_BYTES, SCHEMES, Planner, gib, graphs_beyond_reserve, predict, table_bytes
+from octavo.host.plan import (
+    CONTEXT_BYTES,
+    ELEMENT_BYTES,
+    SCHEMES,
+    Planner,
+    gib,
+    graphs_beyond_reserve,
+    predict,
+    table_bytes,
+)
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.footprint import Scheme
@@ -23,6 +34,7 @@ class StartBudget:
         self,
         options: EngineOptions,
         resolved: Resolved,
+        arch: ArchConfig,
         spec: DecoderSpec,
         layout: CacheLayout,
         hardware: Hardware,
@@ -31,6 +43,7 @@ class StartBudget:
     ) -> None:
         self.options = options
         self.resolved = resolved
+        self.arch = arch
         self.layout = layout
         self.hardware = hardware
         self.platform = platform
@@ -39,12 +52,15 @@ class StartBudget:
         self.scheme: Scheme = SCHEMES[options.model.quantization]
         graphs = self.on_gpu and not options.device.enforce_eager
         self.parts = predict(spec, self.scheme, resolved, layout, graphs=graphs)
+        if arch.num_parameters:  # transformers counted them
+            weights = arch.num_parameters * ELEMENT_BYTES[resolved.dtype]
+            self.parts = replace(self.parts, weights=weights, num_parameters=arch.num_parameters)
         self.pages = table_bytes(layout, resolved)
         self.free = platform.free_bytes()
         self.cache = self._planned_cache()
         self.use: dict[str, tuple[int, int]] = {}
 
-    def require_room(self, files: ModelFiles, arch: ArchConfig) -> None:
+    def require_room(self, files: ModelFiles) -> None:
         """Raise ``OutOfMemoryError`` with numbers and cure where weights and a first page cannot fit.
 
         Weights are known to the byte. A step is an estimate, of which three quarters must fit here; the measured step
@@ -65,10 +81,10 @@ class StartBudget:
         if room >= self.layout.pool_page_bytes:
             return
         cure = "Use a smaller model, or a GGUF file with fewer bits a weight."
-        if self.on_gpu:
+        if self.on_gpu and not self.arch.num_parameters:
             usable = (self.free - total * (1 - share) + CONTEXT_BYTES) / share
             here = GPU(self.hardware.name, max(usable, 1) / GIB, self.capability)
-            cure = Planner(self.options, files, arch).advice(here, self.scheme)
+            cure = Planner(self.options, files, self.arch).advice(here, self.scheme)
         raise OutOfMemoryError(
             f"{files.name} needs {needed}, but {self.hardware.name} has {gib(self.free)} of {gib(total)} free{limit}.",
             cure,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from octavo.config import EngineOptions, Resolved, resolve
-from octavo.device.ops.bind import Binder
+from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.layout import CacheLayout, plan_layout
@@ -17,7 +17,9 @@ from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
+from octavo.model.fallback.network import TransformersNetwork
 from octavo.model.network import Network
+from octavo.model.quantization.base import WeightFormat
 from octavo.model.quantization.fp8 import choose_format
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import SlotInit, StepPlan
@@ -43,18 +45,10 @@ def build(
     op_spec = platform.op_spec(dtype)
     weight_format = choose_format(options.model.quantization, spec, op_spec)
     layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize))
-    budget = StartBudget(options, resolved, spec, layout, hardware, platform, op_spec.capability)
-    budget.require_room(files, arch)
+    budget = StartBudget(options, resolved, arch, spec, layout, hardware, platform, op_spec.capability)
+    budget.require_room(files)
     timeline.end("imports")
-    network = Network(
-        spec,
-        dtype=dtype,
-        device=platform.device,
-        binder=binder,
-        op_spec=op_spec,
-        max_position=resolved.max_model_len,
-        weight_format=weight_format,
-    )
+    network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format)
     network.load(files, progress=lambda done, total: progress("loading weights", done, total))
     budget.weights_loaded()
     timeline.end("weights")
@@ -76,7 +70,7 @@ def build(
     runner = torch_runner(network, spec, layout, platform, binder, resolved, memory.num_pages)
     budget.cache_allocated()
     timeline.end("cache")
-    if platform.kind == "cuda" and not options.device.enforce_eager:
+    if platform.kind == "cuda" and not options.device.enforce_eager and network.recordable:
         graphs = StepGraphs(network, runner.slots, runner.builder, platform, resolved.max_model_len)
         graphs.capture(
             resolved.max_num_seqs,
@@ -90,6 +84,31 @@ def build(
         warm(runner, resolved.max_model_len)
         timeline.end("warm")
     return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
+
+
+def make_network(
+    arch: ArchConfig,
+    files: ModelFiles,
+    spec: DecoderSpec,
+    binder: Binder,
+    op_spec: OpSpec,
+    platform: Platform,
+    resolved: Resolved,
+    weight_format: WeightFormat,
+) -> Network:
+    """The model's modules on the device, not loaded yet: ours, or those of transformers."""
+    dtype, device = DTYPES[resolved.dtype], platform.device
+    if arch.implementation != "octavo":
+        return TransformersNetwork(arch, files, dtype=dtype, device=device, binder=binder, op_spec=op_spec)
+    return Network(
+        spec,
+        dtype=dtype,
+        device=device,
+        binder=binder,
+        op_spec=op_spec,
+        max_position=resolved.max_model_len,
+        weight_format=weight_format,
+    )
 
 
 def torch_runner(
