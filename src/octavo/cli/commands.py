@@ -140,6 +140,9 @@ COMMANDS = {
     "pull": Command("Fetch a model into the cache.", "octavo.cli.pull:run", _pull),
     "plan": Command("Will it fit? Memory and concurrency before a download.", "octavo.cli.plan:run", _plan),
     "doctor": Command("Show device, versions, caches and chosen kernels.", "octavo.cli.doctor:run", _doctor),
+    "doctor model": Command(
+        "Check a model's files, names, template and tool format.", "octavo.cli.doctor_model:run", _doctor
+    ),
     "bench serve": Command(
         "Load a running server and measure it.", "octavo.bench.serve:main", bench.add_serve_arguments
     ),

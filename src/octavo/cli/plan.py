@@ -90,8 +90,8 @@ def describe_model(planner: Planner) -> dict[str, Any]:
             found["bytes_per_token"] += len(group.layers) * group.spec.token_bytes
     return {
         "model": planner.name,
-        "architecture": arch.model_type,
-        "parameters": num_parameters(planner.spec),
+        "architecture": arch.label,
+        "parameters": planner.num_parameters,
         "layers": len(planner.spec.layers),
         "max_position": arch.max_position,
         "dtype": resolved.dtype,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from octavo.config import EngineOptions, Hardware, Resolved
 from octavo.device.platform.base import Platform
 from octavo.device.platform.gpus import GIB, GPU
@@ -12,7 +10,6 @@ from octavo.errors import OutOfMemoryError
 from octavo.files.base import ModelFiles
 from octavo.host.plan import (
     CONTEXT_BYTES,
-    ELEMENT_BYTES,
     SCHEMES,
     Planner,
     gib,
@@ -51,10 +48,7 @@ class StartBudget:
         self.on_gpu = platform.kind == "cuda"
         self.scheme: Scheme = SCHEMES[options.model.quantization]
         graphs = self.on_gpu and not options.device.enforce_eager
-        self.parts = predict(spec, self.scheme, resolved, layout, graphs=graphs)
-        if arch.num_parameters:  # transformers counted them
-            weights = arch.num_parameters * ELEMENT_BYTES[resolved.dtype]
-            self.parts = replace(self.parts, weights=weights, num_parameters=arch.num_parameters)
+        self.parts = predict(spec, self.scheme, resolved, layout, graphs=graphs, counted=arch.num_parameters)
         self.pages = table_bytes(layout, resolved)
         self.free = platform.free_bytes()
         self.cache = self._planned_cache()
@@ -81,7 +75,7 @@ class StartBudget:
         if room >= self.layout.pool_page_bytes:
             return
         cure = "Use a smaller model, or a GGUF file with fewer bits a weight."
-        if self.on_gpu and not self.arch.num_parameters:
+        if self.on_gpu:
             usable = (self.free - total * (1 - share) + CONTEXT_BYTES) / share
             here = GPU(self.hardware.name, max(usable, 1) / GIB, self.capability)
             cure = Planner(self.options, files, self.arch).advice(here, self.scheme)

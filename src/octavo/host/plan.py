@@ -19,12 +19,12 @@ from octavo.engine.cache.spec import ceil_div
 from octavo.errors import OctavoError, OutOfMemoryError
 from octavo.files.base import ModelFiles
 from octavo.host.built import limits_of
+from octavo.host.implementation import architecture
 from octavo.model import footprint
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
 from octavo.model.footprint import DENSE, FP8, INT4, Footprint, Scheme
-from octavo.model.read_arch import read_arch
 from octavo.model.shard import shard
 from octavo.runner.memory import GRAPH_RESERVE, MemoryPlan, plan_pages
 
@@ -39,14 +39,21 @@ FP8_CAPABILITY = 89
 
 
 def predict(
-    spec: DecoderSpec, scheme: Scheme, resolved: Resolved, layout: CacheLayout, *, graphs: bool
+    spec: DecoderSpec,
+    scheme: Scheme,
+    resolved: Resolved,
+    layout: CacheLayout,
+    *,
+    graphs: bool,
+    counted: int = 0,
 ) -> Footprint:
-    """What one device holds besides the cache; ``spec`` is that device's part of the model."""
+    """What one device holds besides the cache; ``spec`` is that device's part of the model, of which somebody else may
+    have ``counted`` the parameters."""
     element = ELEMENT_BYTES[resolved.dtype]
     rows = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
     return Footprint(
-        footprint.num_parameters(spec),
-        footprint.weight_bytes(spec, scheme, element),
+        counted or footprint.num_parameters(spec),
+        counted * element or footprint.weight_bytes(spec, scheme, element),
         footprint.rope_bytes(spec, resolved.max_model_len) + table_bytes(layout, resolved),
         footprint.step_bytes(spec, resolved.max_num_batched_tokens, rows, element),
         footprint.graph_bytes(spec, graph_sizes(resolved), element) if graphs else 0,
@@ -96,16 +103,21 @@ class Planner:
 
     def __init__(self, options: EngineOptions, files: ModelFiles, arch: ArchConfig | None = None) -> None:
         self.options = options
-        self.arch = arch or read_arch(files)
+        self.arch = arch or architecture(options.model, files)
         self.spec = describe(self.arch)
         self.name = files.name
         self.files = files
+
+    @property
+    def num_parameters(self) -> int:
+        """Values in all tensors of the model."""
+        return self.arch.num_parameters or footprint.num_parameters(self.spec)
 
     @cached_property
     def schemes(self) -> tuple[Scheme, ...]:
         """How the weights may be stored: as they are first; only one where the user says which."""
         asked = self.options.model.quantization
-        if asked is not None:
+        if asked is not None or self.arch.num_parameters:  # transformers' modules know no other form
             return (SCHEMES[asked],)
         if self.files.format == "gguf":
             elements = sum(held.elements for held in footprint.held_by(self.spec))
@@ -127,13 +139,14 @@ class Planner:
         options = options or self.options
         try:
             resolved = self.resolved(gpu, options)
-            self._check(gpu, scheme)
+            self._check(gpu, scheme, size)
             spec = shard(self.spec, size)
             layout = self.layout(spec, resolved)
         except OctavoError as error:
             return Case(gpu, scheme.name, size, None, 0, 0, {}, error.cause)
         name = resolved.dtype if scheme is DENSE else scheme.name
-        parts = predict(spec, scheme, resolved, layout, graphs=not options.device.enforce_eager)
+        graphs = not options.device.enforce_eager
+        parts = predict(spec, scheme, resolved, layout, graphs=graphs, counted=self.arch.num_parameters)
         try:
             memory = self._pages(gpu, options, resolved, layout, parts)
         except OutOfMemoryError as error:
@@ -171,7 +184,9 @@ class Planner:
             raise OutOfMemoryError(f"Only {memory.max_model_len} tokens of context would fit.")
         return memory
 
-    def _check(self, gpu: GPU, scheme: Scheme) -> None:
+    def _check(self, gpu: GPU, scheme: Scheme, size: int) -> None:
+        if self.arch.num_parameters and size > 1:
+            raise OctavoError("Models that transformers computes run on one card.")
         if scheme is FP8 and 0 < gpu.capability < FP8_CAPABILITY:
             raise OctavoError(
                 f"{gpu.name} has no fp8 arithmetic (compute capability {gpu.capability / 10:.1f}, needed 8.9)."
