@@ -25,10 +25,12 @@ from octavo.model.blocks import (
     GatedMLP,
     Layer,
     Linear,
+    Mixer,
     MoE,
     Norm,
     Part,
     PlainMLP,
+    Recurrent,
     Rope,
     Router,
 )
@@ -117,6 +119,8 @@ def held_by(block: Any) -> Iterator[Held]:
         yield Held("run", block.vocab_size, block.hidden)
     elif isinstance(block, Part):  # of a bare tensor: attention sinks
         yield Held("float32", 1, block.out_features)
+    elif isinstance(block, Recurrent):
+        yield from _recurrent(block)
     elif isinstance(block, Router):
         yield from _linear(block.linear, "float32" if block.scoring == "sigmoid" else "run")
         if block.correction:
@@ -144,6 +148,21 @@ def _linear(block: Linear, kind: Kind) -> Iterator[Held]:
     yield Held(kind, block.out_features, block.in_features)
     if block.bias:
         yield Held("float32" if kind == "float32" else "run", 1, block.out_features)
+
+
+def _recurrent(block: Recurrent) -> Iterator[Held]:
+    """Projections as they are stored everywhere; what is exponentiated, and the convolution, in float32."""
+    yield from _linear(block.project, "matrix")
+    yield from _linear(block.small, "run")
+    yield from _linear(block.output, "matrix")
+    yield Held("float32", _channels(block), block.conv_width + (1 if block.conv_bias else 0))
+    yield from held_by((block.dt_bias, block.a_log, block.skip))
+    yield Held("float32", 1, block.norm.size)
+
+
+def _channels(block: Recurrent) -> int:
+    """Inputs of the convolution: q, k and v."""
+    return 2 * block.num_key_heads * block.key_dim + block.num_heads * block.value_dim
 
 
 def _decoder(spec: DecoderSpec) -> Iterator[Held]:
@@ -203,16 +222,20 @@ def graph_bytes(spec: DecoderSpec, sizes: dict[int, int], element_bytes: int) ->
 
 def _widest(layer: Layer, hidden: int) -> int:
     """Values a token: residual, the branch before, and the branch being computed with its input."""
-    attention: Any = layer.attention
-    mixing = 3 * hidden + (_attention_width(attention) if isinstance(attention, Attention) else 0)
+    mixing = 3 * hidden + _mixer_width(layer.attention)
     # The attention's input and output live on in the layer's frame while the MLP runs; unnormed, an input is the residual.
     inputs = sum(norm is not None for norm in (layer.input_norm, layer.pre_mlp_norm))
     return max(mixing, (3 + inputs) * hidden + _mlp_width(layer.mlp))
 
 
-def _attention_width(block: Attention) -> int:
-    """The projection beside the queries taken from it."""
-    return block.qkv.out_features + block.num_heads * block.head_dim
+def _mixer_width(block: Mixer) -> int:
+    """The projection beside what is taken from it."""
+    if isinstance(block, Recurrent):
+        return block.project.out_features + 2 * _channels(block) + 2 * block.num_heads * block.value_dim
+    if isinstance(block, Attention):
+        gate = block.gate.out_features if block.gate is not None else 0
+        return block.qkv.out_features + block.num_heads * block.head_dim + gate
+    return 0
 
 
 def _mlp_width(block: FeedForward) -> int:
