@@ -110,12 +110,12 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
         query_scale=query_scale if query_scale > 0 else None,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         bos_token_id=bos if isinstance(bos, int) else None,
-        eos_token_ids=_token_ids(keys.source.get("eos_token_id")),
+        eos_token_ids=token_ids(keys.source.get("eos_token_id")),
         raw=keys.source,
     )
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def token_ids(value: Any) -> tuple[int, ...]:
     """One id or a list of ids as a tuple; anything else as none."""
     values = value if isinstance(value, list) else [value]
     return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
@@ -254,7 +254,7 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         quantized=any(tensor.dtype in QUANTIZED_TYPES for tensor in files.tensors.values()),
         from_gguf=True,
         bos_token_id=bos if isinstance(bos, int) else None,
-        eos_token_ids=_token_ids(meta.get("tokenizer.ggml.eos_token_id")),
+        eos_token_ids=token_ids(meta.get("tokenizer.ggml.eos_token_id")),
         raw={**meta, **experts},
     )
 
