@@ -9,6 +9,7 @@ from octavo.device.ops.attention import PAGED_ATTENTION
 from octavo.device.ops.rope_store import ROPE_STORE
 from octavo.model.batch import Batch
 from octavo.model.blocks import Attention
+from octavo.model.cache import CachePlace
 from octavo.model.layers.build import Build
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import Cut, LoadItem
@@ -22,6 +23,7 @@ class AttentionLayer:
         self.block = block
         self.qkv = LinearLayer(block.qkv, build, hf_prefix, gguf_prefix)
         self.output = LinearLayer(block.output, build, hf_prefix, gguf_prefix)
+        self.gate = LinearLayer(block.gate, build, hf_prefix, gguf_prefix) if block.gate else None
         self.q_norm = NormLayer(block.q_norm, build, hf_prefix, gguf_prefix) if block.q_norm else None
         self.k_norm = NormLayer(block.k_norm, build, hf_prefix, gguf_prefix) if block.k_norm else None
         self.sinks = build.empty(block.sinks.out_features, dtype=torch.float32) if block.sinks else None
@@ -35,6 +37,7 @@ class AttentionLayer:
         self.whole_norms = block.q_norm is not None and block.q_norm.size != block.head_dim
         self.store = build.binder.bind(ROPE_STORE, build.spec)
         self.attend = build.binder.bind(PAGED_ATTENTION, build.spec)
+        self.cache_dtype = build.dtype
         self.pages = torch.empty(0)
         self.group = 0
 
@@ -65,7 +68,15 @@ class AttentionLayer:
             block.softcap,
             self.sinks,
         )
-        return self.output(mixed.view(mixed.shape[0], -1))
+        mixed = mixed.view(mixed.shape[0], -1)
+        return self.output(mixed if self.gate is None else mixed * self.gate(x).sigmoid())
+
+    def bind(self, place: CachePlace) -> None:
+        """Take pages [num_pages, 2, Hkv, P, D] in the type of activations."""
+        block = self.block
+        shape = (2, block.num_kv_heads, place.spec.page_size, block.head_dim)
+        self.pages = place.typed(shape, self.cache_dtype)
+        self.group = place.group
 
     def _normed(self, qkv: Tensor) -> Tensor:
         """Queries and keys normed over all their heads together."""
@@ -88,6 +99,8 @@ class AttentionLayer:
         """What the loader must fill."""
         norms = [norm.items() for norm in (self.q_norm, self.k_norm) if norm is not None]
         found = self.qkv.items() + self.output.items() + [item for items in norms for item in items]
+        if self.gate is not None:
+            found += self.gate.items()
         if self.sinks is not None:
             heads, ranks = self.sinks.shape[0], self.ranks
             cut = Cut(0, ranks.rank * heads, heads, ranks.size * heads)
