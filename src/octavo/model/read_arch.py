@@ -20,6 +20,7 @@ from octavo.model.hf_defaults import (
     HF_RENAMED,
 )
 from octavo.model.keys import Keys
+from octavo.model.quantization.describe import describe_quantization
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 LINEAR = "linear_attention"
@@ -80,7 +81,7 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     renamed = HF_RENAMED.get(model_type, {})
     present = {renamed.get(key, key): value for key, value in config.items() if value is not None}
     keys = Keys({**HF_DEFAULTS.get(model_type, {}), **present}, "config.json")
-    _refuse_variants(keys, model_type)
+    _refuse_variants(keys)
     layers = keys.integer("num_hidden_layers", most=MAX_LAYERS)
     heads, kv_heads = keys.heads("num_attention_heads", "num_key_value_heads")
     hidden = keys.integer("hidden_size")
@@ -109,6 +110,7 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
         logit_softcap=keys.number("final_logit_softcapping", 0.0),
         query_scale=query_scale if query_scale > 0 else None,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        quantized=describe_quantization(config) is not None,
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=token_ids(keys.source.get("eos_token_id")),
         raw=keys.source,
@@ -131,14 +133,8 @@ def _activation(keys: Keys) -> Activation:
     return ACTIVATIONS[name]
 
 
-def _refuse_variants(keys: Keys, model_type: str) -> None:
+def _refuse_variants(keys: Keys) -> None:
     """What would load and answer nonsense must not load."""
-    quantization = keys.mapping("quantization_config")
-    if quantization and (model_type, quantization.get("quant_method")) != ("gpt_oss", "mxfp4"):
-        raise UnsupportedModelError(
-            f"Weights quantized by {quantization.get('quant_method')!r} are not supported.",
-            "Use the unquantized model or a GGUF file.",
-        )
     if keys.source.get("use_bidirectional_attention"):
         raise UnsupportedModelError(
             "config.json: use_bidirectional_attention makes this an embedding model, not a decoder."
