@@ -189,6 +189,8 @@ class _Request:
             self.output.prompt_logprobs = [None]  # the engine has nothing to say about a lone first token
         self.fresh: list[TextDelta] = []
         self.open: dict[int, Choice] = {}
+        self.leader: int | None = None  # the id of the choice that computes the prompt for all
+        self.bad_words = llm.frontend.bad_words(sampling)
         self.error: str | None = None
         self.num_submitted = 0
 
@@ -204,6 +206,8 @@ class _Request:
                 prompt_token_ids=self.output.prompt_token_ids,
                 sampling=sampling,
                 grammar=grammar,
+                bad_words=self.bad_words,
+                leader=self.leader,
                 eos_token_ids=list(self.llm.frontend.tokenizer.eos_token_ids),
                 arrival_s=time.time(),
             )
@@ -213,6 +217,7 @@ class _Request:
                 if not self.llm.client.busy:
                     raise
                 return False
+            self.leader = self.leader or request.id
             self.open[request.id] = Choice(index, request, self.llm.frontend.tokenizer)
             self.num_submitted += 1
         return True

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from msgspec import UNSET
+
 from octavo.api.generation import Generation, TextDelta
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import PromptTokensDetails, SamplingFields, Usage
@@ -49,6 +51,9 @@ class Run:
         self.completion_tokens = [0] * self.num_choices
         self.cached_tokens = [0] * len(prompts)
         self.timer = context.start_timer(len(prompts), self.n, prompts[0][1].max_tokens)
+        self.timer.about(request_id, prompts)
+        self.wants_timings = bool(request.return_timings)
+        terms = context.terms(request.deadline_ms, request.max_queue_ms)
         self.streams: list[Generation] = []
         try:
             for i, (ids, sampling) in enumerate(prompts):
@@ -58,8 +63,9 @@ class Run:
                         sampling,
                         request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
                         priority=request.priority or 0,
-                        cache_salt=request.cache_salt,
+                        cache_salt=context.caller.cache_salt(request.cache_salt),
                         thinking=thinking,
+                        terms=terms,
                     )
                 )
         except BaseException:
@@ -96,12 +102,15 @@ class Run:
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(sum(self.cached_tokens)),
+            timings=self.timer.timings() if self.wants_timings else UNSET,
         )
 
     def _count(self, prompt: int, delta: TextDelta) -> tuple[int, TextDelta]:
         choice = prompt * self.n + delta.index
         num_tokens = len(delta.token_ids)
         self.completion_tokens[choice] += num_tokens
+        if delta.times is not None:
+            self.timer.times(delta.times)
         self.timer.delta(choice, num_tokens)
         if delta.num_cached_tokens:
             self.cached_tokens[prompt] = delta.num_cached_tokens

@@ -19,7 +19,7 @@ from octavo.protocol.generate import SamplingParams, StructuredOutputsParams
 COPIED = (
     *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
-    *("skip_special_tokens", "include_stop_str_in_output"),
+    *("skip_special_tokens", "include_stop_str_in_output", "allowed_token_ids", "bad_words"),
 )
 
 
