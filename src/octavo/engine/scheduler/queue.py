@@ -10,6 +10,7 @@ A preempted sequence goes back with the key it had, hence before everybody who c
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator
 
 from octavo.engine.scheduler.sequence import Sequence
@@ -18,6 +19,7 @@ from octavo.protocol.generate import GenerateRequest
 
 POLICIES = ("fcfs", "priority", "fair")
 MAX_IDLE_TENANTS = 4096
+CREDIT = 8192  # tokens / weight that a tenant may have saved up when it comes back
 
 
 def order_key(policy: str, request: GenerateRequest, number: int) -> tuple[float, ...]:
@@ -75,6 +77,13 @@ class Queue:
         del self._present[seq.id]
         return seq
 
+    def take(self, seq: Sequence) -> None:
+        """Take out a sequence that runs from now on; usually, but not surely, the next one."""
+        if self.peek() is seq:
+            self.pop()
+        else:
+            self.remove(seq)
+
     def remove(self, seq: Sequence) -> None:
         """Take a waiting sequence out of the line."""
         del self._present[seq.id]
@@ -89,7 +98,7 @@ class Queue:
         """A running sequence was given a row of ``tokens``."""
 
     def leave(self, seq: Sequence) -> None:
-        """A sequence that was popped runs no longer."""
+        """A sequence that was taken runs no longer."""
 
     def rank(self, seq: Sequence) -> tuple[float, ...]:
         """The order in which prompts are computed; smaller first."""
@@ -120,17 +129,19 @@ class FairQueue(Queue):
     """Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", 2024).
 
     Every row is charged to its tenant: a computed token counts 1, a drawn one 1 more, both divided by the tenant's
-    weight. The tenant with the smallest counter goes first; one that comes back after a pause starts at the smallest
-    counter of those that are active, so that nobody saves up. Where there is no room for a tenant that runs less than
+    weight. The tenant with the smallest counter goes first; one that comes back after a pause starts at most ``credit``
+    below the smallest counter of those that are active: enough that a burst of somebody who uses less than its share is
+    served at once, too little to starve others. Where there is no room for a tenant that runs less than
     its share of the sequences, the latest sequence of the one that is furthest above its own share is preempted: its
     pages stay in the prefix cache. A tenant never gets above its share that way, so places do not go to and fro.
     """
 
-    __slots__ = ("_idle", "_num_waiting", "_tenants")
+    __slots__ = ("_credit", "_idle", "_num_waiting", "_tenants")
     charges = True
 
-    def __init__(self) -> None:
+    def __init__(self, credit: float = CREDIT) -> None:
         super().__init__()
+        self._credit = credit
         self._tenants: dict[str, _Tenant] = {}  # those that wait or run
         self._idle: dict[str, float] = {}  # counters of the others
         self._num_waiting = 0
@@ -148,7 +159,7 @@ class FairQueue(Queue):
         tenant = self._tenants.get(seq.tenant)
         if tenant is None:
             level = min((other.served for other in self._tenants.values()), default=0.0)
-            tenant = _Tenant(max(self._idle.pop(seq.tenant, 0.0), level))
+            tenant = _Tenant(max(self._idle.pop(seq.tenant, -math.inf), level - self._credit))
             self._tenants[seq.tenant] = tenant
         tenant.weight = seq.weight
         tenant.line.push(seq)
@@ -164,11 +175,15 @@ class FairQueue(Queue):
         seq = self.peek()
         if seq is None:
             raise IndexError("pop from an empty queue")
+        self.take(seq)
+        return seq
+
+    def take(self, seq: Sequence) -> None:
+        """See ``Queue.take``."""
         tenant = self._tenants[seq.tenant]
-        tenant.line.pop()
+        tenant.line.take(seq)
         tenant.num_running += 1
         self._num_waiting -= 1
-        return seq
 
     def remove(self, seq: Sequence) -> None:
         """See ``Queue.remove``."""

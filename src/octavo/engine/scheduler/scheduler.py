@@ -167,7 +167,7 @@ class Scheduler:
             n = self._admit_or_swap(seq, min(len(seq.tokens) - seq.num_queued, budget), step)
             if n == 0:
                 break
-            self.waiting.pop()
+            self.waiting.take(seq)
             step.admitted.add(seq.id)
             self.prefilling.append(seq)
             seq.commit_at = 0
