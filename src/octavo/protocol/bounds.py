@@ -45,5 +45,6 @@ WhitespacePattern = Annotated[str, Meta(min_length=1, max_length=256)]
 Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]  # deadlines: at most a day
 TenantName = Annotated[str, Meta(max_length=256)]
 Weight = Annotated[float, Meta(gt=0.0, le=1000.0)]  # share of a tenant under fair scheduling
+BeamWidth = Annotated[int, Meta(ge=1, le=64)]
 LengthPenalty = Annotated[float, Meta(ge=-10.0, le=10.0)]  # exponent of the length in a beam's score
 ThinkingBudget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # tokens; -1 = no bound

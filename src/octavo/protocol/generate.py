@@ -110,6 +110,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
 
+class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to search for the likeliest answers; names are vLLM's.
+
+    ``beam_width`` answers are kept at a time and returned. They are compared by log probability /
+    length ** ``length_penalty``, the length in generated tokens, the end token included.
+    """
+
+    beam_width: bounds.BeamWidth
+    max_tokens: bounds.MaxTokens
+    ignore_eos: bool = False
+    length_penalty: bounds.LengthPenalty = 1.0
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(type(self)):
+            try:
+                msgspec.convert(getattr(self, field.name), field.type)
+            except msgspec.ValidationError as error:
+                raise RequestError(f"{field.name}: {error}.", param=field.name) from None
+
+
 _CHECKS = tuple((field.name, field.type, field.default) for field in msgspec.structs.fields(SamplingParams))
 
 

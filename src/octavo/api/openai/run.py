@@ -9,6 +9,7 @@ from contextlib import aclosing
 from msgspec import UNSET
 
 from octavo.api.generation import Generation, TextDelta
+from octavo.api.openai.beams import Beams
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import PromptTokensDetails, SamplingFields, Usage
 from octavo.errors import RequestError
@@ -55,6 +56,10 @@ class Run:
         self.wants_timings = bool(request.return_timings)
         terms = context.terms(request.deadline_ms, request.max_queue_ms)
         self.streams: list[Generation] = []
+        self.beams: Beams | None = None
+        if request.use_beam_search:
+            self.beams = Beams(context, request, list(prompts), request_id)
+            return
         try:
             for i, (ids, sampling) in enumerate(prompts):
                 self.streams.append(
@@ -82,6 +87,11 @@ class Run:
         """All deltas that are there, whenever there are some; closing the generator aborts what still runs."""
         count = self._count
         try:
+            if self.beams is not None:
+                async with aclosing(self.beams.deltas()) as found:
+                    async for batch in found:
+                        yield [count(prompt, delta) for prompt, delta in batch]
+                return
             if len(self.streams) == 1:  # the common case needs no tasks
                 only = self.streams[0]
                 async for delta in only:

@@ -112,7 +112,6 @@ class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     best_of: Any = None
     kv_transfer_params: Any = None
-    length_penalty: Any = None
     logits_processors: Any = None
     repetition_detection: Any = None
     spaces_between_special_tokens: Any = None
@@ -124,7 +123,6 @@ class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     guided_choice: Any = None
     guided_grammar: Any = None
     truncate_prompt_tokens: Any = None
-    use_beam_search: Any = None
     vllm_xargs: Any = None
 
 
@@ -159,6 +157,8 @@ class SamplingFields(NotYet, kw_only=True):
     deadline_ms: bounds.Milliseconds | None = None
     max_queue_ms: bounds.Milliseconds | None = None
     return_timings: bool | None = None
+    use_beam_search: bool | None = None
+    length_penalty: bounds.LengthPenalty | None = None
     request_id: bounds.RequestId | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -196,12 +196,10 @@ class CompletionNotYet(SamplingFields, kw_only=True):
 # Values that change nothing; None is always one.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "metadata": ({},),
     "service_tier": ("auto", "default"),
-    "use_beam_search": (False,),
     "modalities": (["text"],),
     "functions": ([],),
     "function_call": ("none", "auto"),
