@@ -15,7 +15,7 @@ import pytest
 from engines import VOCAB, expected, make_runner, request
 
 from octavo.engine.core import EngineCore
-from octavo.engine.executor.base import Executor
+from octavo.engine.executor.base import Executor, Seat
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.executor.multiproc import MultiprocExecutor
 from octavo.engine.executor.null import NullRunner
@@ -25,11 +25,12 @@ from octavo.protocol.generate import GenerateRequest, SamplingParams
 from octavo.protocol.plan import SlotInit
 
 HERE = str(Path(__file__).parent)
+SEAT = Seat(0, 1, 0, lambda phase, done, total: None)
 
 
 @pytest.fixture(autouse=True)
 def helpers_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", HERE)
+    monkeypatch.setenv("PYTHONPATH", HERE, prepend=os.pathsep)
 
 
 def multiproc(num_workers: int = 1, **arguments: Any) -> MultiprocExecutor:
@@ -74,7 +75,7 @@ def test_two_workers_answer_like_one_inline(overlap: bool) -> None:
     executor = multiproc(2)
     pids = executor.pids
     core = core_over(executor, overlap)
-    inline = core_over(InlineExecutor(make_runner({}, 0, 1)), overlap)
+    inline = core_over(InlineExecutor(make_runner({}, SEAT).runner), overlap)
     assert executor.layout == inline.executor.layout
     assert executor.num_pages == 64  # the least of 64 and 65
     answers = finish(core, requests)
@@ -152,7 +153,7 @@ def test_workers_die_with_their_parent() -> None:
 
 def test_null_runner_ends_sequences_at_the_eos_rate() -> None:
     runner = NullRunner(
-        make_runner({}, 0, 1).layout, num_pages=64, num_slots=8, vocab_size=VOCAB, eos_rate=0.1
+        make_runner({}, SEAT).runner.layout, num_pages=64, num_slots=8, vocab_size=VOCAB, eos_rate=0.1
     )
     core = core_over(InlineExecutor(runner))
     requests = [

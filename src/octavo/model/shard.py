@@ -24,10 +24,11 @@ from octavo.model.blocks import (
 )
 
 
-def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
+def shard(spec: DecoderSpec, size: int, *, expert_parallel: bool = False) -> DecoderSpec:
     """The local model of any of ``size`` ranks; its shapes are the same on all of them.
 
-    The output head stays whole where the vocabulary does not divide. Raises ``UnsupportedModelError`` where heads or
+    The output head stays whole where the vocabulary does not divide. With ``expert_parallel`` a rank holds some experts
+    whole instead of a slice of each. Raises ``UnsupportedModelError`` where heads or
     channels do not.
     """
     if size == 1:
@@ -35,11 +36,18 @@ def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
     head = spec.head
     if head is not None:
         head = replace(head, shard="none") if head.out_features % size else _linear(head, size)
-    return replace(spec, layers=tuple(_layer(layer, size) for layer in spec.layers), head=head)
+    return replace(
+        spec, layers=tuple(_layer(layer, size, expert_parallel) for layer in spec.layers), head=head
+    )
 
 
-def _layer(layer: Layer, size: int) -> Layer:
-    return replace(layer, attention=_attention(layer.attention, size), mlp=_mlp(layer.mlp, size))
+def _layer(layer: Layer, size: int, expert_parallel: bool) -> Layer:
+    mlp = layer.mlp
+    return replace(
+        layer,
+        attention=_attention(layer.attention, size),
+        mlp=_whole_experts(mlp, size) if expert_parallel and isinstance(mlp, MoE) else _mlp(mlp, size),
+    )
 
 
 def _attention(block: Attention, size: int) -> Attention:
@@ -82,6 +90,17 @@ def _mlp(block: FeedForward, size: int) -> FeedForward:
             intermediate=block.intermediate // size,
         )
     return _gated(block, size)
+
+
+def _whole_experts(block: MoE, size: int) -> MoE:
+    num = block.experts.num
+    if num % size:
+        raise UnsupportedModelError(
+            f"{num} experts cannot be dealt to {size} devices.",
+            "Choose a tensor parallel size that divides them, or leave out --enable-expert-parallel.",
+        )
+    shared = _gated(block.shared, size) if block.shared is not None else None
+    return replace(block, experts=replace(block.experts, num=num // size, total=num), shared=shared)
 
 
 def _gated(block: GatedMLP, size: int) -> GatedMLP:
