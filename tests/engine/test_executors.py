@@ -25,7 +25,7 @@ from octavo.protocol.generate import GenerateRequest, SamplingParams
 from octavo.protocol.plan import SlotInit
 
 HERE = str(Path(__file__).parent)
-SEAT = Seat(0, 1, 0, lambda phase, done, total: None)
+SEAT = Seat(0, 1, 0, "", lambda phase, done, total: None)
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +173,7 @@ def test_null_runner_ends_sequences_at_the_eos_rate() -> None:
 
 def test_null_runner_with_drafts_and_a_script() -> None:
     runner = NullRunner(
-        make_runner({}, 0, 1).layout,
+        make_runner({}, SEAT).runner.layout,
         num_pages=64,
         num_slots=8,
         vocab_size=VOCAB,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +53,11 @@ class TorchRunner:
         num_slots: int,
         max_tokens: int,
         max_model_len: int,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        """``agree`` replaces drawn tokens, in place, by those of the rank that speaks for all."""
         self.network = network
+        self.agree = agree
         self.pages = pages
         self.platform = platform
         self.layout: CacheLayout = pages.layout
@@ -66,7 +70,7 @@ class TorchRunner:
         self.graphs: StepGraphs | None = None
         self.current: tuple[StepPlan, Prepared, Tensor] | None = None
         self.in_flight: deque[InFlight] = deque()
-        network.bind_cache(pages.views, pages.groups)
+        network.bind_cache(pages.places)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:
@@ -94,11 +98,9 @@ class TorchRunner:
         tokens = torch.zeros(0, dtype=torch.int64, device=self.platform.device)
         bad, pending = tokens, None
         if count:
-            logits = self.network.logits(hidden[:count])
-            bad = logits.isnan().any(dim=-1)
-            tokens, pending = self.sampler.draw(logits, step, masks)
+            tokens, bad, pending = self._draw(hidden[:count], step, masks)
             self.slots.last_token[step.slots] = tokens
-        prompt = self._prompt_logprobs(plan, step, hidden[count:])
+        prompt = self._prompt_logprobs(plan, step, hidden[count:]) if self.network.spec.is_last else []
         event = self.platform.event()
         done = InFlight(
             plan,
@@ -111,6 +113,20 @@ class TorchRunner:
         )
         event.record()
         self.in_flight.append(done)
+
+    def _draw(
+        self, hidden: Tensor, step: Prepared, masks: list[GrammarMask]
+    ) -> tuple[Tensor, Tensor, PendingLogprobs | None]:
+        """Tokens [S], which rows have NaN logits, log probabilities; only a model's last stage has logits at all."""
+        tokens = torch.zeros(len(step.rows), dtype=torch.int64, device=self.platform.device)
+        bad, pending = tokens.bool(), None
+        if self.network.spec.is_last:
+            logits = self.network.logits(hidden)
+            bad = logits.isnan().any(dim=-1)
+            tokens, pending = self.sampler.draw(logits, step, masks)
+        if self.agree is not None:
+            tokens = self.agree(tokens)
+        return tokens, bad, pending
 
     def collect(self) -> StepResult:
         """See ``Runner.collect``."""

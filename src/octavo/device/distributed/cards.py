@@ -53,6 +53,16 @@ def cuda_card(rank: int, host: str, device: torch.device, num_local: int) -> Car
     )
 
 
+def check_count(needed: int) -> None:
+    """Raise ``UsageError`` where fewer CUDA devices are visible than this machine has ranks."""
+    count = torch.cuda.device_count()
+    if count < needed:
+        raise UsageError(
+            f"{needed} ranks need {needed} GPUs on this machine, but {count} {'is' if count == 1 else 'are'} visible.",
+            "Choose a smaller --tensor-parallel-size or --pipeline-parallel-size, or see CUDA_VISIBLE_DEVICES.",
+        )
+
+
 def driver_version() -> str:
     """The kernel driver's version, as Linux tells it, or "unknown"."""
     try:

@@ -19,6 +19,8 @@ class Group:
         self.members = members
         self.rank = rank
         self.size = len(members)
+        # torch is renaming it.
+        self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     @property
     def name(self) -> str:
@@ -34,7 +36,7 @@ class Group:
         """[T, n] of every rank, side by side in order: [T, size * n]."""
         tokens, width = x.shape
         joined = x.new_empty((self.size * tokens, width))
-        dist.all_gather_into_tensor(joined, x.contiguous(), group=self.handle)
+        self._gather(joined, x.contiguous(), group=self.handle)
         return joined.view(self.size, tokens, width).transpose(0, 1).reshape(tokens, self.size * width)
 
     def broadcast(self, x: Tensor) -> Tensor:

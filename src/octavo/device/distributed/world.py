@@ -10,10 +10,8 @@ Ranks of one machine meet in a private file, those of several at a TCP port of m
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,7 +30,6 @@ class Meeting:
     rank: int
     size: int
     tensor_size: int
-    local_rank: int
     timeout_s: float
     path: str = ""
     address: str = ""
@@ -131,9 +128,3 @@ def open_store(meeting: Meeting) -> Store:
 def first_line(error: Exception) -> str:
     """torch's errors carry pages of traces below the first line."""
     return str(error).strip().partition("\n")[0]
-
-
-def discard(path: str) -> None:
-    """Remove the file of a meeting that is over."""
-    with contextlib.suppress(OSError):
-        Path(path).unlink()

@@ -36,12 +36,13 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Seat:
-    """A worker's place: ``rank`` of ``num_ranks`` in all, ``index`` on its machine. ``report(phase, done, total)`` tells
-    how far the start is, and that it still goes on."""
+    """A worker's place: ``rank`` of ``num_ranks`` in all, ``index`` on its machine, whose workers share a private
+    ``folder``. ``report(phase, done, total)`` tells how far the start is, and that it still goes on."""
 
     rank: int
     num_ranks: int
     index: int
+    folder: str
     report: Callable[[str, int, int], None]
 
 

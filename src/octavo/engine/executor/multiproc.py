@@ -16,10 +16,13 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -92,13 +95,13 @@ class Node(Speaker, Protocol):
 class Worker:
     """A child process and our end of its socket."""
 
-    def __init__(self, rank: int, memory: int, environment: Mapping[str, str]) -> None:
+    def __init__(self, rank: int, memory: int, folder: str, environment: Mapping[str, str]) -> None:
         self.ranks = (rank,)
         ours, theirs = socket.socketpair()
         with theirs:
             fds = [theirs.fileno(), memory]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "octavo.engine.executor.worker", *map(str, fds)],
+                [sys.executable, "-m", "octavo.engine.executor.worker", *map(str, fds), folder],
                 pass_fds=fds,
                 stdin=subprocess.PIPE,
                 env=dict(environment),
@@ -152,12 +155,14 @@ class Crew:
         self, num_workers: int, first: int = 0, environment: Mapping[str, str] | None = None
     ) -> None:
         self.workers: list[Worker] = []
+        self.folder = tempfile.mkdtemp(prefix="octavo-")  # mode 0700
+        self.cleanup = weakref.finalize(self, shutil.rmtree, self.folder, True)
         self.memory = open_memory(num_workers)
         self.ring = RingWriter(self.memory, num_workers, self._wake, self._nothing)
         whole = {**NO_MULTICAST, **os.environ, **(environment or {})}
         try:
             for index in range(num_workers):
-                self.workers.append(Worker(first + index, self.memory, whole))
+                self.workers.append(Worker(first + index, self.memory, self.folder, whole))
         except BaseException:
             self.close(0)
             raise
@@ -178,6 +183,7 @@ class Crew:
             worker.stop(wait_s)
         self.ring.close()
         os.close(self.memory)
+        self.cleanup()
 
     def _wake(self, index: int) -> None:
         self.workers[index].send(b"\0")

@@ -1,6 +1,7 @@
 """One worker process: builds a runner, does what the ring says, ends with its parent.
 
-``python -m octavo.engine.executor.worker SOCKET MEMORY``: inherited descriptors. The first frame on the socket names the
+``python -m octavo.engine.executor.worker SOCKET MEMORY FOLDER``: two inherited descriptors, and a folder that is removed
+when nobody is left who could. The first frame on the socket names the
 runner's factory; commands then come through the ring, and the socket carries answers, errors and wake-ups.
 A failure is reported once and ends the process: ranks that compute together cannot go on without one of them.
 """
@@ -62,7 +63,7 @@ class Home:
             self.send(Progress(phase, done, total))
 
 
-def run_worker(connection: socket.socket, memory: int) -> int:
+def run_worker(connection: socket.socket, memory: int, folder: str) -> int:
     """Serve one executor until it says stop; returns the exit status."""
     decode = msgspec.msgpack.Decoder(ToWorker).decode
     home = Home(connection)
@@ -71,7 +72,7 @@ def run_worker(connection: socket.socket, memory: int) -> int:
         build = decode(read_frame(Unbuffered(connection)))  # what follows are wake-ups, for the ring's reader
         if not isinstance(build, Build):
             raise OctavoError(f"The first frame was {type(build).__name__}, not Build.")
-        seat = Seat(build.rank, build.num_ranks, build.index, home.report)
+        seat = Seat(build.rank, build.num_ranks, build.index, folder, home.report)
         started = load_factory(build.factory)(msgspec.json.decode(build.arguments), seat)
         runner = started.runner
         ring = RingReader(memory, build.num_workers, build.index, connection, build.spin_s)
@@ -114,9 +115,9 @@ def load_factory(name: str) -> Factory:
 
 
 if __name__ == "__main__":
-    live_with_parent()
+    live_with_parent(sys.argv[3])
     with socket.socket(fileno=int(sys.argv[1])) as parent:
-        status = run_worker(parent, int(sys.argv[2]))
+        status = run_worker(parent, int(sys.argv[2]), sys.argv[3])
         sys.stdout.flush()
         sys.stderr.flush()
         # Other ranks may be gone: whoever took leave of them in order could wait for ever.
