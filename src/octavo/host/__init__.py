@@ -33,6 +33,7 @@ from octavo.files.base import ModelFiles
 from octavo.files.resolve import open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
+from octavo.host.replicas import launch_replicas
 from octavo.host.spread import Facts, launch
 from octavo.model.read_arch import read_arch
 
@@ -92,6 +93,11 @@ def prepare(options: EngineOptions, files: ModelFiles, progress: Progress | None
 
 def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> EngineCore:
     """An engine in this process and thread; a model on several devices has a worker process for each."""
+    if options.parallel.data_parallel_size > 1:
+        raise UsageError(
+            "--data-parallel-size needs a process for each copy of the model; this is a single one.",
+            "Use octavo serve, or one LLM object a device.",
+        )
     arch = read_arch(files)
     executor: Executor
     if options.parallel.ranks > 1:
@@ -132,9 +138,11 @@ def connect(
     in_process: bool = False,
     progress: Progress | None = None,
 ) -> EngineClient:
-    """An engine in its own process (or in a thread of this one), ready to serve."""
+    """An engine in its own process (or in a thread of this one), or several copies of one, ready to serve."""
     if in_process:
         return InProcessClient(build_core(options, files, progress))
+    if options.parallel.data_parallel_size > 1:
+        return launch_replicas(options, encode_options, progress)
     return SocketClient.launch(
         [sys.executable, "-m", "octavo.host"], encode_options(options), progress or quiet
     )
