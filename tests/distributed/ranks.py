@@ -39,6 +39,7 @@ def options(model: str, **extra: Any) -> EngineOptions:
             "block_size": 16 if extra.get("device") == "cuda" else 4,
             "num_gpu_blocks_override": 512,
             "max_step_ms": 0.0,
+            "threads": 1,
             **extra,
         }
     )

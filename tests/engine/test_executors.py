@@ -109,8 +109,9 @@ def test_a_killed_worker_is_an_engine_dead_error(rank: int) -> None:
         core.step()
     os.kill(executor.pids[rank], signal.SIGKILL)
     with pytest.raises(EngineDeadError, match=f"Worker {rank} has ended with status -9"):
-        for _ in range(50):
+        for _ in range(150):
             core.step()
+            time.sleep(0.01)  # null workers run apart; those that compute together cannot
     pids = executor.pids
     core.close()
     wait_gone(pids)
@@ -122,8 +123,9 @@ def test_a_failing_worker_says_why(rank: int) -> None:
     core = core_over(executor)
     core.submit(request(1, max_tokens=200))
     with pytest.raises(EngineDeadError, match=f"Worker {rank} failed: RuntimeError: the device fell over"):
-        for _ in range(50):
+        for _ in range(150):
             core.step()
+            time.sleep(0.01)  # null workers run apart; those that compute together cannot
     core.close()
 
 
@@ -133,6 +135,39 @@ def test_a_failed_start_keeps_its_error_and_leaves_nobody() -> None:
         multiproc(2, fail_start_of=1, hang_start_of=0)
     with pytest.raises(OctavoError, match="names no runner factory"):
         MultiprocExecutor("engines:nothing", {})
+
+
+def test_what_a_worker_tells_reaches_the_owner() -> None:
+    told: list[tuple[str, int, int]] = []
+    executor = MultiprocExecutor(
+        "engines:make_runner", {}, num_workers=2, progress=lambda *report: told.append(report)
+    )
+    folder = Path(executor._crew.folder)
+    assert executor.facts == b"facts of the null engine"
+    assert ("waking up", 1, 1) in told
+    assert folder.stat().st_mode & 0o777 == 0o700
+    executor.close()
+    assert not folder.exists()
+
+
+def test_a_rank_that_hangs_at_start_is_named() -> None:
+    with pytest.raises(EngineDeadError, match=r"nothing was heard for 2 s \(rank 1 since waking up\)"):
+        MultiprocExecutor("engines:make_runner", {"hang_start_of": 1}, num_workers=2, silence_s=2.0)
+
+
+def test_a_rank_that_hangs_in_service_is_not_waited_for() -> None:
+    executor = MultiprocExecutor("engines:make_runner", {}, num_workers=2, silence_s=2.0)
+    core = core_over(executor)
+    core.submit(request(1, max_tokens=200))
+    core.step()
+    os.kill(executor.pids[0], signal.SIGSTOP)
+    pids = executor.pids
+    with pytest.raises(EngineDeadError, match="No worker has answered for 2 s"):
+        for _ in range(150):
+            core.step()
+            time.sleep(0.01)  # null workers run apart; those that compute together cannot
+    core.close()
+    wait_gone(pids)
 
 
 def test_workers_die_with_their_parent() -> None:
