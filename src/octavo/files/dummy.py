@@ -67,7 +67,35 @@ QWEN3_0_6B: Mapping[str, Any] = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
-PRESETS: Mapping[str, Mapping[str, Any]] = {"llama-3.1-8b": LLAMA_3_1_8B, "qwen3-0.6b": QWEN3_0_6B}
+QWEN3_5_9B: Mapping[str, Any] = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000000.0,
+    "partial_rotary_factor": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "llama-3.1-8b": LLAMA_3_1_8B,
+    "qwen3-0.6b": QWEN3_0_6B,
+    "qwen3.5-9b": QWEN3_5_9B,
+}
 
 
 class DummyFiles:

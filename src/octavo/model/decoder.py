@@ -16,6 +16,7 @@ from octavo.model.blocks import (
     GatedMLP,
     Layer,
     Linear,
+    Mixer,
     Norm,
     Part,
     PlainMLP,
@@ -61,7 +62,7 @@ class Decoder:
         """Layer i."""
         return Layer(
             input_norm=self.norm("input_layernorm", "attn_norm"),
-            attention=self.attention(i),
+            attention=self.mixer(i),
             pre_mlp_norm=self.norm("post_attention_layernorm", "ffn_norm"),
             mlp=self.mlp(i),
         )
@@ -70,7 +71,7 @@ class Decoder:
         """Layer i with norms before and after both branches (Gemma 2 and later)."""
         return Layer(
             input_norm=self.norm("input_layernorm", "attn_norm"),
-            attention=self.attention(i),
+            attention=self.mixer(i),
             post_attention_norm=self.norm("post_attention_layernorm", "post_attention_norm"),
             pre_mlp_norm=self.norm("pre_feedforward_layernorm", "ffn_norm"),
             mlp=self.mlp(i),
@@ -104,6 +105,10 @@ class Decoder:
             replace(whole, out_features=size, start=sum(sizes[:index]), total=sum(sizes))
             for index, size in enumerate(sizes)
         ]
+
+    def mixer(self, i: int) -> Mixer:
+        """What mixes tokens in layer i: attention, but for hybrids."""
+        return self.attention(i)
 
     def attention(self, i: int) -> Attention:
         """Attention of layer i."""

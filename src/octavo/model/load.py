@@ -156,7 +156,7 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
     if order in ("transposed", "alternating_columns") and stored.dim() > 1:
         stored = stored.transpose(-1, -2)
     if order == "per_head":
-        stored = by_piece(stored, part.stored_heads, QKV)
+        stored = by_piece(stored, part.stored_heads, part.stored_pieces)
     elif order in ("alternating", "alternating_columns"):
         stored = gate_then_up(stored)
     if item.cut is not None:
@@ -214,10 +214,12 @@ def untangle(rows: Tensor, heads: int, rotated: int = 0) -> Tensor:
     return torch.cat(parts, dim=1).reshape(shape)
 
 
-def by_piece(rows: Tensor, heads: int, pieces: int) -> Tensor:
-    """Rows ordered (head, piece, d) to (piece, head, d)."""
+def by_piece(rows: Tensor, heads: int, pieces: tuple[int, ...]) -> Tensor:
+    """Rows ordered (head, piece, d) to (piece, head, d); pieces of these sizes, or three of the same."""
     shape = rows.shape
-    return rows.reshape(heads, pieces, -1, *shape[1:]).transpose(0, 1).reshape(shape)
+    by_head = rows.reshape(heads, -1, *shape[1:])
+    split = torch.split(by_head, list(pieces) or by_head.shape[1] // QKV, dim=1)
+    return torch.cat([piece.reshape(-1, *shape[1:]) for piece in split])
 
 
 def fill_random(

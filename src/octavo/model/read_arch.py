@@ -11,10 +11,17 @@ from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import Activation
-from octavo.model.hf_defaults import HF_ALL_SLIDING, HF_DEFAULTS, HF_FULL_SCALING, HF_PATTERN, HF_RENAMED
+from octavo.model.hf_defaults import (
+    HF_ALL_SLIDING,
+    HF_DEFAULTS,
+    HF_FULL_SCALING,
+    HF_HYBRID,
+    HF_PATTERN,
+    HF_RENAMED,
+)
 from octavo.model.keys import Keys
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 GGUF_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -34,6 +41,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
 }
 # Keys that a multimodal config.json may hold beside its text_config.
+HF_NESTED = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 OUTER_KEYS = (
     "bos_token_id",
     "eos_token_id",
@@ -58,8 +66,8 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     if not isinstance(model_type, str):
         raise ModelFileError("config.json has no model_type.")
     nested = config.get("text_config")
-    if model_type == "gemma3" and isinstance(nested, Mapping):
-        model_type = "gemma3_text"
+    if model_type in HF_NESTED and isinstance(nested, Mapping):
+        model_type = HF_NESTED[model_type]
         config = {**{key: config[key] for key in OUTER_KEYS if key in config}, **nested}
     renamed = HF_RENAMED.get(model_type, {})
     present = {renamed.get(key, key): value for key, value in config.items() if value is not None}
@@ -135,12 +143,18 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
     if listed is not None:
         if not isinstance(listed, list) or len(listed) != layers:
             raise ModelFileError(f"config.json: layer_types must list one type for each of {layers} layers.")
-        unknown = sorted({str(kind) for kind in listed} - {FULL, SLIDING})
+        listed = ["full_attention" if kind == "attention" else "linear_attention" if kind == "mamba" else kind
+                  for kind in listed]  # fmt: skip
+        unknown = sorted({str(kind) for kind in listed} - {FULL, SLIDING, LINEAR})
         if unknown:
             raise UnsupportedModelError(
                 f"config.json: layers of type {', '.join(unknown)} are not supported."
             )
         return tuple(listed)
+    if model_type in HF_HYBRID:
+        every = keys.integer("full_attention_interval", HF_HYBRID[model_type], least=0)
+        full = keys.source.get("attn_layer_indices") or (range(every - 1, layers, every) if every else ())
+        return tuple(FULL if i in full else LINEAR for i in range(layers))
     if not keys.source.get("sliding_window"):
         return (FULL,) * layers
     if model_type in HF_PATTERN:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,10 @@ class Build:
     ranks: Ranks = ALONE
     weight_format: WeightFormat = DENSE
     tables: dict[Rope, Tensor] = field(default_factory=dict)
+
+    def dense(self) -> Build:
+        """The same, with projections stored as they are."""
+        return replace(self, weight_format=DENSE)
 
     @property
     def linear(self) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

@@ -80,7 +80,7 @@ class StepWriter:
         self.windows = [
             group.spec.window if isinstance(group.spec, WindowKV) else 0 for group in layout.groups
         ]
-        self.kv_heads = max(layer.attention.num_kv_heads for layer in spec.layers)
+        self.kv_heads = max(layer.plain_attention.num_kv_heads for layer in spec.layers)
         self.frequencies = {
             rope: (np.array(rope.frequencies(slots.max_model_len), np.float64), np.float32(rope.scale))
             for rope in tables.ropes
