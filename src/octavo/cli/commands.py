@@ -126,6 +126,12 @@ def _bench_offline(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser, skip=("seed",))
 
 
+def _bench_soak(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    bench.add_soak_arguments(parser)
+    add_engine_options(parser, skip=("model",))
+
+
 def _nothing(parser: argparse.ArgumentParser) -> None:
     """The target has its own parser."""
 
@@ -148,6 +154,11 @@ COMMANDS = {
     ),
     "bench offline": Command(
         "Throughput or latency of a model in this process.", "octavo.cli.bench:offline", _bench_offline
+    ),
+    "bench soak": Command(
+        "Minutes of unlike requests in a cache that is too small; watches memory and pages.",
+        "octavo.cli.bench:soak",
+        _bench_soak,
     ),
     "bench step": Command(
         "Cost of scheduling alone, without a model.", "octavo.bench.step:main", _nothing, passes_rest=True

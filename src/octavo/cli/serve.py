@@ -64,5 +64,6 @@ def timeline(info: EngineInfo, total_s: float) -> str:
         f"Ready in {total_s:.2f} s: {', '.join(parts)}.\n"
         f"{info.architecture} on {info.device}, {info.dtype}; context {info.max_model_len}, "
         f"{info.num_pages} pages of {info.page_size} tokens, at most {info.max_num_seqs} sequences and "
-        f"{info.max_num_batched_tokens} tokens a step." + (f"\nMemory: {', '.join(memory)}." if memory else "")
+        f"{info.max_num_batched_tokens} tokens a step."
+        + (f"\nMemory: {', '.join(memory)}." if memory else "")
     )
