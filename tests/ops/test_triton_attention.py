@@ -80,6 +80,17 @@ def test_head_groups(rows: list[tuple[int, int]], heads: tuple[int, int]) -> Non
     check(make(rows, heads))
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("shape", [(16, 16), (64, 32), (128, 64), (256, 64)], ids=str)
+def test_every_launch_shape_computes_the_same(shape: tuple[int, int], apart: bool) -> None:
+    """What ``octavo.bench.gpu_attention`` may choose from."""
+    attend = kernels.PagedAttention(tiles=kernels.Tiles(*shape, 4, 1), apart=apart)
+    for options in ({}, {"window": 20}, {"chunk": 16}):
+        inputs = make(MIXED)
+        expected = reference(**inputs, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(attend(**inputs, **options), expected, atol=4e-4, rtol=4e-4)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
 def test_head_dims(rows: list[tuple[int, int]], head_dim: int) -> None:
