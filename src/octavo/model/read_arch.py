@@ -31,8 +31,9 @@ GGUF_TYPES = {
     "gemma3": "gemma3_text",
     "phi3": "phi3",
     "qwen3moe": "qwen3_moe",
+    "gpt-oss": "gpt_oss",
 }
-QUANTIZED_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
+QUANTIZED_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"}
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -216,6 +217,8 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
     if SLIDING in layer_types:
         local = 10000.0 if model_type == "gemma3_text" else theta
         rope[SLIDING] = {"rope_theta": keys.number("rope.freq_base_swa", local)}
+    if model_type == "gpt_oss":  # scaled alike in all layers, by whole dimensions nowhere
+        rope = {kind: {**rope[FULL], "truncate": False} for kind in rope}
     if model_type == "phi3":
         rotated = keys.integer("rope.dimension_count", hidden // heads) / (hidden // heads)
         rope = {kind: {**rope[FULL], "partial_rotary_factor": rotated} for kind in rope}
