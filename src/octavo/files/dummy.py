@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from octavo.errors import ModelFileError
 from octavo.files.base import TensorInfo
-from octavo.files.folder import ModelFolder
+from octavo.files.folder import ModelFolder, with_quantization
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -163,4 +163,4 @@ def open_dummy(source: Path | str | Mapping[str, Any], name: str | None = None) 
             f"Presets: {', '.join(PRESETS)}.",
         )
     folder = ModelFolder(path)
-    return DummyFiles(name or path.name, path, folder.config(), folder)
+    return DummyFiles(name or path.name, path, with_quantization(folder.config(), folder), folder)

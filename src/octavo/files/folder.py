@@ -25,6 +25,8 @@ MAX_INDEX_BYTES = 100 << 20
 MAX_SHARDS = 4096
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 AGAIN = "Download the model again."
+# Of ModelOpt, GPTQ and AWQ, where config.json has no quantization_config.
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 class ModelFolder:
@@ -115,7 +117,7 @@ class FolderFiles:
         self.path = path
         self.name = name or path.name
         self.format = "safetensors"
-        self.config: Mapping[str, Any] = folder.config()
+        self.config: Mapping[str, Any] = with_quantization(folder.config(), folder)
         self.generation_config: Mapping[str, Any] = folder.json("generation_config.json")
         self.chat_template: str | None = folder.chat_template()
         self._shards: list[SafetensorsFile] = []
@@ -155,6 +157,17 @@ class FolderFiles:
                 raise ModelFileError(
                     f"{named_by} expects tensor {tensor!r} in {shard_name}: it is not there.", AGAIN
                 )
+
+
+def with_quantization(config: dict[str, Any], folder: ModelFolder) -> dict[str, Any]:
+    """config.json with what a quantizer wrote beside it, under the key that newer ones use."""
+    if "quantization_config" in config:
+        return config
+    for name in QUANTIZATION_FILES:
+        found = folder.json(name)
+        if found:
+            return {**config, "quantization_config": found}
+    return config
 
 
 def _weight_map(folder: ModelFolder) -> tuple[dict[str, str], str]:

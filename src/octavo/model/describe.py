@@ -14,8 +14,8 @@ from octavo.model.blocks import DecoderSpec
 from octavo.model.decoder import Decoder
 from octavo.model.fallback.describe import transformers_spec
 
+ALIASES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "kimi_k2": "deepseek_v3"}
 FALLBACK = "Or let transformers compute it: pip install 'octavo[hf]', then octavo serve MODEL --model-impl transformers."
-ALIASES = {"gemma3": "gemma3_text"}
 
 
 def supported() -> list[str]:
