@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import PAGE
-from test_parity import BASE, FOREIGN, ROWS, transformers
+from test_parity import BASE, FOREIGN, ROWS, TEXT, transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.device.ops.bind import Binder, OpSpec
@@ -33,7 +33,7 @@ def spec_of(name: str, folder: Path) -> DecoderSpec:
     """The blocks of a row of the parity table, from its configuration alone."""
     family, extra = ROWS[name]
     base = {key: value for key, value in BASE.items() if key not in FOREIGN.get(family, ())}
-    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    config_class = getattr(transformers, f"{family}TextConfig" if family in TEXT else f"{family}Config")
     config_class(**{**base, **extra}).save_pretrained(folder)
     return describe(read_arch(open_dummy(folder)))
 
@@ -70,7 +70,7 @@ def allocated(network: Network) -> tuple[int, int]:
             return
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            kept = tables if name == "cos_sin" else weights
+            kept = tables if name in ("cos_sin", "temperatures") else weights
             kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, list | tuple):
             for item in value:
@@ -89,7 +89,7 @@ def test_weights_are_exact(name: str, tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weights, tables = allocated(build(spec, dtype))
         assert footprint.weight_bytes(spec, footprint.DENSE, dtype.itemsize) == weights
-        assert footprint.rope_bytes(spec, MAX_POSITION) == tables
+        assert footprint.position_bytes(spec, MAX_POSITION) == tables
     weights, _ = allocated(build(spec, torch.bfloat16, ranks=2))
     assert footprint.weight_bytes(shard(spec, 2), footprint.DENSE, 2) == weights
     if not any(isinstance(layer.mlp, MoE) for layer in spec.layers):

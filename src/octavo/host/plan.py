@@ -54,7 +54,7 @@ def predict(
     return Footprint(
         counted or footprint.num_parameters(spec),
         counted * element or footprint.weight_bytes(spec, scheme, element),
-        footprint.rope_bytes(spec, resolved.max_model_len) + table_bytes(layout, resolved),
+        footprint.position_bytes(spec, resolved.max_model_len) + table_bytes(layout, resolved),
         footprint.step_bytes(spec, resolved.max_num_batched_tokens, rows, element),
         footprint.graph_bytes(spec, graph_sizes(resolved), element) if graphs else 0,
     )
@@ -120,7 +120,7 @@ class Planner:
         if asked is not None or self.arch.num_parameters:  # transformers' modules know no other form
             return (SCHEMES[asked],)
         if self.files.format == "gguf":
-            elements = sum(held.elements for held in footprint.held_by(self.spec))
+            elements = footprint.num_parameters(self.spec)
             stored = sum(tensor.nbytes for tensor in self.files.tensors.values())
             return (Scheme("gguf", bits=8 * stored / elements, everything=True), DENSE)
         return (DENSE, FP8, INT4)

@@ -23,6 +23,7 @@ from octavo.model.blocks import (
     Experts,
     FeedForward,
     GatedMLP,
+    LatentAttention,
     Layer,
     Linear,
     Mixer,
@@ -45,12 +46,13 @@ COUNTS_BYTES = 4
 @dataclass(frozen=True)
 class Held:
     """``count`` equal tensors [rows, inputs] of the network: matrices and experts are stored by the weight scheme,
-    the rest in the run type or in float32."""
+    the rest in the run type or in float32. A ``constant`` is in no file."""
 
     kind: Kind
     rows: int
     inputs: int
     count: int = 1
+    constant: bool = False
 
     @property
     def elements(self) -> int:
@@ -142,6 +144,8 @@ def held_by(block: Any) -> Iterator[Held]:
                 yield from _linear(value, "run")
             else:
                 yield from held_by(value)
+        if isinstance(block, Attention) and block.unit_norm:
+            yield Held("float32", 1, block.head_dim, constant=True)
 
 
 def _linear(block: Linear, kind: Kind) -> Iterator[Held]:
@@ -176,7 +180,7 @@ def _decoder(spec: DecoderSpec) -> Iterator[Held]:
 
 def num_parameters(spec: DecoderSpec) -> int:
     """Values in all tensors; of the whole model where ``spec`` is not sharded."""
-    return sum(held.elements for held in held_by(spec))
+    return sum(held.elements for held in held_by(spec) if not held.constant)
 
 
 def weight_bytes(spec: DecoderSpec, scheme: Scheme, element_bytes: int) -> int:
@@ -184,9 +188,11 @@ def weight_bytes(spec: DecoderSpec, scheme: Scheme, element_bytes: int) -> int:
     return sum(scheme.nbytes(held, element_bytes) for held in held_by(spec))
 
 
-def rope_bytes(spec: DecoderSpec, max_position: int) -> int:
-    """The tables of cos and sin, one for every different rope."""
-    return sum(2 * len(rope.inv_freq) * max_position * FLOAT32 for rope in set(_ropes(spec.layers)))
+def position_bytes(spec: DecoderSpec, max_position: int) -> int:
+    """Tables by position: cos and sin of every different rope, temperatures of the layers that have them."""
+    ropes = sum(2 * len(rope.inv_freq) for rope in set(_ropes(spec.layers)))
+    warm = sum(getattr(layer.attention, "temperature", None) is not None for layer in spec.layers)
+    return (ropes + warm) * max_position * FLOAT32
 
 
 def _ropes(block: Any) -> Iterator[Rope]:
@@ -232,6 +238,9 @@ def _mixer_width(block: Mixer) -> int:
     """The projection beside what is taken from it."""
     if isinstance(block, Recurrent):
         return block.project.out_features + 2 * _channels(block) + 2 * block.num_heads * block.value_dim
+    if isinstance(block, LatentAttention):
+        heads = block.num_heads * (2 * (block.nope_dim + block.rope_dim) + 2 * block.value_dim)
+        return block.down.out_features + heads
     if isinstance(block, Attention):
         gate = block.gate.out_features if block.gate is not None else 0
         return block.qkv.out_features + block.num_heads * block.head_dim + gate
