@@ -58,7 +58,11 @@ GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sl
 DELTA = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
          "linear_value_head_dim": 24}  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 24}
-HEADS = {"GPT2": "GPT2LMHeadModel", "Qwen3_5Text": "Qwen3_5ForCausalLM", "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM"}
+HEADS = {
+    "GPT2": "GPT2LMHeadModel",
+    "Qwen3_5Text": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM",
+}
 MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
@@ -211,11 +215,20 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4Moe",
         {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "attention_bias": True},
     ),
-    "qwen3_next": ("Qwen3Next", {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "num_hidden_layers": 5}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "num_hidden_layers": 5},
+    ),
     "qwen3_next-dense": (
         "Qwen3Next",
-        {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "mlp_only_layers": [0, 2], "linear_num_key_heads": 4,
-         "num_hidden_layers": 4},
+        {
+            **MOE,
+            **DELTA,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [0, 2],
+            "linear_num_key_heads": 4,
+            "num_hidden_layers": 4,
+        },
     ),
     "qwen3_5_text": ("Qwen3_5Text", {**DELTA, "num_hidden_layers": 5}),
     "qwen3_5_moe_text": (
@@ -271,6 +284,23 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text-dense": (  # Maverick: every second layer is dense, no norm of queries and keys
         "Llama4",
         {**LLAMA4, "interleave_moe_layer_step": 2, "use_qk_norm": False, "rope_parameters": LLAMA3},
+    ),
+    "arcee": ("Arcee", {}),
+    "arcee-bias": ("Arcee", {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True}),
+    "nemotron": ("Nemotron", {}),
+    "nemotron-bias": ("Nemotron", {"mlp_bias": True, "attention_bias": True, "head_dim": 32}),
+    "exaone4": ("Exaone4", {"sliding_window": 8, "num_hidden_layers": 5}),
+    "exaone4-full": (
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "rope_parameters": LLAMA3},
+    ),
+    "dots1": (
+        "Dots1",
+        {**GLM, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
+    ),
+    "dots1-groups": (
+        "Dots1",
+        {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True},
     ),
     "gpt_oss": ("GptOss", GPT_OSS),
     "gpt_oss-limits": (  # low enough to clamp often
@@ -412,7 +442,9 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
                 tensors[f"blk.{layer}.attn_sinks.weight"] = array
                 continue
             if ".experts." in rest and architecture == "gpt-oss":
-                tensors |= {f"blk.{layer}.{name}": value for name, value in gpt_oss_experts(rest, array).items()}
+                tensors |= {
+                    f"blk.{layer}.{name}": value for name, value in gpt_oss_experts(rest, array).items()
+                }
                 continue
             if ".experts." in rest:
                 halves = {"gate": array[:, : array.shape[1] // 2], "up": array[:, array.shape[1] // 2 :]}

@@ -15,7 +15,7 @@ from typing import Literal
 
 from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowKV
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped"]
 Scoring = Literal["softmax", "sigmoid", "softmax_top_k"]
 Stored = Literal["rows", "transposed", "per_head", "alternating", "alternating_columns"]
 

@@ -49,6 +49,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
 # Keys that a multimodal config.json may hold beside its text_config.
 OUTER_KEYS = (
