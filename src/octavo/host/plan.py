@@ -27,9 +27,10 @@ from octavo.model.describe import cache_specs, describe
 from octavo.model.footprint import DENSE, FP8, INT4, Footprint, Scheme
 from octavo.model.shard import shard
 from octavo.runner.memory import MemoryPlan, plan_pages
+from octavo.runner.sizes import recorded_sizes, rows_of
 
 CONTEXT_BYTES = 600 << 20  # CUDA's context, loaded kernels, the libraries' workspaces
-GRAPH_TOKENS, GRAPH_ROWS = 1024, 512  # the largest steps that are recorded
+SLACK_BYTES = 64 << 20  # see runner.measure
 SIZES = (1, 2, 4, 8)  # tensor parallel
 LENGTHS = (4096, 32768, 131072)
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -56,7 +57,7 @@ def predict(
         counted * element or footprint.weight_bytes(spec, scheme, element),
         footprint.position_bytes(spec, resolved.max_model_len) + table_bytes(layout, resolved),
         footprint.step_bytes(spec, resolved.max_num_batched_tokens, rows, element),
-        footprint.graph_bytes(spec, graph_sizes(resolved), element) if graphs else 0,
+        graphs_of(spec, resolved) if graphs else 0,
     )
 
 
@@ -66,13 +67,13 @@ def table_bytes(layout: CacheLayout, resolved: Resolved) -> int:
     return 4 * (resolved.max_num_seqs + 1) * sum(widths)
 
 
-def graph_sizes(resolved: Resolved) -> dict[int, int]:
-    """Tokens of the recorded steps and their output rows, all decode steps taken together: they are recorded every
-    8 rows up to 256 and every 32 beyond."""
-    rows = min(resolved.max_num_seqs, GRAPH_ROWS)
-    decode = min(rows, 256) ** 2 // 16 + max(0, rows**2 - 256**2) // 64
-    tokens = min(GRAPH_TOKENS, resolved.max_num_batched_tokens)
-    return {1: decode, tokens: 10 * min(256, rows)}
+def graphs_of(spec: DecoderSpec, resolved: Resolved) -> int:
+    """Bytes of all recorded steps, and what is left free beside them."""
+    mixed, decode = recorded_sizes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+    rows = sum(rows_of(size, resolved.max_num_seqs) for size in mixed) + sum(decode)
+    element = ELEMENT_BYTES[resolved.dtype]
+    kept = footprint.graph_bytes(spec, max(mixed, default=0), rows, len(mixed) + len(decode), element)
+    return kept + SLACK_BYTES
 
 
 @dataclass(frozen=True)
@@ -212,12 +213,13 @@ class Planner:
     def _changes(self, gpu: GPU, scheme: Scheme, size: int) -> Iterator[tuple[str, Case]]:
         """Flags and what they lead to, the cheapest first: less context and smaller steps, fewer bits, more cards,
         another card."""
-        yield from self._smaller_steps(gpu, scheme, size)
+        yield from self._less_context(gpu, scheme, size)
+        yield self._smaller_steps(gpu, scheme, size, 2048, 64)
         fewer = [other for other in self.schemes[self.schemes.index(scheme) + 1 :] if other.bits]
         for other in fewer:
             yield flag_of(other), self.case(gpu, other, size)
-            for flags, case in self._smaller_steps(gpu, other, size):
-                yield f"{flag_of(other)} {flags}", case
+        for other in [scheme, *fewer]:
+            yield self._smaller_steps(gpu, other, size, 512, 8)
         for more in [count for count in SIZES if count > size]:
             yield f"--tensor-parallel-size {more}", self.case(gpu, scheme, more)
             for other in fewer:
@@ -227,17 +229,21 @@ class Planner:
         for more in SIZES[1:]:
             yield f"--tensor-parallel-size {more}", self.case(GPUS[-1], scheme, more)
 
-    def _smaller_steps(self, gpu: GPU, scheme: Scheme, size: int) -> Iterator[tuple[str, Case]]:
-        options = self.options
-        if options.model.max_model_len not in (None, "auto", "-1"):
-            free = replace(options, model=replace(options.model, max_model_len=None))
+    def _less_context(self, gpu: GPU, scheme: Scheme, size: int) -> Iterator[tuple[str, Case]]:
+        if self.options.model.max_model_len not in (None, "auto", "-1"):
+            free = replace(self.options, model=replace(self.options.model, max_model_len=None))
             case = self.case(gpu, scheme, size, free)
             yield f"--max-model-len {case.max_context}", case
-        if options.scheduler.max_num_batched_tokens is None and options.scheduler.max_num_seqs is None:
-            for tokens, rows in ((2048, 64), (512, 8)):
-                smaller = replace(options.scheduler, max_num_batched_tokens=tokens, max_num_seqs=rows)
-                case = self.case(gpu, scheme, size, replace(options, scheduler=smaller))
-                yield f"--max-num-batched-tokens {tokens} --max-num-seqs {rows}", case
+
+    def _smaller_steps(self, gpu: GPU, scheme: Scheme, size: int, tokens: int, rows: int) -> tuple[str, Case]:
+        scheduler = self.options.scheduler
+        tokens = min(tokens, scheduler.max_num_batched_tokens or tokens)
+        rows = min(rows, scheduler.max_num_seqs or rows, tokens)
+        smaller = replace(scheduler, max_num_batched_tokens=tokens, max_num_seqs=rows)
+        flags = f"--max-num-batched-tokens {tokens} --max-num-seqs {rows}"
+        if scheme is not self.schemes[0]:
+            flags = f"{flag_of(scheme)} {flags}"
+        return flags, self.case(gpu, scheme, size, replace(self.options, scheduler=smaller))
 
 
 def flag_of(scheme: Scheme) -> str:

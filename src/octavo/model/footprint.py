@@ -41,6 +41,7 @@ FLOAT32 = 4
 # Logits, their copy for log probabilities, the log probabilities and the penalties' counts: 4 bytes each.
 SAMPLING_BYTES = 16
 COUNTS_BYTES = 4
+RECORDING_BYTES = 1 << 20  # a few hundred launches
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ def step_bytes(spec: DecoderSpec, tokens: int, rows: int, element_bytes: int) ->
     vocabulary = spec.embedding.vocab_size
     counts = rows * vocabulary * COUNTS_BYTES
     forward = forward_bytes(spec, tokens, element_bytes) + counts
-    return max(forward, rows * vocabulary * SAMPLING_BYTES)
+    hidden = tokens * spec.embedding.hidden * element_bytes  # of the prompt, whose log probabilities are asked too
+    return max(forward, rows * vocabulary * SAMPLING_BYTES + hidden)
 
 
 def forward_bytes(spec: DecoderSpec, tokens: int, element_bytes: int) -> int:
@@ -220,10 +222,11 @@ def forward_bytes(spec: DecoderSpec, tokens: int, element_bytes: int) -> int:
     return tokens * element_bytes * max((_widest(layer, hidden) for layer in set(spec.layers)), default=0)
 
 
-def graph_bytes(spec: DecoderSpec, sizes: dict[int, int], element_bytes: int) -> int:
-    """What graphs of ``sizes`` (tokens -> output rows) keep: the largest step's buffers, and every output."""
-    outputs = sum(sizes.values()) * spec.embedding.hidden * element_bytes
-    return forward_bytes(spec, max(sizes, default=0), element_bytes) + outputs
+def graph_bytes(spec: DecoderSpec, tokens: int, rows: int, recordings: int, element_bytes: int) -> int:
+    """What so many recordings keep: the buffers of the largest, of ``tokens``, and each its outputs (``rows`` of all
+    together) and the driver's notes."""
+    outputs = rows * spec.embedding.hidden * element_bytes
+    return forward_bytes(spec, tokens, element_bytes) + outputs + recordings * RECORDING_BYTES
 
 
 def _widest(layer: Layer, hidden: int) -> int:
