@@ -24,6 +24,7 @@ from octavo.model.network import Network
 from octavo.model.quantization.fp8 import choose_format
 from octavo.model.read_arch import from_hf, read_arch
 from octavo.model.shard import shard
+from octavo.model.stage import cut
 from octavo.runner.pages import PageMemory
 
 MAX_POSITION = 128
@@ -44,11 +45,12 @@ def build(
     quantization: str | None = None,
     ranks: int = 1,
     binder: Binder | None = None,
+    local: DecoderSpec | None = None,
 ) -> Network:
     op_spec = OpSpec("cpu", str(dtype).removeprefix("torch."))
     nobody = Ranks(0, ranks, lambda x: x, lambda x: x)
     return Network(
-        shard(spec, ranks),
+        local or shard(spec, ranks),
         dtype=dtype,
         device=torch.device("cpu"),
         binder=binder or Binder(),
@@ -95,6 +97,19 @@ def test_weights_are_exact(name: str, tmp_path: Path) -> None:
     if not any(isinstance(layer.mlp, MoE) for layer in spec.layers):
         weights, _ = allocated(build(spec, torch.bfloat16, "fp8"))
         assert footprint.weight_bytes(spec, footprint.FP8, 2) == weights
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss", "qwen2_moe"])
+def test_stages_and_experts_apart_are_exact(name: str, tmp_path: Path) -> None:
+    spec = spec_of(name, tmp_path)
+    for stage in range(2):
+        part = cut(spec, stage, 2)
+        weights, _ = allocated(build(part, torch.bfloat16))
+        assert footprint.weight_bytes(part, footprint.DENSE, 2) == weights
+    if any(isinstance(layer.mlp, MoE) for layer in spec.layers):
+        apart = shard(spec, 2, expert_parallel=True)
+        weights, _ = allocated(build(spec, torch.bfloat16, ranks=2, local=apart))
+        assert footprint.weight_bytes(apart, footprint.DENSE, 2) == weights
 
 
 @pytest.mark.parametrize("name", ROWS)

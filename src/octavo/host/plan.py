@@ -20,12 +20,13 @@ from octavo.errors import OctavoError, OutOfMemoryError
 from octavo.files.base import ModelFiles
 from octavo.host.built import limits_of
 from octavo.host.implementation import architecture
+from octavo.host.spread import part_of
 from octavo.model import footprint
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
 from octavo.model.footprint import DENSE, FP8, INT4, Footprint, Scheme
-from octavo.model.shard import shard
+from octavo.model.stage import cut
 from octavo.runner.memory import MemoryPlan, plan_pages
 from octavo.runner.sizes import recorded_sizes, rows_of
 
@@ -78,7 +79,7 @@ def graphs_of(spec: DecoderSpec, resolved: Resolved) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """One answer: the model on ``size`` cards of a kind, its weights stored by a scheme.
+    """One answer: the model on ``size`` cards of a kind (times the stages of a pipeline), weights stored by a scheme.
 
     ``cache_bytes`` of one card. ``max_context`` tokens of one sequence. ``concurrency``: length -> sequences at a time,
     None where the model has fewer positions. ``problem`` says why it does not fit ("" = it does).
@@ -130,30 +131,45 @@ class Planner:
         """The cache of a part of the model."""
         return plan_layout(cache_specs(spec, resolved.page_size, ELEMENT_BYTES[resolved.dtype]))
 
+    def share(self, options: EngineOptions, resolved: Resolved, size: int) -> tuple[DecoderSpec, CacheLayout]:
+        """What the first of ``size`` tensor parallel ranks (times the stages) holds, as ``host.torch_engine`` cuts it."""
+        parallel = replace(options.parallel, tensor_parallel_size=size)
+        whole = part_of(self.spec, replace(options, parallel=parallel))
+        spec, layout = cut(whole, 0, parallel.pipeline_parallel_size), self.layout(whole, resolved)
+        if parallel.pipeline_parallel_size > 1:
+            layout = layout.part(range(len(spec.layers)))
+        return spec, layout
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of tensor parallel ranks to look at: the one that flags name, or all."""
+        asked = self.options.parallel.tensor_parallel_size
+        return (asked,) if asked > 1 else SIZES
+
     def case(self, gpu: GPU, scheme: Scheme, size: int, options: EngineOptions | None = None) -> Case:
         """The answer for ``size`` such cards."""
         options = options or self.options
+        num_cards = size * options.parallel.pipeline_parallel_size
         try:
             resolved = self.resolved(gpu, options)
             self._check(gpu, scheme, size)
-            spec = shard(self.spec, size)
-            layout = self.layout(spec, resolved)
+            spec, layout = self.share(options, resolved, size)
         except OctavoError as error:
-            return Case(gpu, scheme.name, size, None, 0, 0, {}, error.cause)
+            return Case(gpu, scheme.name, num_cards, None, 0, 0, {}, error.cause)
         name = resolved.dtype if scheme is DENSE else scheme.name
         graphs = not options.device.enforce_eager
         parts = predict(spec, scheme, resolved, layout, graphs=graphs, counted=self.arch.num_parameters)
         try:
             memory = self._pages(gpu, options, resolved, layout, parts)
         except OutOfMemoryError as error:
-            return Case(gpu, name, size, parts, 0, 0, {}, error.cause)
+            return Case(gpu, name, num_cards, parts, 0, 0, {}, error.cause)
         many = {
             length: memory.num_pages // layout.pages_for(length, 1)
             if length <= resolved.max_model_len
             else None
             for length in LENGTHS
         }
-        return Case(gpu, name, size, parts, memory.cache_bytes, memory.max_model_len, many)
+        return Case(gpu, name, num_cards, parts, memory.cache_bytes, memory.max_model_len, many)
 
     def _pages(
         self, gpu: GPU, options: EngineOptions, resolved: Resolved, layout: CacheLayout, parts: Footprint
@@ -189,16 +205,16 @@ class Planner:
                 f"{gpu.name} has no fp8 arithmetic (compute capability {gpu.capability / 10:.1f}, needed 8.9)."
             )
 
-    def cases(self, gpus: Sequence[GPU], sizes: Sequence[int] = SIZES) -> Iterator[Case]:
+    def cases(self, gpus: Sequence[GPU]) -> Iterator[Case]:
         """Every card, scheme and number of cards."""
         for gpu in gpus:
             for scheme in self.schemes:
-                for size in sizes:
+                for size in self.sizes:
                     yield self.case(gpu, scheme, size)
 
-    def advice(self, gpu: GPU, scheme: Scheme | None = None, size: int = 1) -> str:
+    def advice(self, gpu: GPU, scheme: Scheme | None = None) -> str:
         """One sentence: that it fits, or the cheapest change after which it does."""
-        scheme = scheme or self.schemes[0]
+        scheme, size = scheme or self.schemes[0], self.options.parallel.tensor_parallel_size
         first = self.case(gpu, scheme, size)
         if not first.problem:
             return (

@@ -133,6 +133,8 @@ def held_by(block: Any) -> Iterator[Held]:
         yield Held("experts", block.hidden, block.intermediate, block.num)
         if block.bias:
             yield Held("run", block.num, 2 * block.intermediate + block.hidden)
+        if block.total:  # where each expert is, in int64
+            yield Held("float32", 2, block.total, constant=True)
     elif isinstance(block, DecoderSpec):
         yield from _decoder(block)
     elif isinstance(block, tuple):
@@ -171,8 +173,11 @@ def _channels(block: Recurrent) -> int:
 
 
 def _decoder(spec: DecoderSpec) -> Iterator[Held]:
-    yield from held_by(spec.embedding)
-    yield from held_by(spec.positions)
+    """A stage of a pipeline has the ends of the model that are its own; a tied embedding is both."""
+    if spec.is_first or (spec.is_last and spec.head is None):
+        yield from held_by(spec.embedding)
+    if spec.is_first:
+        yield from held_by(spec.positions)
     yield from held_by(spec.layers)
     yield from held_by(spec.norm)
     if spec.head is not None:
