@@ -19,6 +19,7 @@ from octavo.model import footprint
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.blocks import DecoderSpec, MoE
 from octavo.model.describe import cache_specs, describe
+from octavo.model.layers import latent
 from octavo.model.layers.build import Ranks
 from octavo.model.network import Network
 from octavo.model.quantization.fp8 import choose_format
@@ -129,6 +130,10 @@ def test_parameters_are_those_of_the_reference(name: str, tmp_path: Path) -> Non
         )
     count = sum(parameter.numel() for parameter in set(model.parameters()))
     assert footprint.num_parameters(spec) == count
+
+
+def test_the_workspace_of_latent_layers_is_that_of_the_layers() -> None:
+    assert footprint.LATENT_WORK_BYTES == latent.WORK_BYTES
 
 
 def test_published_sizes() -> None:

@@ -47,16 +47,18 @@ def predict(
     layout: CacheLayout,
     *,
     graphs: bool,
+    on_gpu: bool = True,
     counted: int = 0,
 ) -> Footprint:
     """What one device holds besides the cache; ``spec`` is that device's part of the model, of which somebody else may
     have ``counted`` the parameters."""
     element = ELEMENT_BYTES[resolved.dtype]
     rows = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+    by_position = footprint.position_bytes(spec, resolved.max_model_len)
     return Footprint(
         counted or footprint.num_parameters(spec),
         counted * element or footprint.weight_bytes(spec, scheme, element),
-        footprint.position_bytes(spec, resolved.max_model_len) + table_bytes(layout, resolved),
+        by_position + table_bytes(layout, resolved) + (footprint.work_bytes(spec) if on_gpu else 0),
         footprint.step_bytes(spec, resolved.max_num_batched_tokens, rows, element),
         graphs_of(spec, resolved) if graphs else 0,
     )

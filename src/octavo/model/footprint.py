@@ -41,6 +41,7 @@ FLOAT32 = 4
 # Logits, their copy for log probabilities, the log probabilities and the penalties' counts: 4 bytes each.
 SAMPLING_BYTES = 16
 COUNTS_BYTES = 4
+LATENT_WORK_BYTES = 512 << 20  # see layers.latent
 RECORDING_BYTES = 1 << 20  # a few hundred launches
 
 
@@ -124,6 +125,9 @@ def held_by(block: Any) -> Iterator[Held]:
         yield Held("float32", 1, block.out_features)
     elif isinstance(block, Recurrent):
         yield from _recurrent(block)
+    elif isinstance(block, LatentAttention):
+        yield from held_by((block.down, block.query_norm, block.query, block.latent_norm, block.output))
+        yield from _linear(block.up, "run")  # by heads, in the run type whatever the scheme
     elif isinstance(block, Router):
         yield from _linear(block.linear, "float32" if block.scoring == "sigmoid" else "run")
         if block.correction:
@@ -199,6 +203,12 @@ def position_bytes(spec: DecoderSpec, max_position: int) -> int:
     ropes = sum(2 * len(rope.inv_freq) for rope in set(_ropes(spec.layers)))
     warm = sum(getattr(layer.attention, "temperature", None) is not None for layer in spec.layers)
     return (ropes + warm) * max_position * FLOAT32
+
+
+def work_bytes(spec: DecoderSpec) -> int:
+    """What a GPU keeps for all latent layers together to turn latents into keys and values."""
+    latent = any(isinstance(layer.attention, LatentAttention) for layer in spec.layers)
+    return LATENT_WORK_BYTES if latent else 0
 
 
 def _ropes(block: Any) -> Iterator[Rope]:
