@@ -130,3 +130,10 @@ def add_offline_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-len", type=int, help="Tokens in an answer (default: --random-output-len).")
     group.add_argument("--output-json", metavar="FILE", help="Write the result as JSON.")
     group.add_argument("--disable-tqdm", action="store_true", help="No progress line.")
+
+
+def add_cpu_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bench cpu`` beside the engine's own."""
+    group = parser.add_argument_group("kernel benchmark")
+    group.add_argument("--steps", type=int, default=100, help="Decode steps of each kind.")
+    group.add_argument("--output-json", metavar="FILE", help="Write the rows as JSON.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
 from octavo.bench import offline as bench
 from octavo.cli.progress import Reporter
@@ -22,3 +23,12 @@ def offline(args: argparse.Namespace) -> int:
         reporter.close()
     with llm:
         return bench.run(args, llm)
+
+
+def cpu(args: argparse.Namespace) -> int:
+    """Time every kernel of the compiled CPU path in its steps."""
+    if not (args.model_tag or getattr(args, "model", None)):
+        raise UsageError("No model was named.", "Name one, like smollm2:135m.")
+    args.device = "cpu"
+    result: int = import_module("octavo.bench.cpu_kernels").main(args, engine_options(args))
+    return result

@@ -107,6 +107,12 @@ def _bench_offline(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser, skip=("seed",))
 
 
+def _bench_cpu(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    bench.add_cpu_arguments(parser)
+    add_engine_options(parser)
+
+
 def _nothing(parser: argparse.ArgumentParser) -> None:
     """The target has its own parser."""
 
@@ -134,6 +140,9 @@ COMMANDS = {
         "octavo.bench.gpu:main",
         _nothing,
         passes_rest=True,
+    ),
+    "bench cpu": Command(
+        "Where the time of the compiled CPU path goes, kernel by kernel.", "octavo.cli.bench:cpu", _bench_cpu
     ),
     "bench compare": Command(
         "Two running servers on the same load, in turns.",

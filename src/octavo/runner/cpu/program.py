@@ -46,6 +46,27 @@ def float_bits(value: float) -> int:
     return int(np.float32(value).view(np.uint32))
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """What the times of an instruction are compared with: bytes of weights it reads, multiplications for a token."""
+
+    kernel: str
+    nbytes: int = 0
+    products: int = 0
+
+
+@dataclass(frozen=True)
+class Tape:
+    """A finished table [instructions, 3] (kernel, arguments, barrier after it)."""
+
+    table: NDArray[np.int64]
+    facts: tuple[Instruction, ...]
+    address: int
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
 @dataclass
 class Program:
     """Instructions in order. ``keep`` holds every array whose address is in some argument table."""
@@ -53,16 +74,26 @@ class Program:
     library: KernelLibrary
     keep: list[NDArray[Any]] = field(default_factory=list)
     instructions: list[tuple[int, int, int]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    facts: list[Instruction] = field(default_factory=list)
 
-    def add(self, kernel: str, arguments: list[int], barrier: bool = True) -> NDArray[np.int64]:
+    def add(
+        self,
+        kernel: str,
+        arguments: list[int],
+        barrier: bool = True,
+        nbytes: int = 0,
+        products: int = 0,
+    ) -> NDArray[np.int64]:
         """Append a kernel call; returns its argument table, whose entries may be changed between runs."""
         table = np.array(arguments, np.int64)
         self.keep.append(table)
-        self.names.append(kernel)
+        self.facts.append(Instruction(kernel, nbytes, products))
         self.instructions.append((self.library.address(kernel), table.ctypes.data, int(barrier)))
         return table
 
-    def tape(self) -> NDArray[np.int64]:
-        """The finished table [instructions, 3]."""
-        return np.array(self.instructions, np.int64).reshape(-1, 3)
+    def tape(self) -> Tape:
+        """The finished table of what was added since the last one."""
+        table = np.array(self.instructions, np.int64).reshape(-1, 3)
+        tape = Tape(table, tuple(self.facts), int(table.ctypes.data))
+        self.instructions, self.facts = [], []
+        return tape
