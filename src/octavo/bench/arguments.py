@@ -97,7 +97,19 @@ def add_traffic_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench compare``."""
-    parser.add_argument("urls", nargs=2, metavar="URL", help="The two servers; ratios are first over second.")
+    parser.add_argument("urls", nargs="*", metavar="URL", help="The servers; ratios are first over second.")
+    parser.add_argument(
+        "--rival",
+        metavar="URL|llama.cpp",
+        help="The second side: a server, or llama.cpp in this process (needs llama-cpp-python and --model).",
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="The first side where no URL is given: a model to load, or to serve."
+    )
+    parser.add_argument(
+        "--requantize", metavar="TYPE", help="Store its matrices as Q4_0, Q4_1 or Q8_0 first (llama.cpp)."
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of each side (llama.cpp).")
     parser.add_argument("--names", nargs=2, metavar="NAME", default=None, help="What to call them.")
     parser.add_argument("--models", nargs=2, metavar="MODEL", default=None, help="Model names to ask for.")
     parser.add_argument("--api-key", help="Key sent to both as Authorization: Bearer.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +26,10 @@ def aligned(shape: tuple[int, ...] | int, dtype: DTypeLike, zero: bool = False) 
 
 
 class Arena:
-    """Many arrays in few large allocations, which the system can back with huge pages (fewer address look-ups)."""
+    """Many arrays in few large allocations on huge pages where the system grants them: fewer address look-ups."""
 
     CHUNK = 32 << 20
+    HUGE = 2 << 20
 
     def __init__(self) -> None:
         self._chunk = aligned(0, np.uint8)
@@ -35,10 +39,22 @@ class Arena:
         """An uninitialized uint8 array on a cache line."""
         nbytes = shape[0] * shape[1]
         if self._used + nbytes > len(self._chunk):
-            self._chunk, self._used = aligned(max(self.CHUNK, nbytes), np.uint8), 0
+            self._chunk, self._used = self._map(max(self.CHUNK, nbytes)), 0
         piece = self._chunk[self._used : self._used + nbytes]
         self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         return piece.reshape(shape)
+
+    def _map(self, nbytes: int) -> NDArray[np.uint8]:
+        """Fresh memory from the border of a huge page on; the arrays keep it mapped."""
+        if sys.platform == "linux":
+            memory = mmap.mmap(-1, nbytes + self.HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # a kernel without them: small pages do
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            memory = mmap.mmap(-1, nbytes + self.HUGE)
+        raw = np.frombuffer(memory, np.uint8)
+        start = -raw.ctypes.data % self.HUGE
+        return raw[start : start + nbytes]
 
 
 def float_bits(value: float) -> int:
