@@ -12,7 +12,6 @@ import pytest
 from octavo.bench import rival
 from octavo.bench.compare import main
 from octavo.bench.llamacpp import load_library
-from octavo.bench.requantize import requantize
 from octavo.bench.rival import Load, Ours
 from octavo.cli import commands
 from octavo.cli.flags import Parser
@@ -25,6 +24,7 @@ from octavo.engine.settings import EngineSettings
 from octavo.errors import UsageError
 from octavo.files.gguf import GGUFFile
 from octavo.files.gguf_write import StoredTensor, write_gguf
+from octavo.host.requantize import requantize
 from octavo.model.quantization.gguf_blocks import dequantize_blocks, quantize_blocks
 
 

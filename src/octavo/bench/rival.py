@@ -22,11 +22,11 @@ import numpy as np
 from octavo import host
 from octavo.bench.llamacpp import LlamaContext, LlamaCpp
 from octavo.bench.metrics import percentile
-from octavo.bench.requantize import requantize
 from octavo.config import EngineOptions
 from octavo.engine.core import EngineCore
 from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
+from octavo.host.requantize import requantize
 from octavo.protocol.generate import GenerateRequest, SamplingParams
 from octavo.runner.cpu.threads import available_threads
 

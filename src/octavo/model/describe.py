@@ -6,14 +6,16 @@ import difflib
 import pkgutil
 from importlib import import_module
 
-from octavo.engine.cache.spec import FullKV, KVSpec, WindowKV
+from octavo.engine.cache.spec import KVSpec
 from octavo.errors import UnsupportedModelError
 from octavo.model import families
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.decoder import Decoder
+from octavo.model.fallback.describe import transformers_spec
 
-ALIASES = {"gemma3": "gemma3_text"}
+ALIASES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "kimi_k2": "deepseek_v3"}
+FALLBACK = "Or let transformers compute it: pip install 'octavo[hf]', then octavo serve MODEL --model-impl transformers."
 
 
 def supported() -> list[str]:
@@ -23,24 +25,23 @@ def supported() -> list[str]:
 
 def describe(arch: ArchConfig) -> DecoderSpec:
     """The model as blocks; raises ``UnsupportedModelError`` that names the nearest supported types."""
+    if arch.implementation != "octavo":
+        return transformers_spec(arch)
     name = ALIASES.get(arch.model_type, arch.model_type)
     if name not in supported():
-        near = difflib.get_close_matches(name, supported(), n=3, cutoff=0.4)
-        hint = f"Nearest supported: {', '.join(near)}." if near else f"Supported: {', '.join(supported())}."
-        raise UnsupportedModelError(f"The architecture {arch.model_type!r} is not supported.", hint)
+        raise unknown_architecture(arch.model_type)
     module = import_module(f"octavo.model.families.{name}")
     family: type[Decoder] = module.FAMILY
     return family(arch).spec()
 
 
+def unknown_architecture(model_type: str) -> UnsupportedModelError:
+    """The error that names the nearest supported types, and the way around."""
+    near = difflib.get_close_matches(model_type, supported(), n=3, cutoff=0.4)
+    hint = f"Nearest supported: {', '.join(near)}." if near else f"Supported: {', '.join(supported())}."
+    return UnsupportedModelError(f"The architecture {model_type!r} is not supported.", f"{hint} {FALLBACK}")
+
+
 def cache_specs(spec: DecoderSpec, page_size: int, element_bytes: int) -> dict[int, KVSpec]:
     """Layer -> cache kind, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
-    kinds: dict[int, KVSpec] = {}
-    for i, layer in enumerate(spec.layers):
-        attention = layer.attention
-        token_bytes = 2 * attention.num_kv_heads * attention.head_dim * element_bytes
-        if attention.window:
-            kinds[i] = WindowKV(page_size, token_bytes, attention.window)
-        else:
-            kinds[i] = FullKV(page_size, token_bytes)
-    return kinds
+    return {i: layer.attention.cache(page_size, element_bytes) for i, layer in enumerate(spec.layers)}

@@ -16,18 +16,22 @@ from octavo.model.blocks import (
     DecoderSpec,
     FeedForward,
     GatedMLP,
+    LatentAttention,
     Layer,
     Linear,
+    Mixer,
     MoE,
     Part,
     PlainMLP,
+    Recurrent,
 )
 
 
-def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
+def shard(spec: DecoderSpec, size: int, *, expert_parallel: bool = False) -> DecoderSpec:
     """The local model of any of ``size`` ranks; its shapes are the same on all of them.
 
-    The output head stays whole where the vocabulary does not divide. Raises ``UnsupportedModelError`` where heads or
+    The output head stays whole where the vocabulary does not divide. With ``expert_parallel`` a rank holds some experts
+    whole instead of a slice of each. Raises ``UnsupportedModelError`` where heads or
     channels do not.
     """
     if size == 1:
@@ -35,11 +39,64 @@ def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
     head = spec.head
     if head is not None:
         head = replace(head, shard="none") if head.out_features % size else _linear(head, size)
-    return replace(spec, layers=tuple(_layer(layer, size) for layer in spec.layers), head=head)
+    return replace(
+        spec, layers=tuple(_layer(layer, size, expert_parallel) for layer in spec.layers), head=head
+    )
 
 
-def _layer(layer: Layer, size: int) -> Layer:
-    return replace(layer, attention=_attention(layer.attention, size), mlp=_mlp(layer.mlp, size))
+def _layer(layer: Layer, size: int, expert_parallel: bool) -> Layer:
+    mlp = layer.mlp
+    return replace(
+        layer,
+        attention=_mixer(layer.attention, size),
+        mlp=_whole_experts(mlp, size) if expert_parallel and isinstance(mlp, MoE) else _mlp(mlp, size),
+    )
+
+
+def _mixer(block: Mixer, size: int) -> Mixer:
+    if isinstance(block, Recurrent):
+        return _recurrent(block, size)
+    if isinstance(block, LatentAttention):
+        return _latent(block, size)
+    return _attention(block, size)
+
+
+def _recurrent(block: Recurrent, size: int) -> Recurrent:
+    heads, key_heads = block.num_heads, block.num_key_heads
+    if heads % size or (key_heads % size and size % key_heads):
+        raise UnsupportedModelError(
+            f"{heads} recurrent heads with {key_heads} key heads cannot be split over {size} devices.",
+            "Choose a tensor parallel size that divides both (or is a multiple of the key heads).",
+        )
+    copies = (max(1, size // key_heads),) * 2 + (1, 1)  # q, k; v, gate
+    return replace(
+        block,
+        project=replace(block.project, parts=tuple(map(_part, block.project.parts, (size,) * 4, copies))),
+        small=_linear(block.small, size),
+        output=_linear(block.output, size),
+        conv=tuple(map(_part, block.conv, (size,) * 3, copies)),
+        num_heads=heads // size,
+        num_key_heads=key_heads * copies[0] // size,
+        dt_bias=_part(block.dt_bias, size, 1),
+        a_log=_part(block.a_log, size, 1),
+        skip=_part(block.skip, size, 1) if block.skip is not None else None,
+    )
+
+
+def _latent(block: LatentAttention, size: int) -> LatentAttention:
+    """Heads are split; every rank keeps all latents, which belong to all heads."""
+    if block.num_heads % size:
+        raise UnsupportedModelError(
+            f"{block.num_heads} attention heads cannot be split over {size} devices.",
+            "Choose a tensor parallel size that divides them.",
+        )
+    return replace(
+        block,
+        query=_linear(block.query, size),
+        up=_linear(block.up, size),
+        output=_linear(block.output, size),
+        num_heads=block.num_heads // size,
+    )
 
 
 def _attention(block: Attention, size: int) -> Attention:
@@ -57,6 +114,7 @@ def _attention(block: Attention, size: int) -> Attention:
         block,
         qkv=replace(block.qkv, parts=parts),
         output=_linear(block.output, size),
+        gate=_linear(block.gate, size) if block.gate is not None else None,
         num_heads=heads // size,
         sinks=_part(block.sinks, size, 1) if block.sinks is not None else None,
         num_kv_heads=kv_heads * copies // size,
@@ -82,6 +140,17 @@ def _mlp(block: FeedForward, size: int) -> FeedForward:
             intermediate=block.intermediate // size,
         )
     return _gated(block, size)
+
+
+def _whole_experts(block: MoE, size: int) -> MoE:
+    num = block.experts.num
+    if num % size:
+        raise UnsupportedModelError(
+            f"{num} experts cannot be dealt to {size} devices.",
+            "Choose a tensor parallel size that divides them, or leave out --enable-expert-parallel.",
+        )
+    shared = _gated(block.shared, size) if block.shared is not None else None
+    return replace(block, experts=replace(block.experts, num=num // size, total=num), shared=shared)
 
 
 def _gated(block: GatedMLP, size: int) -> GatedMLP:
