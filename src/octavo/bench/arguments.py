@@ -149,3 +149,12 @@ def add_cpu_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("kernel benchmark")
     group.add_argument("--steps", type=int, default=100, help="Decode steps of each kind.")
     group.add_argument("--output-json", metavar="FILE", help="Write the rows as JSON.")
+
+
+def add_fidelity_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bench fidelity`` beside the engine's own."""
+    group = parser.add_argument_group("fidelity")
+    group.add_argument("--num-tokens", type=int, default=48, help="Tokens behind each prompt.")
+    group.add_argument("--num-prompts", type=int, default=24, help="How many of the built-in prompts.")
+    group.add_argument("--rival", metavar="llama.cpp", help="Another engine to put through the same tokens.")
+    group.add_argument("--output-json", metavar="FILE", help="Write the figures as JSON.")

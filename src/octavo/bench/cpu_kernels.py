@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo import host
+from octavo.bench.feed import Feeder
 from octavo.bench.metrics import percentile
 from octavo.config import EngineOptions
 from octavo.device.kernels.numba import probe
-from octavo.engine.cache.spec import ceil_div
 from octavo.errors import UsageError
 from octavo.protocol.generate import SamplingParams
-from octavo.protocol.plan import PageWrite, SlotInit, StepPlan
 from octavo.runner.cpu.program import Program, Tape, aligned
 from octavo.runner.cpu.runner import CPURunner
 
@@ -67,37 +66,20 @@ class Stopwatch:
         self.runs.setdefault(id(tape), []).append(times)
 
 
-class Feeder:
-    """Writes plans for equal sequences straight into the runner, greedy."""
+class Load:
+    """Equal greedy sequences, step by step through the runner."""
 
     def __init__(self, runner: CPURunner, rows: int, room: int) -> None:
-        self.runner, self.rows, self.step = runner, rows, 0
-        self.writes, page = [], 0
-        for slot in range(rows):
-            for index, group in enumerate(runner.layout.groups):
-                count = ceil_div(room, group.spec.page_size)
-                self.writes.append(PageWrite(index, slot, 0, list(range(page, page + count))))
-                page += count
-        if page > runner.num_pages:
-            raise UsageError(
-                f"{rows} sequences of {room} tokens need {page} pages; there are {runner.num_pages}."
-            )
+        self.runner, self.rows = runner, rows
+        self.feeder = Feeder(runner, rows, room, SamplingParams(temperature=0.0, max_tokens=4096))
 
     def run(self, start: int, count: int) -> None:
-        """One step: every sequence computes ``count`` tokens from ``start`` on; at 0 they begin anew."""
-        self.step += 1
-        every, admits = list(range(self.rows)), []
+        """Every sequence computes ``count`` tokens from ``start`` on; at 0 they begin anew."""
+        histories = None
         if start == 0:
-            rng = np.random.default_rng(self.step)
-            for slot in every:
-                prompt = rng.integers(0, self.runner.vocab_size, count).tolist()
-                sampling = SamplingParams(temperature=0.0, max_tokens=4096)
-                admits.append(SlotInit(slot, prompt, count, sampling, slot, []))
-        plan = StepPlan(
-            self.step, every, [start] * self.rows, [count] * self.rows, [0] * self.rows, [True] * self.rows,
-            admits, self.writes if start == 0 else [], [],
-        )  # fmt: skip
-        self.runner.forward(plan)
+            rng = np.random.default_rng(self.feeder.step)
+            histories = rng.integers(0, self.runner.vocab_size, (self.rows, count)).tolist()
+        self.runner.forward(self.feeder.plan([start] * self.rows, [count] * self.rows, histories))
         self.runner.sample([])
         self.runner.collect()
 
@@ -161,12 +143,12 @@ def measure(runner: CPURunner, top: Ceilings, steps: int) -> list[KernelRow]:
     """Decoding of 1 and 8 sequences from a context of 16, and a prompt of 512."""
     rows: list[KernelRow] = []
     for name, count, tokens in (("1 stream", 1, 1), ("8 streams", 8, 1), ("prompt of 512", 1, 512)):
-        feeder = Feeder(runner, count, max(512, 16 + steps + 8))
-        feeder.run(0, 16)
-        feeder.run(16, 1)
+        load = Load(runner, count, max(512, 16 + steps + 8))
+        load.run(0, 16)
+        load.run(16, 1)
         watch = runner.team.watch = Stopwatch()
         for at in range(17, 17 + steps) if tokens == 1 else range(max(3, steps // 20)):
-            feeder.run(at if tokens == 1 else 0, tokens)
+            load.run(at if tokens == 1 else 0, tokens)
         runner.team.watch = None
         rows += table(name, count * tokens, count, watch, top)
     return rows

@@ -104,11 +104,11 @@ class LlamaContext:
         if status:
             raise OctavoError(f"llama_decode failed with status {status}.")
 
-    def prefill(self, prompts: list[list[int]]) -> int:
-        """Compute whole prompts, one sequence each, BATCH tokens at a time; returns the batch entry of the last token."""
+    def prefill(self, prompts: list[list[int]], first: int = 0) -> int:
+        """Compute whole prompts as sequences ``first``.., BATCH tokens at a time; returns the last token's batch entry."""
         entries = [
             (token, position, sequence, position == len(prompt) - 1)
-            for sequence, prompt in enumerate(prompts)
+            for sequence, prompt in enumerate(prompts, first)
             for position, token in enumerate(prompt)
         ]
         for start in range(0, len(entries), BATCH):

@@ -132,6 +132,12 @@ def _bench_cpu(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
 
 
+def _bench_fidelity(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    bench.add_fidelity_arguments(parser)
+    add_engine_options(parser)
+
+
 def _nothing(parser: argparse.ArgumentParser) -> None:
     """The target has its own parser."""
 
@@ -172,6 +178,9 @@ COMMANDS = {
     ),
     "bench cpu": Command(
         "Where the time of the compiled CPU path goes, kernel by kernel.", "octavo.cli.bench:cpu", _bench_cpu
+    ),
+    "bench fidelity": Command(
+        "How near the compiled CPU path is to float32.", "octavo.cli.bench:fidelity", _bench_fidelity
     ),
     "bench table": Command(
         "Proofs and every row of the one-GPU table, beside the peer's.",
