@@ -88,7 +88,7 @@ def prepare(options: EngineOptions, files: ModelFiles, progress: Progress | None
     """Compile and keep what the first start would have to: the kernels of the compiled CPU path, where it is chosen."""
     arch = architecture(options.model, files)
     if choose_backend(options, files, arch) == "compiled":
-        import_module("octavo.host.compiled_engine").prepare(files, arch, progress or quiet)
+        import_module("octavo.host.compiled_engine").prepare(options, files, arch, progress or quiet)
 
 
 def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> EngineCore:
