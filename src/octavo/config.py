@@ -33,6 +33,12 @@ class ModelOptions:
     load_format: str = option(
         "auto", "auto: what the files are; dummy: random weights.", ("auto", "safetensors", "gguf", "dummy")
     )
+    model_impl: str = option(
+        "auto",
+        "Whose model code runs: octavo's families, transformers' modules over Octavo's cache and kernels (needs the extra "
+        "[hf]), or auto: transformers where Octavo has no family.",
+        ("auto", "octavo", "transformers"),
+    )
     dtype: str = option(
         "auto",
         "Type of activations and dense weights.",

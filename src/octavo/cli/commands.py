@@ -104,6 +104,25 @@ def _run_batch(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
 
 
+def _plan(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--gpu",
+        action="append",
+        metavar="NAME",
+        help="Card to plan for, like h100 or rtx4090; repeat for several.",
+    )
+    group.add_argument(
+        "--gpu-memory-gib", type=float, metavar="GIB", help="A card with that much memory instead."
+    )
+    group.add_argument(
+        "--table", action="store_true", help="Common model sizes and the card that each needs."
+    )
+    group.add_argument("--json", action="store_true", help="Machine-readable output.")
+    add_engine_options(parser, skip=("model",))
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("--json", action="store_true", help="Machine-readable output.")
@@ -134,7 +153,11 @@ COMMANDS = {
         _run_batch,
     ),
     "pull": Command("Fetch a model into the cache.", "octavo.cli.pull:run", _pull),
+    "plan": Command("Will it fit? Memory and concurrency before a download.", "octavo.cli.plan:run", _plan),
     "doctor": Command("Show device, versions, caches and chosen kernels.", "octavo.cli.doctor:run", _doctor),
+    "doctor model": Command(
+        "Check a model's files, names, template and tool format.", "octavo.cli.doctor_model:run", _doctor
+    ),
     "bench serve": Command(
         "Load a running server and measure it.", "octavo.bench.serve:main", bench.add_serve_arguments
     ),

@@ -109,6 +109,7 @@ class EngineCore:
             device=settings.device,
             kernels=settings.kernels,
             timeline_s=settings.timeline_s,
+            memory_bytes=settings.memory_bytes,
             max_queue_len=settings.max_queue_len,
         )
 

@@ -6,7 +6,10 @@ import msgspec
 
 
 class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
-    """What the front half must know of a running engine; constant while it runs."""
+    """What the front half must know of a running engine; constant while it runs.
+
+    ``memory_bytes``: part of the device's memory -> (planned before the start, measured).
+    """
 
     model: str
     architecture: str
@@ -20,6 +23,7 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     device: str
     kernels: dict[str, str] = {}
     timeline_s: dict[str, float] = {}
+    memory_bytes: dict[str, tuple[int, int]] = {}
     max_queue_len: int = 4096
 
 
