@@ -179,6 +179,12 @@ COMMANDS = {
         _nothing,
         passes_rest=True,
     ),
+    "bench table": Command(
+        "Proofs and every row of the one-GPU table, beside the peer's.",
+        "octavo.bench.table:main",
+        _nothing,
+        passes_rest=True,
+    ),
     "bench compare": Command(
         "Two running servers on the same load, in turns.",
         "octavo.bench.compare:main",

@@ -13,7 +13,6 @@ from octavo.host.plan import (
     SCHEMES,
     Planner,
     gib,
-    graphs_beyond_reserve,
     predict,
     table_bytes,
 )
@@ -88,12 +87,11 @@ class StartBudget:
         """Weights and rotary tables are on the device."""
         self._measure("weights", self.parts.weights + self.parts.tables - self.pages)
 
-    def peak(self, measured: int) -> int:
-        """What the cache must leave free for steps and graphs, from the measured step."""
+    def step_measured(self, measured: int) -> None:
+        """The largest step has run."""
         if self.on_gpu:
             self.use["step"] = (self.parts.step, measured)
         self.free = self.platform.free_bytes()
-        return measured + graphs_beyond_reserve(self.parts.graphs)
 
     def cache_allocated(self) -> None:
         """Pages, page tables and the runner's buffers are on the device."""
@@ -113,7 +111,8 @@ class StartBudget:
                 kind=self.platform.kind,
                 free_bytes=max(0, self.free - parts.weights - parts.tables),
                 total_bytes=self.hardware.total_memory_bytes,
-                peak_bytes=parts.step + graphs_beyond_reserve(parts.graphs),
+                peak_bytes=parts.step,
+                graph_bytes=parts.graphs,
                 max_model_len=resolved.max_model_len,
                 length_is_fixed=False,
                 max_num_seqs=resolved.max_num_seqs,

@@ -26,7 +26,7 @@ from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
 from octavo.model.footprint import DENSE, FP8, INT4, Footprint, Scheme
 from octavo.model.shard import shard
-from octavo.runner.memory import GRAPH_RESERVE, MemoryPlan, plan_pages
+from octavo.runner.memory import MemoryPlan, plan_pages
 
 CONTEXT_BYTES = 600 << 20  # CUDA's context, loaded kernels, the libraries' workspaces
 GRAPH_TOKENS, GRAPH_ROWS = 1024, 512  # the largest steps that are recorded
@@ -73,11 +73,6 @@ def graph_sizes(resolved: Resolved) -> dict[int, int]:
     decode = min(rows, 256) ** 2 // 16 + max(0, rows**2 - 256**2) // 64
     tokens = min(GRAPH_TOKENS, resolved.max_num_batched_tokens)
     return {1: decode, tokens: 10 * min(256, rows)}
-
-
-def graphs_beyond_reserve(bytes_of_graphs: int) -> int:
-    """What the cache must leave free for graphs above the reserve that it leaves anyway."""
-    return max(0, bytes_of_graphs - GRAPH_RESERVE)
 
 
 @dataclass(frozen=True)
@@ -174,7 +169,8 @@ class Planner:
             kind="cuda",
             free_bytes=left,
             total_bytes=gpu.memory_bytes,
-            peak_bytes=parts.step + graphs_beyond_reserve(parts.graphs),
+            peak_bytes=parts.step,
+            graph_bytes=parts.graphs,
             max_model_len=resolved.max_model_len,
             length_is_fixed=options.model.max_model_len not in (None, "auto", "-1"),
             max_num_seqs=resolved.max_num_seqs,

@@ -44,6 +44,7 @@ class Network:
         """Parameters are allocated on ``device``, uninitialized; ``load`` fills them. Where ``ranks.size`` > 1,
         ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections."""
         self.spec = spec
+        self.num_ranks = ranks.size
         build = Build(dtype, device, binder, op_spec, max_position, ranks)
         embedding = spec.embedding
         self.embedding = build.empty(embedding.vocab_size, embedding.hidden)
