@@ -1,0 +1,93 @@
+"""Every family in the whole engine on a CPU: cached prefixes are hit, sequences are preempted, and every token is the one
+that transformers finds most likely."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_parity import ROWS, expected, oracle
+
+from octavo import host
+from octavo.config import EngineOptions
+from octavo.engine.cache.layout import plan_layout
+from octavo.engine.core import EngineCore
+from octavo.files.resolve import open_model
+from octavo.model.describe import cache_specs, describe
+from octavo.model.read_arch import read_arch
+from octavo.protocol.control import CheckPool
+from octavo.protocol.generate import GenerateRequest, SamplingParams
+
+PAGE, MAX_LEN, STEP_TOKENS, NEW_TOKENS = 4, 64, 24, 10
+SLACK = 1e-3  # logits closer than this may be chosen either way
+
+
+def family_of(row: str) -> str:
+    """The model_type that a row of the parity table belongs to."""
+    return row.partition("-")[0]
+
+
+FIRST_ROWS = list({family_of(name): name for name in reversed(ROWS)}.values())[::-1]
+
+
+def build(folder: Path, pages: int) -> EngineCore:
+    options = EngineOptions.of(
+        model=str(folder),
+        dtype="float32",
+        device="cpu",
+        cpu_backend="torch",
+        block_size=PAGE,
+        max_num_seqs=6,
+        max_num_batched_tokens=STEP_TOKENS,
+        max_model_len=str(MAX_LEN),
+        num_gpu_blocks_override=pages,
+    )
+    return host.build_core(options, open_model(str(folder)))
+
+
+def run(core: EngineCore, prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """All prompts together, greedily; tokens and how many of each prompt were cached."""
+    out: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+    cached = [0] * len(prompts)
+    for i, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        core.submit(GenerateRequest(id=i, prompt_token_ids=prompt, sampling=sampling))
+    while core.has_work:
+        for delta in core.step():
+            assert delta.finish_reason in (None, "length"), delta
+            out[delta.id] += delta.tokens
+            cached[delta.id] = delta.num_cached_tokens
+        core.control(CheckPool())
+    return [out[i] for i in range(len(prompts))], cached
+
+
+def most_likely(model: Any, prompt: list[int], tokens: list[int]) -> None:
+    """Every token has the highest logit (or one as high) after those before it."""
+    assert len(tokens) == NEW_TOKENS
+    logits = expected(model, prompt + tokens)[len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+    assert (logits.max(1).values - chosen).max() < SLACK
+
+
+@pytest.mark.parametrize("name", FIRST_ROWS)
+def test_prefix_hits_and_preemption(name: str, tmp_path: Path) -> None:
+    model = oracle(name, tmp_path)
+    rng = random.Random(11)
+    base, tail, *short = [[rng.randrange(3, 128) for _ in range(n)] for n in (41, 5, 4, 3, 4, 2, 4, 3)]
+    spec = describe(read_arch(open_model(str(tmp_path))))
+    layout = plan_layout(cache_specs(spec, PAGE, 4))
+    core = build(tmp_path, layout.pages_for(MAX_LEN, STEP_TOKENS) + 1)  # one long sequence and hardly more
+    first, _ = run(core, [base])
+    again, cached = run(core, [base[:36] + tail])
+    assert cached[0] >= 32  # a multiple of every group's page size
+    together, _ = run(core, short)  # they all begin, and grow until the pages are gone
+    assert core.scheduler.counters.num_preemptions > 0
+    assert core.settings.max_model_len == MAX_LEN
+    core.close()
+    most_likely(model, base, first[0])
+    most_likely(model, base[:36] + tail, again[0])
+    for prompt, tokens in zip(short, together):
+        most_likely(model, prompt, tokens)
