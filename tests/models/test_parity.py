@@ -224,7 +224,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3": (
         "DeepseekV3",
-        {**MLA, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "rope_parameters": YARN_LATENT},
+        {
+            **MLA,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN_LATENT, "mscale": 1.3},
+        },
     ),
     "deepseek_v3-halves": (  # one group, as Kimi-K2
         "DeepseekV3",
@@ -343,6 +349,14 @@ GGUF_NAMES = {
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",  # phi3 leaves them fused, under this name
     "mlp.gate": "ffn_gate_inp",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    **{f"mlp.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
 }
 NORMS = {
     "llama": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
@@ -371,7 +385,16 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
                 for part, rows in halves.items() if "gate_up" in rest else [("down", array)]:
                     tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = rows
                 continue
+            if rest in names:
+                tensors[f"blk.{layer}.{names[rest]}"] = array
+                continue
             base, kind = rest.rsplit(".", 1)
+            if base == "self_attn.kv_b_proj" and config.model_type == "deepseek_v3":  # as newer files have it
+                heads = array.reshape(config.num_attention_heads, -1, array.shape[1])
+                nope = config.qk_nope_head_dim
+                tensors[f"blk.{layer}.attn_k_b.weight"] = heads[:, :nope].swapaxes(1, 2)
+                tensors[f"blk.{layer}.attn_v_b.weight"] = heads[:, nope:]
+                continue
             if architecture == "llama" and base in ("self_attn.q_proj", "self_attn.k_proj"):
                 heads = config.num_attention_heads if "q_proj" in base else config.num_key_value_heads
                 array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
@@ -382,7 +405,7 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
             tensors["output_norm.weight"] = array
         elif name == "lm_head.weight" and not config.tie_word_embeddings:
             tensors["output.weight"] = array
-    head_dim = model.model.layers[0].self_attn.head_dim
+    head_dim = getattr(model.model.layers[0].self_attn, "head_dim", 0)  # DeepSeek has two of them
     metadata: dict[str, Any] = {
         "general.architecture": architecture,
         f"{architecture}.block_count": config.num_hidden_layers,
@@ -408,8 +431,11 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
             metadata[f"{architecture}.rope.scaling.original_context_length"] = original
             for which in ("long", "short"):
                 tensors[f"rope_factors_{which}.weight"] = np.array(rope[f"{which}_factor"])
-    if getattr(config, "num_local_experts", 0):
-        metadata[f"{architecture}.expert_count"] = config.num_local_experts
+    if architecture == "deepseek2":
+        metadata |= latent_metadata(config)
+    if architecture == "deepseek2" or getattr(config, "num_local_experts", 0):
+        count = getattr(config, "num_local_experts", 0) or config.n_routed_experts
+        metadata[f"{architecture}.expert_count"] = count
         metadata[f"{architecture}.expert_used_count"] = config.num_experts_per_tok
         metadata[f"{architecture}.expert_feed_forward_length"] = getattr(
             config, "moe_intermediate_size", config.intermediate_size
@@ -419,7 +445,42 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
     write_gguf(path, metadata, {k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()})
 
 
+def latent_metadata(config: Any) -> dict[str, Any]:
+    """What llama.cpp's converter writes for DeepSeek; V3's cache is described as one key head."""
+    rope, v3 = config.rope_parameters, config.model_type == "deepseek_v3"
+    whole, latent = config.qk_nope_head_dim + config.qk_rope_head_dim, config.kv_lora_rank
+    found = {
+        "attention.kv_lora_rank": latent,
+        "rope.dimension_count": config.qk_rope_head_dim,
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_weights_scale": config.routed_scaling_factor,
+        "expert_weights_norm": v3,
+        "expert_gating_func": 2 if v3 else 1,
+        "attention.key_length": latent + config.qk_rope_head_dim if v3 else whole,
+        "attention.value_length": latent if v3 else config.v_head_dim,
+    }
+    if v3:
+        found |= {
+            "attention.head_count_kv": 1,
+            "attention.key_length_mla": whole,
+            "attention.value_length_mla": config.v_head_dim,
+            "attention.q_lora_rank": config.q_lora_rank,
+            "expert_group_count": config.n_group,
+            "expert_group_used_count": config.topk_group,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": rope["factor"],
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"],
+        }
+    return {f"deepseek2.{key}": value for key, value in found.items()}
+
+
 GGUF_ROWS = {
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
     "llama": "llama",
     "gemma": "gemma",
     "gemma3_text": "gemma3",

@@ -25,7 +25,9 @@ GGUF_TYPES = {
     "gemma3": "gemma3_text",
     "phi3": "phi3",
     "qwen3moe": "qwen3_moe",
+    "deepseek2": "deepseek_v2",  # or deepseek_v3, by the router
 }
+SIGMOID_GATING = 2  # of expert_gating_func
 QUANTIZED_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -194,6 +196,10 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
     keys = Keys({k.removeprefix(f"{name}."): v for k, v in meta.items()}, f"GGUF metadata {name}.*")
     experts = _gguf_experts(keys)
     model_type = "mixtral" if name == "llama" and experts else GGUF_TYPES[name]
+    if name == "deepseek2":
+        experts |= _gguf_latent(keys)
+        if keys.source.get("expert_gating_func") == SIGMOID_GATING:
+            model_type = "deepseek_v3"
     layers = keys.integer("block_count", most=MAX_LAYERS)
     heads, kv_heads = keys.heads("attention.head_count", "attention.head_count_kv")
     hidden = keys.integer("embedding_length")
@@ -255,6 +261,27 @@ def _gguf_experts(keys: Keys) -> dict[str, Any]:
     }
 
 
+def _gguf_latent(keys: Keys) -> dict[str, Any]:
+    """DeepSeek's numbers in Hugging Face's words. Files without groups were made when llama.cpp knew none."""
+    rope = keys.integer("rope.dimension_count")
+    whole = keys.integer("attention.key_length_mla", keys.integer("attention.key_length"))
+    groups = keys.integer("expert_group_count", 1)
+    return {
+        "q_lora_rank": keys.integer("attention.q_lora_rank", 0, least=0),
+        "kv_lora_rank": keys.integer("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": whole - rope,
+        "v_head_dim": keys.integer("attention.value_length_mla", keys.integer("attention.value_length")),
+        "first_k_dense_replace": keys.integer("leading_dense_block_count", 0, least=0),
+        "n_shared_experts": keys.integer("expert_shared_count", 1),
+        "routed_scaling_factor": keys.positive("expert_weights_scale", 1.0),
+        "norm_topk_prob": keys.flag("expert_weights_norm", False),
+        "n_group": groups,
+        "topk_group": keys.integer("expert_group_used_count", groups),
+        "topk_method": "group_limited_greedy" if groups > 1 else "greedy",
+    }
+
+
 def _gguf_vocab_size(files: ModelFiles, keys: Keys) -> int:
     """Rows of the embedding: some files hold more of them than tokens."""
     embedding = files.tensors.get("token_embd.weight")
@@ -287,12 +314,14 @@ def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
             "attention_factor": keys.source.get("rope.scaling.attn_factor"),
         }
     kind = keys.source.get("rope.scaling.type")
+    sharpening = keys.number("rope.scaling.yarn_log_multiplier", 0.0)  # a tenth of both of DeepSeek's mscales
     if kind in (None, "none"):
         return {"rope_theta": theta}
     return {
         "rope_theta": theta,
         "rope_type": kind,
         "factor": keys.number("rope.scaling.factor", 1.0),
+        **{name: 10 * sharpening for name in ("mscale", "mscale_all_dim") if sharpening},
         "original_max_position_embeddings": keys.source.get("rope.scaling.original_context_length"),
         "attention_factor": keys.source.get("rope.scaling.attn_factor"),
     }
