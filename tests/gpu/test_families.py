@@ -25,6 +25,13 @@ LATENT = {
 }
 DIRECT = {**LATENT, "q_lora_rank": None}
 LLAMA4 = {"head_dim": 64, "num_local_experts": 4, "intermediate_size_mlp": 128, "attention_chunk_size": 40, "floor_scale": 16}
+DELTA = {
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"n_inner": 96, "num_key_value_heads": 4}),
     "starcoder2": ("Starcoder2", {"sliding_window": 24}),
@@ -50,7 +57,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {**MOE, "head_dim": 64, "norm_topk_prob": True}),
     "glm4_moe": ("Glm4Moe", {**MOE, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "head_dim": 64}),
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 24}),
+    "qwen3_next": ("Qwen3Next", {**MOE, **DELTA, "shared_expert_intermediate_size": 48}),
+    "qwen3_5_text": ("Qwen3_5Text", DELTA),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", {**MOE, **DELTA, "shared_expert_intermediate_size": 48}),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 64,
+            "mamba_d_state": 32,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        },
+    ),
+    "bamba": ("Bamba", {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "attn_layer_indices": [1, 3]}),
 }  # fmt: skip
+
+
+HEADS = {"GPT2": "GPT2LMHeadModel", "Qwen3_5Text": "Qwen3_5ForCausalLM", "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,8 +86,7 @@ def test_greedy_equals_cpu(family: str, tmp_path: Path) -> None:
     config_name = f"{name}TextConfig" if name == "Llama4" else f"{name}Config"
     config = getattr(transformers, config_name)(**{**BASE, "hidden_size": 256, **extra})
     torch.manual_seed(0)
-    model_name = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-    model = getattr(transformers, model_name)(config).to(torch.float32)
+    model = getattr(transformers, HEADS.get(name, f"{name}ForCausalLM"))(config).to(torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.08)
     model.save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ that transformers finds most likely."""
 from __future__ import annotations
 
 import random
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from octavo.model.read_arch import read_arch
 from octavo.protocol.control import CheckPool
 from octavo.protocol.generate import GenerateRequest, SamplingParams
 
-PAGE, MAX_LEN, STEP_TOKENS, NEW_TOKENS = 4, 64, 24, 10
+PAGE, NEW_TOKENS, ROWS_AT_ONCE = 4, 10, 6
 SLACK = 1e-3  # logits closer than this may be chosen either way
 
 
@@ -33,16 +34,16 @@ def family_of(row: str) -> str:
 FIRST_ROWS = list({family_of(name): name for name in reversed(ROWS)}.values())[::-1]
 
 
-def build(folder: Path, pages: int) -> EngineCore:
+def build(folder: Path, pages: int, max_len: int, step_tokens: int) -> EngineCore:
     options = EngineOptions.of(
         model=str(folder),
         dtype="float32",
         device="cpu",
         cpu_backend="torch",
         block_size=PAGE,
-        max_num_seqs=6,
-        max_num_batched_tokens=STEP_TOKENS,
-        max_model_len=str(MAX_LEN),
+        max_num_seqs=ROWS_AT_ONCE,
+        max_num_batched_tokens=step_tokens,
+        max_model_len=str(max_len),
         num_gpu_blocks_override=pages,
     )
     return host.build_core(options, open_model(str(folder)))
@@ -75,19 +76,26 @@ def most_likely(model: Any, prompt: list[int], tokens: list[int]) -> None:
 @pytest.mark.parametrize("name", FIRST_ROWS)
 def test_prefix_hits_and_preemption(name: str, tmp_path: Path) -> None:
     model = oracle(name, tmp_path)
+    layout = plan_layout(cache_specs(describe(read_arch(open_model(str(tmp_path)))), PAGE, 4))
+    sizes = [group.spec.page_size for group in layout.groups]
+    common = max(32, lcm(*sizes))  # tokens after which a prefix can be found, in every group
     rng = random.Random(11)
-    base, tail, *short = [[rng.randrange(3, 128) for _ in range(n)] for n in (41, 5, 4, 3, 4, 2, 4, 3)]
-    spec = describe(read_arch(open_model(str(tmp_path))))
-    layout = plan_layout(cache_specs(spec, PAGE, 4))
-    core = build(tmp_path, layout.pages_for(MAX_LEN, STEP_TOKENS) + 1)  # one long sequence and hardly more
+    base, tail, *short = [
+        [rng.randrange(3, 128) for _ in range(length)]
+        for length in (common + 9, 5, *(min(sizes) - i % 3 for i in range(ROWS_AT_ONCE)))
+    ]
+    step = max(24, common)  # the short ones begin at about the same time
+    # One long sequence fits, or the beginnings of the short ones, and hardly more.
+    pages = max(layout.pages_for(common + 32, step), sum(layout.pages_for(len(ids)) for ids in short))
+    core = build(tmp_path, pages + 1, common + 32, step)
     first, _ = run(core, [base])
-    again, cached = run(core, [base[:36] + tail])
-    assert cached[0] >= 32  # a multiple of every group's page size
+    again, cached = run(core, [base[: common + 4] + tail])
+    assert cached[0] >= common
     together, _ = run(core, short)  # they all begin, and grow until the pages are gone
     assert core.scheduler.counters.num_preemptions > 0
-    assert core.settings.max_model_len == MAX_LEN
+    assert core.settings.max_model_len == common + 32
     core.close()
     most_likely(model, base, first[0])
-    most_likely(model, base[:36] + tail, again[0])
+    most_likely(model, base[: common + 4] + tail, again[0])
     for prompt, tokens in zip(short, together):
         most_likely(model, prompt, tokens)

@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -55,6 +55,10 @@ GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 GLM = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}
+DELTA = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+         "linear_value_head_dim": 24}  # fmt: skip
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 24}
+HEADS = {"GPT2": "GPT2LMHeadModel", "Qwen3_5Text": "Qwen3_5ForCausalLM", "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM"}
 MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
@@ -74,7 +78,6 @@ LLAMA4 = {  # chunks, and positions whose queries are sharpened, well within the
     "floor_scale": 6,
     "attn_scale": 0.4,
 }
-HEADS = {"GPT2": "GPT2LMHeadModel"}
 FOREIGN = {  # keys of BASE that a family does not have
     "GPT2": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "max_position_embeddings"),
@@ -207,6 +210,32 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-groups": (
         "Glm4Moe",
         {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "attention_bias": True},
+    ),
+    "qwen3_next": ("Qwen3Next", {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "num_hidden_layers": 5}),
+    "qwen3_next-dense": (
+        "Qwen3Next",
+        {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "mlp_only_layers": [0, 2], "linear_num_key_heads": 4,
+         "num_hidden_layers": 4},
+    ),
+    "qwen3_5_text": ("Qwen3_5Text", {**DELTA, "num_hidden_layers": 5}),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeText",
+        {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "num_hidden_layers": 4},
+    ),
+    "bamba": ("Bamba", {**MAMBA, "attn_layer_indices": [1]}),
+    "bamba-groups": ("Bamba", {**MAMBA, "attn_layer_indices": [2], "mamba_n_groups": 2}),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {
+            **MAMBA,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.4,
+        },
     ),
     "deepseek_v2": (  # V2-Lite: queries without a latent, the best experts of all
         "DeepseekV2",

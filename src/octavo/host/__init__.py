@@ -32,7 +32,7 @@ from octavo.files.base import ModelFiles
 from octavo.files.resolve import open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
-from octavo.model.read_arch import read_arch
+from octavo.host.implementation import architecture
 
 BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.compiled_engine:build"}
 
@@ -56,7 +56,7 @@ def build_runner(
     timeline: Timeline | None = None,
 ) -> Built:
     """Load the model with the backend that fits model and device, and size its cache."""
-    arch = read_arch(files)
+    arch = architecture(options.model, files)
     backend = choose_backend(options, files, arch)
     module, _, attribute = BACKENDS[backend].partition(":")
     timeline = timeline or Timeline.start()
@@ -68,7 +68,7 @@ def build_runner(
 
 def prepare(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> None:
     """Compile and keep what the first start would have to: the kernels of the compiled CPU path, where it is chosen."""
-    arch = read_arch(files)
+    arch = architecture(options.model, files)
     if choose_backend(options, files, arch) == "compiled":
         import_module("octavo.host.compiled_engine").prepare(files, arch, progress or quiet)
 
@@ -81,10 +81,11 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         built.resolved,
         vocab_size=built.arch.vocab_size,
         model=options.model.served_model_name or files.name,
-        architecture=built.arch.model_type,
+        architecture=built.arch.label,
         device=built.device,
         kernels=built.kernels,
         timeline_s=timeline.phases,
+        memory_bytes=built.memory_use,
     )
     grammars = GrammarCompiler(partial(read_vocabulary, options, files), built.arch.vocab_size)
     return EngineCore(InlineExecutor(built.runner), settings, grammars)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from octavo.config import EngineOptions, Resolved, resolve
-from octavo.device.ops.bind import Binder
+from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.files.base import ModelFiles
+from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
+from octavo.model.fallback.network import TransformersNetwork
 from octavo.model.network import Network
+from octavo.model.quantization.base import WeightFormat
 from octavo.model.quantization.fp8 import choose_format
-from octavo.protocol.generate import SamplingParams
-from octavo.protocol.plan import SlotInit, StepPlan
 from octavo.runner.graphs import StepGraphs
+from octavo.runner.measure import Peak, graph_bytes, run_largest_step
 from octavo.runner.memory import plan_pages
 from octavo.runner.pages import PageMemory
 from octavo.runner.runner import TorchRunner
@@ -41,21 +44,17 @@ def build(
     binder = Binder()
     op_spec = platform.op_spec(dtype)
     weight_format = choose_format(options.model.quantization, spec, op_spec)
-    timeline.end("imports")
-    network = Network(
-        spec,
-        dtype=dtype,
-        device=platform.device,
-        binder=binder,
-        op_spec=op_spec,
-        max_position=resolved.max_model_len,
-        weight_format=weight_format,
-    )
-    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
-    platform.synchronize()
-    timeline.end("weights")
     layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize))
-    peak = measure_peak(network, spec, layout, platform, binder, resolved)
+    budget = StartBudget(options, resolved, arch, spec, layout, hardware, platform, op_spec.capability)
+    budget.require_room(files)
+    timeline.end("imports")
+    network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format)
+    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
+    budget.weights_loaded()
+    timeline.end("weights")
+    graphs_wanted = platform.kind == "cuda" and not options.device.enforce_eager and network.recordable
+    peak = measure_peak(network, spec, layout, platform, binder, resolved, graphs_wanted)
+    budget.step_measured(peak.step_bytes)
     timeline.end("profile")
     memory = plan_pages(
         layout,
@@ -63,7 +62,8 @@ def build(
         kind=platform.kind,
         free_bytes=platform.free_bytes(),
         total_bytes=hardware.total_memory_bytes,
-        peak_bytes=peak,
+        peak_bytes=peak.step_bytes,
+        graph_bytes=peak.graph_bytes,
         max_model_len=resolved.max_model_len,
         length_is_fixed=options.model.max_model_len not in (None, "auto", "-1"),
         max_num_seqs=resolved.max_num_seqs,
@@ -71,8 +71,9 @@ def build(
     )
     resolved = replace(resolved, max_model_len=memory.max_model_len)
     runner = torch_runner(network, spec, layout, platform, binder, resolved, memory.num_pages)
+    budget.cache_allocated()
     timeline.end("cache")
-    if platform.kind == "cuda" and not options.device.enforce_eager:
+    if graphs_wanted:
         graphs = StepGraphs(network, runner.slots, runner.builder, platform, resolved.max_model_len)
         graphs.capture(
             resolved.max_num_seqs,
@@ -80,11 +81,37 @@ def build(
             lambda done, total: progress("capturing graphs", done, total),
         )
         runner.graphs = graphs
+        budget.graphs_captured()
         timeline.end("graphs")
     if platform.kind == "cuda":
         warm(runner, resolved.max_model_len)
         timeline.end("warm")
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain())
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
+
+
+def make_network(
+    arch: ArchConfig,
+    files: ModelFiles,
+    spec: DecoderSpec,
+    binder: Binder,
+    op_spec: OpSpec,
+    platform: Platform,
+    resolved: Resolved,
+    weight_format: WeightFormat,
+) -> Network:
+    """The model's modules on the device, not loaded yet: ours, or those of transformers."""
+    dtype, device = DTYPES[resolved.dtype], platform.device
+    if arch.implementation != "octavo":
+        return TransformersNetwork(arch, files, dtype=dtype, device=device, binder=binder, op_spec=op_spec)
+    return Network(
+        spec,
+        dtype=dtype,
+        device=device,
+        binder=binder,
+        op_spec=op_spec,
+        max_position=resolved.max_model_len,
+        weight_format=weight_format,
+    )
 
 
 def torch_runner(
@@ -116,25 +143,14 @@ def measure_peak(
     platform: Platform,
     binder: Binder,
     resolved: Resolved,
-) -> int:
-    """Bytes that the largest step holds above weights and cache: full token budget, every row sampling at random
-    with penalties and log probabilities; run through the real runner on one-page memory."""
+    graphs: bool,
+) -> Peak:
+    """What the largest step holds above weights and cache, and what the recordings will; run through a runner over
+    two pages."""
     if platform.kind == "cpu":
-        return 0
-    rows = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
-    tokens = resolved.max_num_batched_tokens
-    share = [tokens // rows + (1 if i < tokens % rows else 0) for i in range(rows)]
-    share = [min(count, resolved.max_model_len) for count in share]
-    sampling = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, repetition_penalty=1.1)
+        return Peak()
     runner = torch_runner(network, spec, layout, platform, binder, resolved, 2)
-    admits = [SlotInit(i, [0] * share[i], share[i], sampling, 0, []) for i in range(rows)]
-    plan = StepPlan(0, list(range(rows)), [0] * rows, share, [0] * rows, [True] * rows, admits, [], [])
-
-    def work() -> None:
-        runner.forward(plan)
-        runner.sample([])
-        runner.collect()
-
-    peak = platform.peak_bytes(work)
+    step = platform.peak_bytes(partial(run_largest_step, runner, resolved.max_model_len))
+    recorded = graph_bytes(runner, resolved.max_model_len) if graphs else 0
     runner.close()
-    return peak
+    return Peak(step, recorded)

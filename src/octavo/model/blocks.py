@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, WindowKV
+from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowKV
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"]
 Scoring = Literal["softmax", "sigmoid", "softmax_top_k"]
@@ -32,7 +32,8 @@ class Part:
 
     Parts may share a stored tensor of ``total`` rows (0 = it is this part alone), in which this one begins at
     ``start``. ``stored`` is the order in Hugging Face checkpoints: "rows" as here, "transposed" [in, out], or
-    "per_head": q, k and v of the first of ``stored_heads`` heads, then of the next. For stacked experts there are
+    "per_head": pieces of ``stored_pieces`` rows (or three equal ones: q, k, v) of the first of ``stored_heads`` heads,
+    then of the next. For stacked experts there are
     "alternating" rows of gate and up, and the same "alternating_columns" [.., in, out].
     """
 
@@ -48,6 +49,7 @@ class Part:
     total: int = 0
     stored: Stored = "rows"
     stored_heads: int = 0
+    stored_pieces: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Attention:
     ``window`` (tokens a query sees, itself included) 0 = all; ``softcap`` 0 = none; ``scale`` multiplies q·k.
     ``rope`` None = no position encoding in this layer. A q/k norm of size ``head_dim`` works on each head, of another
     size on the whole projection. ``sinks`` names a logit a head that takes probability but has no value (gpt-oss).
+    The sigmoid of ``gate`` [heads * head_dim] multiplies what goes into ``output`` (Qwen3-Next).
 
     Llama 4: ``chunk`` > 0: a query sees keys of its own chunk of so many positions. ``unit_norm`` > 0: rotated queries and
     keys are divided by their root mean square, this being its epsilon. ``temperature`` (f, a): the query at position p is
@@ -130,6 +133,7 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     sinks: Part | None = None
+    gate: Linear | None = None
     chunk: int = 0
     unit_norm: float = 0.0
     temperature: tuple[float, float] | None = None
@@ -142,6 +146,51 @@ class Attention:
         if self.chunk:
             return ChunkedKV(page_size, token_bytes, self.chunk)
         return FullKV(page_size, token_bytes)
+
+
+# Cache pages between two checkpoints of a recurrent state: a prefix can be found again at checkpoints only, but each
+# costs a whole state.
+CHECKPOINT_PAGES = 64
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A convolution over the last tokens and a recurrence over a matrix a head (see ``device.ops.recurrence``).
+
+    ``project`` gives q, k and v of the convolution, one after the other, then the gate; ``small`` gives a (the step
+    size), and for the delta rule b behind it. ``conv`` names the rows of the convolution for q, k and v. ``dt_bias``,
+    ``a_log`` and ``skip`` name one number a head. ``norm`` works on runs of its size, or on ``norm_groups`` groups
+    within it; ``gate_first`` = the gate multiplies what is normed, not the result.
+    """
+
+    kind: Literal["delta", "ssd"]
+    project: Linear
+    small: Linear
+    output: Linear
+    conv: tuple[Part, ...]
+    conv_width: int
+    conv_bias: bool
+    num_key_heads: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    dt_bias: Part
+    a_log: Part
+    norm: Norm
+    norm_groups: int = 1
+    skip: Part | None = None
+    gate_first: bool = False
+
+    def input_bytes(self, element_bytes: int) -> int:
+        """Bytes of the last inputs of the convolution, padded so that the states behind them are aligned."""
+        channels = 2 * self.num_key_heads * self.key_dim + self.num_heads * self.value_dim
+        return -(-channels * (self.conv_width - 1) * element_bytes // 256) * 256
+
+    def cache(self, page_size: int, element_bytes: int) -> KVSpec:
+        """One state a checkpoint, in float32."""
+        states = 4 * self.num_heads * self.key_dim * self.value_dim
+        padded = -(-states // 256) * 256
+        return StateKV(page_size * CHECKPOINT_PAGES, self.input_bytes(element_bytes) + padded)
 
 
 @dataclass(frozen=True)
@@ -179,7 +228,7 @@ class LatentAttention:
 
 # What mixes a layer's tokens with those before them. Each states what it keeps of them (``cache``); the torch form is
 # built by ``layers.decoder.make_mixer``.
-Mixer = Attention | LatentAttention
+Mixer = Attention | LatentAttention | Recurrent
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ GEMMA_DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
+QWEN_HYBRID: dict[str, Any] = {"head_dim": 256, "partial_rotary_factor": 0.25, "max_position_embeddings": 32768}
+# Families with recurrent layers, and every how many layers one has attention (0 = the configuration lists them).
+HF_HYBRID = {"qwen3_next": 4, "qwen3_5_text": 4, "qwen3_5_moe_text": 4, "bamba": 0, "granitemoehybrid": 0}
 DEEPSEEK_V3_DEFAULTS: dict[str, Any] = {
     "num_experts": 256,
     "num_experts_per_tok": 8,
@@ -58,6 +61,10 @@ DEEPSEEK_V3_DEFAULTS: dict[str, Any] = {
     "v_head_dim": 128,
 }
 HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bamba": {"rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "max_position_embeddings": 262144},
+    "qwen3_next": QWEN_HYBRID,
+    "qwen3_5_text": QWEN_HYBRID,
+    "qwen3_5_moe_text": QWEN_HYBRID,
     "cohere": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True},
     "cohere2": {
         "rms_norm_eps": 1e-5,

@@ -27,6 +27,8 @@ from octavo.model.quantization.dense import DENSE
 class Network:
     """embed -> layers -> norm -> head, for any ``DecoderSpec``."""
 
+    recordable = True  # a forward pass never asks the device for a value, so that it can become a graph
+
     def __init__(
         self,
         spec: DecoderSpec,
@@ -42,6 +44,7 @@ class Network:
         """Parameters are allocated on ``device``, uninitialized; ``load`` fills them. Where ``ranks.size`` > 1,
         ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections."""
         self.spec = spec
+        self.num_ranks = ranks.size
         build = Build(dtype, device, binder, op_spec, max_position, ranks)
         embedding = spec.embedding
         self.embedding = build.empty(embedding.vocab_size, embedding.hidden)

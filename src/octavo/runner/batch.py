@@ -117,11 +117,8 @@ class BatchBuilder:
         up = self.staging.upload(columns)
         if where:
             slots.flat_tables[up[11]] = up[12]
-        ids = up[4].long()
-        if from_device.any():
-            ids[up[7]] = slots.last_token[up[8]]
         batch = Batch(
-            token_ids=ids,
+            token_ids=self._token_ids(up[4], up[7], up[8]),
             positions=up[5].long(),
             query_start=up[1],
             kv_lens=up[2],
@@ -129,7 +126,7 @@ class BatchBuilder:
             sample_at=up[3].long(),
             max_query=int(counts.max(initial=0)),
             max_kv=int(ends.max(initial=0)),
-            prompts=prompts(counts[longer], ends[longer], up[13], up[14]) if len(longer) else None,
+            prompts=prompts(counts[longer], ends[longer], *up[13:]) if len(longer) else None,
         )
         return Prepared(
             batch,
@@ -141,6 +138,13 @@ class BatchBuilder:
             up[10].long(),
             prompt_rows,
         )
+
+    def _token_ids(self, known: Tensor, where: Tensor, from_slots: Tensor) -> Tensor:
+        """Ids [T]: those that the host knows, and last tokens of slots at the places it does not."""
+        ids = known.long()
+        if len(where):
+            ids[where] = self.slots.last_token[from_slots]
+        return ids
 
     def known_tokens(
         self, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints, rows: NDArray[np.bool_]

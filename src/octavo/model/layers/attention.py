@@ -23,6 +23,7 @@ class AttentionLayer:
         self.block = block
         self.qkv = LinearLayer(block.qkv, build, hf_prefix, gguf_prefix)
         self.output = LinearLayer(block.output, build, hf_prefix, gguf_prefix)
+        self.gate = LinearLayer(block.gate, build, hf_prefix, gguf_prefix) if block.gate else None
         self.q_norm = NormLayer(block.q_norm, build, hf_prefix, gguf_prefix) if block.q_norm else None
         self.k_norm = NormLayer(block.k_norm, build, hf_prefix, gguf_prefix) if block.k_norm else None
         self.sinks = build.empty(block.sinks.out_features, dtype=torch.float32) if block.sinks else None
@@ -75,7 +76,8 @@ class AttentionLayer:
             self.sinks,
             block.chunk,
         )
-        return self.output(mixed.view(mixed.shape[0], -1))
+        mixed = mixed.view(mixed.shape[0], -1)
+        return self.output(mixed if self.gate is None else mixed * self.gate(x).sigmoid())
 
     def bind(self, place: CachePlace) -> None:
         """Take pages [num_pages, 2, Hkv, P, D] in the type of activations."""
@@ -105,6 +107,8 @@ class AttentionLayer:
         """What the loader must fill."""
         norms = [norm.items() for norm in (self.q_norm, self.k_norm) if norm is not None]
         found = self.qkv.items() + self.output.items() + [item for items in norms for item in items]
+        if self.gate is not None:
+            found += self.gate.items()
         if self.sinks is not None:
             heads, ranks = self.sinks.shape[0], self.ranks
             cut = Cut(0, ranks.rank * heads, heads, ranks.size * heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ class Build:
     weight_format: WeightFormat = DENSE
     tables: dict[Rope, Tensor] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
+
+    def dense(self) -> Build:
+        """The same, with projections stored as they are."""
+        return replace(self, weight_format=DENSE)
 
     @property
     def linear(self) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
