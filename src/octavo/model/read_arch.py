@@ -340,8 +340,9 @@ def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
         return {"rope_theta": theta}
     # DeepSeek's files hold 0.1 x mscale_all_dim; its two numbers are the same in every published model.
     sharp = keys.number("rope.scaling.yarn_log_multiplier", 0.0) * 10
+    mscales = {"mscale": sharp, "mscale_all_dim": sharp} if sharp else {}
     return {
-        **({"mscale": sharp, "mscale_all_dim": sharp} if sharp else {}),
+        **mscales,
         "rope_theta": theta,
         "rope_type": kind,
         "factor": keys.number("rope.scaling.factor", 1.0),
