@@ -108,7 +108,7 @@ class TorchRunner:
         hidden = attempt(lambda: self.network.forward(step.batch), self._release)
         if hidden is None:
             parts = Parts(self.builder.build, lambda part: self.network.forward(part.batch), self._release)
-            hidden = parts.run(plan, self.network.embedding)
+            hidden = parts.run(plan, self.network.spec.embedding.hidden, self.network.dtype)
             self.errors = parts.errors
         return hidden
 
