@@ -44,6 +44,13 @@ LLAMA_3_1_8B: Mapping[str, Any] = {
     "bos_token_id": 128000,
     "eos_token_id": [128001, 128008, 128009],
 }
+LLAMA_3_1_70B: Mapping[str, Any] = {
+    **LLAMA_3_1_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 QWEN3_0_6B: Mapping[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",

@@ -56,6 +56,7 @@ class Network:
         ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections. A stage that
         is not the first or not the last needs its ``pipe``."""
         self.spec = spec
+        self.ranks = ranks
         self.pipe = pipe
         build = Build(dtype, device, binder, op_spec, max_position, ranks)
         embedding = spec.embedding
