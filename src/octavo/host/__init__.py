@@ -33,9 +33,9 @@ from octavo.files.base import ModelFiles
 from octavo.files.resolve import open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
+from octavo.host.implementation import architecture
 from octavo.host.replicas import launch_replicas
 from octavo.host.spread import Facts, launch
-from octavo.model.read_arch import read_arch
 
 BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.compiled_engine:build"}
 
@@ -74,7 +74,7 @@ def build_runner(
     timeline: Timeline | None = None,
 ) -> Built:
     """Load the model with the backend that fits model and device, and size its cache."""
-    arch = read_arch(files)
+    arch = architecture(options.model, files)
     backend = choose_backend(options, files, arch)
     module, _, attribute = BACKENDS[backend].partition(":")
     timeline = timeline or Timeline.start()
@@ -86,7 +86,7 @@ def build_runner(
 
 def prepare(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> None:
     """Compile and keep what the first start would have to: the kernels of the compiled CPU path, where it is chosen."""
-    arch = read_arch(files)
+    arch = architecture(options.model, files)
     if choose_backend(options, files, arch) == "compiled":
         import_module("octavo.host.compiled_engine").prepare(files, arch, progress or quiet)
 
@@ -98,7 +98,7 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
             "--data-parallel-size needs a process for each copy of the model; this is a single one.",
             "Use octavo serve, or one LLM object a device.",
         )
-    arch = read_arch(files)
+    arch = architecture(options.model, files)
     executor: Executor
     if options.parallel.ranks > 1:
         executor, facts = launch(options, arch, progress)
@@ -106,15 +106,16 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         timeline = Timeline.start()
         built = build_runner(options, files, progress, timeline)
         executor = InlineExecutor(built.runner)
-        facts = Facts(built.resolved, built.device, built.kernels, timeline.phases)
+        facts = Facts(built.resolved, built.device, built.kernels, timeline.phases, built.memory_use)
     settings = EngineSettings.of(
         facts.resolved,
         vocab_size=arch.vocab_size,
         model=options.model.served_model_name or files.name,
-        architecture=arch.model_type,
+        architecture=arch.label,
         device=facts.device,
         kernels=facts.kernels,
         timeline_s=facts.phases,
+        memory_bytes=facts.memory_use,
     )
     grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
     return EngineCore(executor, settings, grammars)

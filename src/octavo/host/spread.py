@@ -5,7 +5,7 @@ engine's process: scheduler, MultiprocExecutor ──plans──> worker 0 (host
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -30,6 +30,7 @@ class Facts:
     device: str
     kernels: dict[str, str]
     phases: dict[str, float]
+    memory_use: dict[str, tuple[int, int]] = field(default_factory=dict)
     cards: str = ""
 
 
@@ -48,6 +49,10 @@ def launch(
 ) -> tuple[MultiprocExecutor, Facts]:
     """Start one worker a rank and wait until all are ready; raises what the first of them has to complain of."""
     parallel = options.parallel
+    if arch.implementation != "octavo":
+        raise UsageError(
+            "Models that transformers computes run on one device.", "Leave out the parallel sizes."
+        )
     cut(part_of(describe(arch), options), 0, parallel.pipeline_parallel_size)
     if options.model.quantization is not None and options.device.device == "cpu":
         raise UsageError("--quantization on CPUs does not go with several ranks.", "Leave it out.")
@@ -60,10 +65,3 @@ def launch(
         progress=progress,
     )
     return executor, msgspec.json.decode(executor.facts, type=Facts)
-
-
-def alone(options: EngineOptions) -> EngineOptions:
-    """The same for a model on one device."""
-    return replace(
-        options, parallel=replace(options.parallel, tensor_parallel_size=1, pipeline_parallel_size=1)
-    )

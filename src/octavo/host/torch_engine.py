@@ -11,22 +11,25 @@ from torch import Tensor
 
 from octavo.config import EngineOptions, Resolved, resolve
 from octavo.device.distributed.world import World
-from octavo.device.ops.bind import Binder
+from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.files.base import ModelFiles
+from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.host.place import Place, take_place
 from octavo.host.spread import part_of
 from octavo.model.arch import ArchConfig
+from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
+from octavo.model.fallback.network import TransformersNetwork
 from octavo.model.network import Network
+from octavo.model.quantization.base import WeightFormat
 from octavo.model.quantization.fp8 import choose_format
 from octavo.model.stage import cut
-from octavo.protocol.generate import SamplingParams
-from octavo.protocol.plan import SlotInit, StepPlan
 from octavo.runner.graphs import StepGraphs
+from octavo.runner.measure import Peak, graph_bytes, run_largest_step
 from octavo.runner.memory import MemoryPlan, plan_pages
 from octavo.runner.pages import PageMemory
 from octavo.runner.runner import TorchRunner
@@ -51,40 +54,41 @@ def build(
     resolved = resolve(options, hardware, limits_of(arch))
     dtype = DTYPES[resolved.dtype]
     place = Place() if world is None else take_place(world, options.parallel, dtype)
-    whole = part_of(describe(arch), options)
+    whole = part_of(describe(arch), options) if world is not None else describe(arch)
     spec = cut(whole, place.stage, place.num_stages)
     binder = Binder()
     op_spec = platform.op_spec(dtype)
     weight_format = choose_format(options.model.quantization, spec, op_spec)
-    timeline.end("imports")
-    network = Network(
-        spec,
-        dtype=dtype,
-        device=platform.device,
-        binder=binder,
-        op_spec=op_spec,
-        max_position=resolved.max_model_len,
-        weight_format=weight_format,
-        ranks=place.ranks,
-        pipe=place.pipe,
-    )
-    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
-    platform.synchronize()
-    timeline.end("weights")
     layout = plan_layout(cache_specs(whole, resolved.page_size, dtype.itemsize))
     if place.num_stages > 1:
         layout = layout.part(range(spec.first_layer, spec.first_layer + len(spec.layers)))
+    budget = StartBudget(options, resolved, arch, spec, layout, hardware, platform, op_spec.capability)
+    budget.require_room(files)
+    timeline.end("imports")
+    network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format, place)
+    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
+    budget.weights_loaded()
+    timeline.end("weights")
+    graphs_wanted = platform.kind == "cuda" and not options.device.enforce_eager and network.recordable
     make = partial(torch_runner, network, layout, platform, binder, place.agree)
     progress("measuring the largest step", 0, 1)
-    peak = measure_peak(make, platform, resolved)
+    peak = measure_peak(make, platform, resolved, graphs_wanted)
+    budget.step_measured(peak.step_bytes)
     timeline.end("profile")
     memory = size_cache(options, layout, platform, resolved, peak, place)
     resolved = replace(resolved, max_model_len=memory.max_model_len)
     runner = make(resolved, memory.num_pages)
+    budget.cache_allocated()
     timeline.end("cache")
+    if graphs_wanted:
+        record_graphs(runner, resolved, progress)
+        budget.graphs_captured()
+        timeline.end("graphs")
     if platform.kind == "cuda":
-        get_ready(runner, resolved, timeline, progress, graphs=not options.device.enforce_eager)
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain())
+        progress("warming up", 0, 1)
+        warm(runner, resolved.max_model_len)
+        timeline.end("warm")
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
 
 
 def size_cache(
@@ -92,7 +96,7 @@ def size_cache(
     layout: CacheLayout,
     platform: Platform,
     resolved: Resolved,
-    peak: int,
+    peak: Peak,
     place: Place,
 ) -> MemoryPlan:
     """Pages and context length that fit on every rank; ranks on CPUs share one memory."""
@@ -103,7 +107,8 @@ def size_cache(
         kind=platform.kind,
         free_bytes=platform.free_bytes() // sharers,
         total_bytes=platform.hardware().total_memory_bytes,
-        peak_bytes=peak,
+        peak_bytes=peak.step_bytes,
+        graph_bytes=peak.graph_bytes,
         max_model_len=resolved.max_model_len,
         length_is_fixed=options.model.max_model_len not in (None, "auto", "-1"),
         max_num_seqs=resolved.max_num_seqs,
@@ -113,24 +118,43 @@ def size_cache(
     return replace(memory, num_pages=num_pages, max_model_len=max_model_len)
 
 
-def get_ready(
-    runner: TorchRunner, resolved: Resolved, timeline: Timeline, progress: Progress, *, graphs: bool
-) -> None:
-    """Record graphs where they are wanted, then run every shape class once."""
-    if graphs:
-        recorded = StepGraphs(
-            runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len
-        )
-        recorded.capture(
-            resolved.max_num_seqs,
-            resolved.max_num_batched_tokens,
-            lambda done, total: progress("capturing graphs", done, total),
-        )
-        runner.graphs = recorded
-        timeline.end("graphs")
-    progress("warming up", 0, 1)
-    warm(runner, resolved.max_model_len)
-    timeline.end("warm")
+def record_graphs(runner: TorchRunner, resolved: Resolved, progress: Progress) -> None:
+    """Record steps of all sizes."""
+    graphs = StepGraphs(runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len)
+    graphs.capture(
+        resolved.max_num_seqs,
+        resolved.max_num_batched_tokens,
+        lambda done, total: progress("capturing graphs", done, total),
+    )
+    runner.graphs = graphs
+
+
+def make_network(
+    arch: ArchConfig,
+    files: ModelFiles,
+    spec: DecoderSpec,
+    binder: Binder,
+    op_spec: OpSpec,
+    platform: Platform,
+    resolved: Resolved,
+    weight_format: WeightFormat,
+    place: Place,
+) -> Network:
+    """The model's modules on the device, not loaded yet: ours, or those of transformers."""
+    dtype, device = DTYPES[resolved.dtype], platform.device
+    if arch.implementation != "octavo":
+        return TransformersNetwork(arch, files, dtype=dtype, device=device, binder=binder, op_spec=op_spec)
+    return Network(
+        spec,
+        dtype=dtype,
+        device=device,
+        binder=binder,
+        op_spec=op_spec,
+        max_position=resolved.max_model_len,
+        weight_format=weight_format,
+        ranks=place.ranks,
+        pipe=place.pipe,
+    )
 
 
 def torch_runner(
@@ -156,25 +180,15 @@ def torch_runner(
     )
 
 
-def measure_peak(make: Callable[[Resolved, int], TorchRunner], platform: Platform, resolved: Resolved) -> int:
-    """Bytes that the largest step holds above weights and cache: full token budget, every row sampling at random
-    with penalties and log probabilities; run through the real runner on one-page memory."""
+def measure_peak(
+    make: Callable[[Resolved, int], TorchRunner], platform: Platform, resolved: Resolved, graphs: bool
+) -> Peak:
+    """What the largest step holds above weights and cache, and what the recordings will; run through a runner over
+    two pages."""
     if platform.kind == "cpu":
-        return 0
-    rows = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
-    tokens = resolved.max_num_batched_tokens
-    share = [tokens // rows + (1 if i < tokens % rows else 0) for i in range(rows)]
-    share = [min(count, resolved.max_model_len) for count in share]
-    sampling = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, repetition_penalty=1.1)
+        return Peak()
     runner = make(resolved, 2)
-    admits = [SlotInit(i, [0] * share[i], share[i], sampling, 0, []) for i in range(rows)]
-    plan = StepPlan(0, list(range(rows)), [0] * rows, share, [0] * rows, [True] * rows, admits, [], [])
-
-    def work() -> None:
-        runner.forward(plan)
-        runner.sample([])
-        runner.collect()
-
-    peak = platform.peak_bytes(work)
+    step = platform.peak_bytes(partial(run_largest_step, runner, resolved.max_model_len))
+    recorded = graph_bytes(runner, resolved.max_model_len) if graphs else 0
     runner.close()
-    return peak
+    return Peak(step, recorded)

@@ -39,6 +39,8 @@ NO_PIPE = Pipe()
 class Network:
     """embed -> layers -> norm -> head, for any ``DecoderSpec``."""
 
+    recordable = True  # a forward pass never asks the device for a value, so that it can become a graph
+
     def __init__(
         self,
         spec: DecoderSpec,

@@ -16,6 +16,7 @@ from octavo.model.blocks import (
     DecoderSpec,
     FeedForward,
     GatedMLP,
+    LatentAttention,
     Layer,
     Linear,
     Mixer,
@@ -53,7 +54,11 @@ def _layer(layer: Layer, size: int, expert_parallel: bool) -> Layer:
 
 
 def _mixer(block: Mixer, size: int) -> Mixer:
-    return _recurrent(block, size) if isinstance(block, Recurrent) else _attention(block, size)
+    if isinstance(block, Recurrent):
+        return _recurrent(block, size)
+    if isinstance(block, LatentAttention):
+        return _latent(block, size)
+    return _attention(block, size)
 
 
 def _recurrent(block: Recurrent, size: int) -> Recurrent:
@@ -75,6 +80,22 @@ def _recurrent(block: Recurrent, size: int) -> Recurrent:
         dt_bias=_part(block.dt_bias, size, 1),
         a_log=_part(block.a_log, size, 1),
         skip=_part(block.skip, size, 1) if block.skip is not None else None,
+    )
+
+
+def _latent(block: LatentAttention, size: int) -> LatentAttention:
+    """Heads are split; every rank keeps all latents, which belong to all heads."""
+    if block.num_heads % size:
+        raise UnsupportedModelError(
+            f"{block.num_heads} attention heads cannot be split over {size} devices.",
+            "Choose a tensor parallel size that divides them.",
+        )
+    return replace(
+        block,
+        query=_linear(block.query, size),
+        up=_linear(block.up, size),
+        output=_linear(block.output, size),
+        num_heads=block.num_heads // size,
     )
 
 

@@ -63,10 +63,11 @@ class CUDAPlatform:
         return OpSpec("cuda", DTYPE_NAMES[dtype], self.capability)
 
     def free_bytes(self) -> int:
-        """Free on the device, plus what torch holds in its cache unused."""
+        """What the driver has left once torch has given back what it keeps unused (pools of graphs stay)."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
         free, _total = torch.cuda.mem_get_info(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return int(free + cached)
+        return int(free)
 
     def peak_bytes(self, work: Callable[[], None]) -> int:
         """See ``Platform``."""

@@ -46,8 +46,11 @@ class MoELayer:
         ids, shares = self.router(x)
         if self.local_ids is not None:
             ids = self.local_ids[ids]
+        seen = x
+        if block.weigh_input:
+            seen, shares = (x * shares).to(x.dtype), torch.ones_like(shares)
         out: Tensor = self.compute(
-            x,
+            seen,
             ids,
             shares,
             weights.gate_up,
@@ -98,6 +101,7 @@ class RouterLayer:
             block.groups,
             block.top_groups,
             self.correction,
+            block.group_best,
         )
         return found
 
@@ -139,7 +143,10 @@ class ExpertWeights:
             for i in range(self.block.num)
         )
         ways: tuple[tuple[LoadItem, ...], ...] = ((LoadItem(name, gguf, self.down, cut=cut),), each)
-        if self.block.interleaved:
+        if self.block.columns:
+            gate_up.ways = (self._stacked(TRANSPOSED), self._each())
+            ways = ((LoadItem(name, "", self.down, TRANSPOSED, cut=cut),), each)
+        elif self.block.interleaved:
             columns = LoadItem(name, "", self.down, TRANSPOSED, cut=cut)
             packed = LoadItem(f"{name}_blocks", "", self.down, cut=cut, scales=f"{name}_scales")
             gate_up.ways = (self._stacked(ALTERNATING_COLUMNS), self._stacked(ALTERNATING, packed=True))
