@@ -34,6 +34,7 @@ from octavo.files.resolve import open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
 from octavo.host.implementation import architecture
+from octavo.host.nodes import waiting_for
 from octavo.host.replicas import launch_replicas
 from octavo.host.spread import Facts, launch
 
@@ -98,10 +99,14 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
             "--data-parallel-size needs a process for each copy of the model; this is a single one.",
             "Use octavo serve, or one LLM object a device.",
         )
+    if options.parallel.node_rank > 0:
+        raise UsageError(
+            "Only machine 0 has an engine.", "Use octavo serve on the others: it computes for machine 0."
+        )
     arch = architecture(options.model, files)
     executor: Executor
     if options.parallel.ranks > 1:
-        executor, facts = launch(options, arch, progress)
+        executor, facts = launch(options, arch, progress, waiting_for(options))
     else:
         timeline = Timeline.start()
         built = build_runner(options, files, progress, timeline)
