@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from octavo.bench.ranks import add_rank_arguments, both, run_ranks
+from octavo.bench.ranks import add_rank_arguments, both, leave, run_ranks
 from octavo.device.distributed.one_shot import OneShot
 from octavo.device.distributed.world import Meeting, join
 from octavo.device.platform.select import open_platform
@@ -59,8 +58,7 @@ def main(argv: list[str]) -> int:
             )
         if args.output:
             args.output.write_text(json.dumps(rows, indent=1))
-    sys.stdout.flush()
-    os._exit(0)  # taking leave of the other ranks in order is not worth a hang
+    leave()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from octavo import host
-from octavo.bench.ranks import add_rank_arguments, run_ranks, sum_seconds
+from octavo.bench.ranks import add_rank_arguments, leave, run_ranks, sum_seconds
 from octavo.config import EngineOptions
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.spec import ceil_div
@@ -257,7 +257,7 @@ def main(argv: list[str]) -> int:
         raise TypeError("bench gpu drives the torch runner")
     rows = measure(runner, args, bandwidth, flops)
     if args.rank:
-        return 0  # rank 0 tells for all
+        leave()  # rank 0 tells for all
     rates = ", ".join(
         f"{str(dtype).split('.')[1]} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in flops.items()
     )
@@ -270,6 +270,8 @@ def main(argv: list[str]) -> int:
         table |= {"copy_bytes_per_s": bandwidth, "bf16_flops": bf16, "start_s": timeline.phases}
         table |= {"tensor_parallel_size": args.tensor_parallel_size, "hf_overrides": args.hf_overrides}
         args.output.write_text(json.dumps(table, indent=1))
+    if args.rank is not None:
+        leave()
     return 0
 
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -43,6 +44,13 @@ def run_ranks(module: str, argv: list[str], count: int) -> int:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
+
+
+def leave() -> NoReturn:
+    """End a rank at once: taking leave of the others in order is not worth a hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def sum_seconds(reduce: Callable[[Tensor], Tensor], x: Tensor, platform: Platform) -> float:
