@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from octavo.bench.gpu_kernels import ROTATE_BYTES, SHAPES, Call, Shape, ceilings, normal, time_us
 from octavo.device.kernels.triton import fp8 as kernels

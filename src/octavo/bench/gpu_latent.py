@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from octavo.bench.gpu_kernels import PAGE, Case, ceilings, measure, normal
-from octavo.device.ops.bind import Binder, Op, OpSpec
+from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.ops.latent import LATENT_ATTENTION, LATENT_PREFILL, prefill_bytes
 
 
