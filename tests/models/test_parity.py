@@ -14,7 +14,7 @@ import torch
 from harness import Driver
 
 from octavo.errors import ModelFileError, UnsupportedModelError
-from octavo.files.gguf_write import write_gguf
+from octavo.files.gguf_write import StoredTensor, write_gguf
 from octavo.files.resolve import open_model
 from octavo.model.describe import describe
 from octavo.model.read_arch import read_arch
@@ -58,7 +58,11 @@ GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sl
 DELTA = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
          "linear_value_head_dim": 24}  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 24}
-HEADS = {"GPT2": "GPT2LMHeadModel", "Qwen3_5Text": "Qwen3_5ForCausalLM", "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM"}
+HEADS = {
+    "GPT2": "GPT2LMHeadModel",
+    "Qwen3_5Text": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM",
+}
 MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
@@ -211,11 +215,20 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4Moe",
         {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "attention_bias": True},
     ),
-    "qwen3_next": ("Qwen3Next", {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "num_hidden_layers": 5}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "num_hidden_layers": 5},
+    ),
     "qwen3_next-dense": (
         "Qwen3Next",
-        {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "mlp_only_layers": [0, 2], "linear_num_key_heads": 4,
-         "num_hidden_layers": 4},
+        {
+            **MOE,
+            **DELTA,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [0, 2],
+            "linear_num_key_heads": 4,
+            "num_hidden_layers": 4,
+        },
     ),
     "qwen3_5_text": ("Qwen3_5Text", {**DELTA, "num_hidden_layers": 5}),
     "qwen3_5_moe_text": (
@@ -277,6 +290,23 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text-dense": (  # Maverick: every second layer is dense, no norm of queries and keys
         "Llama4",
         {**LLAMA4, "interleave_moe_layer_step": 2, "use_qk_norm": False, "rope_parameters": LLAMA3},
+    ),
+    "arcee": ("Arcee", {}),
+    "arcee-bias": ("Arcee", {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True}),
+    "nemotron": ("Nemotron", {}),
+    "nemotron-bias": ("Nemotron", {"mlp_bias": True, "attention_bias": True, "head_dim": 32}),
+    "exaone4": ("Exaone4", {"sliding_window": 8, "num_hidden_layers": 5}),
+    "exaone4-full": (
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "rope_parameters": LLAMA3},
+    ),
+    "dots1": (
+        "Dots1",
+        {**GLM, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
+    ),
+    "dots1-groups": (
+        "Dots1",
+        {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True},
     ),
     "gpt_oss": ("GptOss", GPT_OSS),
     "gpt_oss-limits": (  # low enough to clamp often
@@ -378,24 +408,29 @@ GGUF_NAMES = {
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",  # phi3 leaves them fused, under this name
     "mlp.gate": "ffn_gate_inp",
-    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.kv_b_proj": "attn_kv_b",
-    **{f"mlp.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+    "mlp.router": "ffn_gate_inp",
+}
+SANDWICH = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 NORMS = {
     "llama": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
-    "gemma3": {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-    },
+    "gemma2": SANDWICH,
+    "gemma3": SANDWICH,
+    "gpt-oss": {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"},
 }
+
+
+def gpt_oss_experts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """Gate and up, which alternate in the last dimension, apart; matrices as [E, out, in]."""
+    kind = "bias" if name.endswith("_bias") else "weight"
+    turned = array if kind == "bias" else array.swapaxes(1, 2)
+    if "down_proj" in name:
+        return {f"ffn_down_exps.{kind}": turned}
+    return {f"ffn_{part}_exps.{kind}": turned[:, i::2] for i, part in enumerate(("gate", "up"))}
 
 
 def to_gguf(model: Any, architecture: str, path: Path) -> None:
@@ -409,21 +444,20 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
             array = array + 1
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
+            if rest == "self_attn.sinks":
+                tensors[f"blk.{layer}.attn_sinks.weight"] = array
+                continue
+            if ".experts." in rest and architecture == "gpt-oss":
+                tensors |= {
+                    f"blk.{layer}.{name}": value for name, value in gpt_oss_experts(rest, array).items()
+                }
+                continue
             if ".experts." in rest:
                 halves = {"gate": array[:, : array.shape[1] // 2], "up": array[:, array.shape[1] // 2 :]}
                 for part, rows in halves.items() if "gate_up" in rest else [("down", array)]:
                     tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = rows
                 continue
-            if rest in names:
-                tensors[f"blk.{layer}.{names[rest]}"] = array
-                continue
             base, kind = rest.rsplit(".", 1)
-            if base == "self_attn.kv_b_proj" and config.model_type == "deepseek_v3":  # as newer files have it
-                heads = array.reshape(config.num_attention_heads, -1, array.shape[1])
-                nope = config.qk_nope_head_dim
-                tensors[f"blk.{layer}.attn_k_b.weight"] = heads[:, :nope].swapaxes(1, 2)
-                tensors[f"blk.{layer}.attn_v_b.weight"] = heads[:, nope:]
-                continue
             if architecture == "llama" and base in ("self_attn.q_proj", "self_attn.k_proj"):
                 heads = config.num_attention_heads if "q_proj" in base else config.num_key_value_heads
                 array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
@@ -434,7 +468,7 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
             tensors["output_norm.weight"] = array
         elif name == "lm_head.weight" and not config.tie_word_embeddings:
             tensors["output.weight"] = array
-    head_dim = getattr(model.model.layers[0].self_attn, "head_dim", 0)  # DeepSeek has two of them
+    head_dim = model.model.layers[0].self_attn.head_dim
     metadata: dict[str, Any] = {
         "general.architecture": architecture,
         f"{architecture}.block_count": config.num_hidden_layers,
@@ -460,56 +494,26 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
             metadata[f"{architecture}.rope.scaling.original_context_length"] = original
             for which in ("long", "short"):
                 tensors[f"rope_factors_{which}.weight"] = np.array(rope[f"{which}_factor"])
-    if architecture == "deepseek2":
-        metadata |= latent_metadata(config)
-    if architecture == "deepseek2" or getattr(config, "num_local_experts", 0):
-        count = getattr(config, "num_local_experts", 0) or config.n_routed_experts
-        metadata[f"{architecture}.expert_count"] = count
+    if getattr(config, "num_local_experts", 0):
+        metadata[f"{architecture}.expert_count"] = config.num_local_experts
         metadata[f"{architecture}.expert_used_count"] = config.num_experts_per_tok
         metadata[f"{architecture}.expert_feed_forward_length"] = getattr(
             config, "moe_intermediate_size", config.intermediate_size
         )
-    if config.model_type in ("phi3", "mixtral") and config.sliding_window:
+    if config.model_type in ("phi3", "mixtral", "gemma2", "gpt_oss") and config.sliding_window:
         metadata[f"{architecture}.attention.sliding_window"] = config.sliding_window
+    if getattr(config, "rope_parameters", {}).get("rope_type") == "yarn":
+        metadata[f"{architecture}.rope.scaling.type"] = "yarn"
+        metadata[f"{architecture}.rope.scaling.factor"] = config.rope_parameters["factor"]
+        original = config.rope_parameters["original_max_position_embeddings"]
+        metadata[f"{architecture}.rope.scaling.original_context_length"] = original
+    if architecture == "gemma2":
+        metadata["gemma2.attn_logit_softcapping"] = config.attn_logit_softcapping
+        metadata["gemma2.final_logit_softcapping"] = config.final_logit_softcapping
     write_gguf(path, metadata, {k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()})
 
 
-def latent_metadata(config: Any) -> dict[str, Any]:
-    """What llama.cpp's converter writes for DeepSeek; V3's cache is described as one key head."""
-    rope, v3 = config.rope_parameters, config.model_type == "deepseek_v3"
-    whole, latent = config.qk_nope_head_dim + config.qk_rope_head_dim, config.kv_lora_rank
-    found = {
-        "attention.kv_lora_rank": latent,
-        "rope.dimension_count": config.qk_rope_head_dim,
-        "leading_dense_block_count": config.first_k_dense_replace,
-        "expert_shared_count": config.n_shared_experts,
-        "expert_weights_scale": config.routed_scaling_factor,
-        "expert_weights_norm": v3,
-        "expert_gating_func": 2 if v3 else 1,
-        "attention.key_length": latent + config.qk_rope_head_dim if v3 else whole,
-        "attention.value_length": latent if v3 else config.v_head_dim,
-    }
-    if v3:
-        found |= {
-            "attention.head_count_kv": 1,
-            "attention.key_length_mla": whole,
-            "attention.value_length_mla": config.v_head_dim,
-            "attention.q_lora_rank": config.q_lora_rank,
-            "expert_group_count": config.n_group,
-            "expert_group_used_count": config.topk_group,
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": rope["factor"],
-            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-            "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"],
-        }
-    return {f"deepseek2.{key}": value for key, value in found.items()}
-
-
 GGUF_ROWS = {
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
     "llama": "llama",
     "gemma": "gemma",
     "gemma3_text": "gemma3",
@@ -518,13 +522,18 @@ GGUF_ROWS = {
     "phi3-long": "phi3",
     "qwen3_moe-all": "qwen3moe",
     "mixtral-full": "llama",
+    "qwen2": "qwen2",
+    "qwen2-yarn": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2-softcaps": "gemma2",
+    "gpt_oss": "gpt-oss",
 }
 
 
 @pytest.mark.parametrize(("name", "architecture"), GGUF_ROWS.items())
 def test_gguf_logits(name: str, architecture: str, tmp_path: Path) -> None:
     model = oracle(name, tmp_path / "hf")
-    if architecture == "gemma3":  # GGUF does not say the scale; the reader takes the head's size
+    if architecture in ("gemma2", "gemma3"):  # GGUF does not say the scale; the reader takes the head's size
         head_dim = model.model.layers[0].self_attn.head_dim
         for layer in model.model.layers:
             layer.self_attn.scaling = head_dim**-0.5
@@ -532,6 +541,31 @@ def test_gguf_logits(name: str, architecture: str, tmp_path: Path) -> None:
     driver = Driver(open_model(str(tmp_path / "model.gguf")))
     ids = prompts(4)[0]
     close(driver.step([driver.row()], [ids])[0], expected(model, ids))
+
+
+def test_gguf_mxfp4_experts_are_decoded_as_the_reference_does(tmp_path: Path) -> None:
+    import gguf
+
+    model = oracle("gpt_oss", tmp_path / "hf")
+    to_gguf(model, "gpt-oss", tmp_path / "plain.gguf")
+    plain = open_model(str(tmp_path / "plain.gguf"))
+    kind = gguf.GGMLQuantizationType.MXFP4
+    packed: dict[str, Any] = {}
+    values: dict[str, np.ndarray] = {}
+    for name, info in plain.tensors.items():
+        array = plain.read(name).view(np.float32).reshape(info.shape)
+        packed[name] = values[name] = array
+        if "_exps.weight" in name:
+            raw = gguf.quantize(array, kind)
+            values[name] = gguf.dequantize(raw, kind).reshape(info.shape)
+            packed[name] = StoredTensor("MXFP4", info.shape, raw.reshape(-1).view(np.uint8))
+    metadata = {key: value for key, value in plain.config.items() if not key.startswith("GGUF.")}
+    write_gguf(tmp_path / "packed.gguf", metadata, packed)
+    write_gguf(tmp_path / "values.gguf", metadata, values)
+    ids = prompts(4)[0]
+    drivers = [Driver(open_model(str(tmp_path / f"{name}.gguf"))) for name in ("packed", "values")]
+    ours, theirs = (driver.step([driver.row()], [ids])[0] for driver in drivers)
+    assert torch.equal(ours, theirs) and ours.std() > 0.1
 
 
 def test_unknown_architecture_names_the_nearest(tmp_path: Path) -> None:
