@@ -18,6 +18,7 @@ from octavo.cli.progress import Reporter
 from octavo.cli.talk import engine_options
 from octavo.config import GIB
 from octavo.engine.client.base import EngineClient
+from octavo.host.nodes import follow
 from octavo.protocol.control import EngineInfo
 
 
@@ -30,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    if options.parallel.node_rank > 0:
+        return follow(options)
     reporter = Reporter()
     facts: list[EngineInfo] = []
 

@@ -61,6 +61,7 @@ class Network:
         is not the first or not the last needs its ``pipe``."""
         self.spec = spec
         self.dtype = dtype
+        self.ranks = ranks
         self.pipe = pipe
         build = Build(dtype, device, binder, op_spec, max_position, ranks)
         embedding = spec.embedding
