@@ -196,6 +196,12 @@ COMMANDS = {
         _nothing,
         passes_rest=True,
     ),
+    "bench front": Command(
+        "CPU time of the API side a token, without a model.",
+        "octavo.bench.front:main",
+        _nothing,
+        passes_rest=True,
+    ),
     "bench gpu": Command(
         "What the runner reaches on this GPU, beside its ceilings.",
         "octavo.bench.gpu:main",
