@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from octavo.device.ops.attention import paged_attention as reference
+from octavo.runner.warm import MOST_ROWS, row_counts
 
 pytest.importorskip("triton")
 from octavo.device.kernels.triton import attention as kernels
@@ -200,3 +201,16 @@ def test_few_ranges_are_merged_by_the_last_program(rows: int) -> None:
         torch.testing.assert_close(attend(**inputs), expected, atol=1e-4, rtol=1e-4)  # type: ignore[arg-type]
     assert (attend.counters is None) == (splits == 1)
     assert attend.counters is None or not attend.counters.any()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 8, 12, 16, 40])
+@pytest.mark.parametrize("window", [0, 128, 4096])
+def test_warming_meets_every_split(kv_heads: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of any number of single-token rows find their kernel compiled."""
+    monkeypatch.setattr(kernels, "TARGET_PROGRAMS", 512)
+
+    def splits(rows: int) -> int:
+        return kernels.num_splits(rows, kv_heads, window, 64)
+
+    warmed = {splits(rows) for rows in (1, 2, *row_counts(MOST_ROWS))}
+    assert {splits(rows) for rows in range(1, 1025)} <= warmed
