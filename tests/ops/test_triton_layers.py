@@ -96,3 +96,11 @@ def test_linear(dtype: torch.dtype, tokens: int) -> None:
     x, weight, bias = draw(tokens, 600, dtype=dtype), draw(70, 600, dtype=dtype) / 24, draw(70, dtype=dtype)
     close(linear_kernels.linear(x, weight, bias), linear.linear(x, weight, bias))
     close(linear_kernels.linear(x, weight), linear.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_gated_linear(dtype: torch.dtype, name: str, tokens: int) -> None:
+    x, weight = draw(tokens, 600, dtype=dtype), draw(2 * 70, 600, dtype=dtype) / 24
+    close(linear_kernels.gated_linear(x, weight, name), linear.gated_linear(x, weight, name))
