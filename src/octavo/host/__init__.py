@@ -89,7 +89,7 @@ def prepare(options: EngineOptions, files: ModelFiles, progress: Progress | None
     """Compile and keep what the first start would have to: the kernels of the compiled CPU path, where it is chosen."""
     arch = architecture(options.model, files)
     if choose_backend(options, files, arch) == "compiled":
-        import_module("octavo.host.compiled_engine").prepare(files, arch, progress or quiet)
+        import_module("octavo.host.compiled_engine").prepare(options, files, arch, progress or quiet)
 
 
 def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> EngineCore:
@@ -111,7 +111,9 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         timeline = Timeline.start()
         built = build_runner(options, files, progress, timeline)
         executor = InlineExecutor(built.runner)
-        facts = Facts(built.resolved, built.device, built.kernels, timeline.phases, built.memory_use)
+        facts = Facts(
+            built.resolved, built.device, built.kernels, timeline.phases, memory_bytes=built.memory_use
+        )
     settings = EngineSettings.of(
         facts.resolved,
         vocab_size=arch.vocab_size,
@@ -120,7 +122,7 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         device=facts.device,
         kernels=facts.kernels,
         timeline_s=facts.phases,
-        memory_bytes=facts.memory_use,
+        memory_bytes=facts.memory_bytes,
     )
     grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
     return EngineCore(executor, settings, grammars)

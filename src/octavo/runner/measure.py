@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import GrammarMask, SlotInit, StepPlan
-from octavo.runner.graphs import StepGraphs, recorded_sizes
+from octavo.runner.graphs import StepGraphs
 from octavo.runner.runner import TorchRunner
+from octavo.runner.sizes import recorded_sizes
 
 LOGPROBS = 20  # the most that the front half lets through
 SLACK_BYTES = 64 << 20  # what the allocator rounds up and libraries allocate when they are first used

@@ -128,8 +128,7 @@ class TorchRunner:
         errors, self.errors = self.errors, {}
         count = len(step.rows)
         drawn = self._draw(hidden[:count], step, masks, errors) if count else []
-        is_last = self.network.spec.is_last
-        prompt = self._prompt_logprobs(plan, step, hidden[count:], errors) if is_last else []
+        prompt = self._prompt_logprobs(plan, step, hidden[count:], errors) if self.network.spec.is_last else []
         event = self.platform.event()
         event.record()
         self.in_flight.append(InFlight(plan, drawn, prompt, errors, event))
@@ -142,7 +141,7 @@ class TorchRunner:
         def work() -> Drawn:
             tokens = torch.zeros(len(step.rows), dtype=torch.int64, device=self.platform.device)
             bad, pending = tokens.bool(), None
-            if self.network.spec.is_last:  # else there are no logits here
+            if self.network.spec.is_last:  # only a model's last stage has logits
                 logits = self.network.logits(hidden)
                 bad = logits.isnan().any(dim=-1)
                 tokens, pending = self.sampler.draw(logits, step, masks)
@@ -151,7 +150,7 @@ class TorchRunner:
             self.slots.last_token[step.slots] = tokens
             return Drawn(step.rows, self.sampler.to_host(tokens), self.sampler.to_host(bad), pending)
 
-        if self.agree is not None:
+        if self.agree is not None:  # ranks that draw together cannot repeat a part alone
             return [work()]
         found = attempt(work, self._release)
         if found is not None:

@@ -49,4 +49,6 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     """The activation alone; the vendor's kernels do it in one pass."""
     if activation == "silu":
         return F.silu(x)
+    if activation == "relu2":
+        return F.relu(x).square()
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

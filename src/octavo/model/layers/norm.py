@@ -61,7 +61,10 @@ class LayerNormLayer:
     def items(self) -> list[LoadItem]:
         """What the loader must fill."""
         hf, gguf = self.names
-        found = [LoadItem(f"{hf}.weight", f"{gguf}.weight", self.weight, constant=1.0)]
+        weight = LoadItem(
+            f"{hf}.weight", f"{gguf}.weight", self.weight, offset=self.block.offset, constant=1.0
+        )
+        found = [weight]
         if self.bias is not None:
             found.append(LoadItem(f"{hf}.bias", f"{gguf}.bias", self.bias))
         return found

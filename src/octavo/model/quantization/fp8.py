@@ -56,7 +56,8 @@ def choose_format(quantization: str | None, decoder: DecoderSpec, spec: OpSpec) 
         return DENSE
     if quantization != "fp8":
         raise UsageError(
-            f"--quantization {quantization} is not known to this device.", "Use --quantization fp8."
+            f"--quantization {quantization} is a format of the compiled CPU path alone.",
+            "Use --quantization fp8 on a GPU.",
         )
     if spec.device == "cuda" and spec.capability < MIN_CAPABILITY:
         raise UsageError(
