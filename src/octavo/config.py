@@ -84,7 +84,9 @@ class SchedulerOptions:
 
     max_num_seqs: int | None = option(None, "Most sequences in one step (default: by device).")
     max_num_batched_tokens: int | None = option(None, "Most tokens in one step (default: by device).")
-    scheduling_policy: str = option("fcfs", "Order of the queue; fair: by what each API key was served.", ("fcfs", "priority", "fair"))
+    scheduling_policy: str = option(
+        "fcfs", "Order of the queue; fair: by what each API key was served.", ("fcfs", "priority", "fair")
+    )
     max_queue_len: int = option(4096, "Requests that may wait; beyond it clients get 429.")
     max_step_ms: float | None = option(
         None,
@@ -121,7 +123,9 @@ class ParallelOptions:
     master_addr: str = option("127.0.0.1", "Address of machine 0.")
     master_port: int = option(29501, "Port of machine 0 where the others join; the next one carries plans.")
     distributed_executor_backend: str | None = option(
-        None, "How the processes of one machine are started.", ("mp",)
+        None,
+        "uni: in the engine's process; mp: a process for every device, also for a single one (default: by their number).",
+        ("mp", "uni"),
     )
     disable_custom_all_reduce: bool = option(
         False, "Sum over devices by NCCL alone, without the one-shot kernel for small messages."
@@ -134,6 +138,11 @@ class ParallelOptions:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.distributed_executor_backend == "uni" and self.ranks > 1:
+            raise UsageError(
+                f"--distributed-executor-backend uni has one process, but {self.ranks} ranks need as many.",
+                "Use mp.",
+            )
         if self.ranks % self.nnodes:
             raise UsageError(
                 f"{self.ranks} ranks (tensor x pipeline parallel) cannot be shared by {self.nnodes} machines.",
@@ -155,6 +164,11 @@ class ParallelOptions:
     def ranks(self) -> int:
         """Devices that run one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def uses_workers(self) -> bool:
+        """Whether the model runs in processes of its own."""
+        return self.ranks > 1 or self.distributed_executor_backend == "mp"
 
 
 @dataclass(frozen=True)

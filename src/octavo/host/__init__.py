@@ -105,7 +105,7 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         )
     arch = architecture(options.model, files)
     executor: Executor
-    if options.parallel.ranks > 1:
+    if options.parallel.uses_workers:
         executor, facts = launch(options, arch, progress, waiting_for(options))
     else:
         timeline = Timeline.start()

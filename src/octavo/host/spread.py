@@ -25,14 +25,13 @@ FACTORY = "octavo.host.worker:build"
 
 @dataclass(frozen=True)
 class Facts:
-    """What rank 0 decided and found out while it started; ``cards`` is one line about the devices, ``memory_bytes`` its
+    """What rank 0 decided and found out while it started; ``device`` is one line about the devices, ``memory_bytes`` its
     memory as planned and as measured."""
 
     resolved: Resolved
     device: str
     kernels: dict[str, str]
     phases: dict[str, float]
-    cards: str = ""
     memory_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
