@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from octavo.bench.gpu_kernels import PAGE, Case, ceilings, measure, normal
-from octavo.device.ops.bind import Binder, Op, OpSpec
+from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.ops.latent import LATENT_ATTENTION, LATENT_PREFILL, prefill_bytes
 
 
@@ -141,8 +141,8 @@ def main() -> int:
     rows = []
     for shape in SHAPES:
         for case in cases(shape):
-            op = case.op
-            row = measure(case, binder.explain()[op.name], bound[op.name], bandwidth, rate)
+            name = case.op.name
+            row = measure(case, binder.explain()[name], bound[name], bandwidth, rate)
             rows.append(asdict(row))
             print(f"{row.model:16} {row.shape:26} {row.us:9.1f} us  floor {row.floor_us:9.1f} us  {100 * row.share:5.1f} %")
     if options.json:

@@ -111,9 +111,7 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         timeline = Timeline.start()
         built = build_runner(options, files, progress, timeline)
         executor = InlineExecutor(built.runner)
-        facts = Facts(
-            built.resolved, built.device, built.kernels, timeline.phases, memory_bytes=built.memory_use
-        )
+        facts = Facts(built.resolved, built.device, built.kernels, timeline.phases, built.memory_use)
     settings = EngineSettings.of(
         facts.resolved,
         vocab_size=arch.vocab_size,
@@ -122,7 +120,7 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         device=facts.device,
         kernels=facts.kernels,
         timeline_s=facts.phases,
-        memory_bytes=facts.memory_bytes,
+        memory_bytes=facts.memory_use,
     )
     grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
     return EngineCore(executor, settings, grammars)

@@ -25,14 +25,14 @@ FACTORY = "octavo.host.worker:build"
 
 @dataclass(frozen=True)
 class Facts:
-    """What rank 0 decided and found out while it started; ``device`` is one line about the devices, ``memory_bytes`` its
+    """What rank 0 decided and found out while it started; ``device`` is one line about the devices, ``memory_use`` its
     memory as planned and as measured."""
 
     resolved: Resolved
     device: str
     kernels: dict[str, str]
     phases: dict[str, float]
-    memory_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    memory_use: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def part_of(spec: DecoderSpec, options: EngineOptions) -> DecoderSpec:
@@ -56,8 +56,7 @@ def launch(
     parallel = options.parallel
     if arch.implementation != "octavo":
         raise UsageError(
-            f"{arch.label} runs on one device: its modules are not split over ranks.",
-            "Leave out --tensor-parallel-size and --pipeline-parallel-size.",
+            "Models that transformers computes run on one device.", "Leave out the parallel sizes."
         )
     cut(part_of(describe(arch), options), 0, parallel.pipeline_parallel_size)
     executor = MultiprocExecutor(
