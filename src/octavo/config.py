@@ -47,8 +47,8 @@ class ModelOptions:
     quantization: str | None = option(
         None,
         "Store weights in fewer bits, quantized while they are loaded: fp8 (GPUs of compute capability 8.9 or later; "
-        "slow on CPUs).",
-        ("fp8",),
+        "slow on CPUs), q8_0, q4_1 or q4_0 (CPUs).",
+        ("fp8", "q8_0", "q4_1", "q4_0"),
     )
     max_model_len: str | None = option(
         None,

@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -89,7 +89,7 @@ FOREIGN = {  # keys of BASE that a family does not have
 }  # fmt: skip
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
-    "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-linear": (
         "Llama",
@@ -266,7 +266,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3": (
         "DeepseekV3",
-        {**MLA, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "rope_parameters": YARN_LATENT},
+        {
+            **MLA,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN_LATENT, "mscale": 1.3},
+        },
     ),
     "deepseek_v3-halves": (  # one group, as Kimi-K2
         "DeepseekV3",

@@ -16,7 +16,7 @@ from octavo.config import EngineOptions, Hardware, Resolved, resolve
 from octavo.device.platform.gpus import GIB, GPU, GPUS
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.engine.cache.spec import ceil_div
-from octavo.errors import OctavoError, OutOfMemoryError
+from octavo.errors import OctavoError, OutOfMemoryError, UsageError
 from octavo.files.base import ModelFiles
 from octavo.host.built import limits_of
 from octavo.host.implementation import architecture
@@ -116,6 +116,10 @@ class Planner:
     def schemes(self) -> tuple[Scheme, ...]:
         """How the weights may be stored: as they are first; only one where the user says which."""
         asked = self.options.model.quantization
+        if asked not in SCHEMES:
+            raise UsageError(
+                f"--quantization {asked} is for CPUs; plan answers for GPUs.", "Use fp8, or leave it out."
+            )
         if asked is not None or self.arch.num_parameters:  # transformers' modules know no other form
             return (SCHEMES[asked],)
         if self.files.format == "gguf":

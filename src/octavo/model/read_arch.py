@@ -264,7 +264,7 @@ def _gguf_latent(keys: Keys) -> dict[str, Any]:
     if key <= rope_dim:
         raise ModelFileError(f"{keys.where}: keys of {key} values cannot hold {rope_dim} that rotate.")
     groups = keys.integer("expert_group_count", 0, least=0)
-    found = {
+    found: dict[str, Any] = {
         "q_lora_rank": keys.integer("attention.q_lora_rank", 0, least=0),
         "kv_lora_rank": keys.integer("attention.kv_lora_rank"),
         "qk_rope_head_dim": rope_dim,
@@ -348,9 +348,9 @@ def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
         return {"rope_theta": theta}
     # DeepSeek's files hold 0.1 x mscale_all_dim; its two numbers are the same in every published model.
     sharp = keys.number("rope.scaling.yarn_log_multiplier", 0.0) * 10
-    both: dict[str, Any] = {"mscale": sharp, "mscale_all_dim": sharp} if sharp else {}
+    mscales: dict[str, Any] = {"mscale": sharp, "mscale_all_dim": sharp} if sharp else {}
     return {
-        **both,
+        **mscales,
         "rope_theta": theta,
         "rope_type": kind,
         "factor": keys.number("rope.scaling.factor", 1.0),
