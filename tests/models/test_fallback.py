@@ -50,6 +50,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", {"partial_rotary_factor": 0.5}),
     "dots1": ("Dots1", {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2,
                         "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}),
+    "phimoe": ("Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # stored under older names
 }  # fmt: skip
 
 
@@ -209,7 +210,9 @@ def test_a_plan_of_a_model_that_transformers_computes(tmp_path: Path) -> None:
     card = find_gpu("l4")
     case = planner.case(card, planner.schemes[0], 1)
     assert case.parts is not None and not case.problem
-    assert case.parts.weights == 4 * sum(parameter.numel() for parameter in model.parameters()) // 2  # bfloat16
+    assert (
+        case.parts.weights == 4 * sum(parameter.numel() for parameter in model.parameters()) // 2
+    )  # bfloat16
     assert "run on one card" in planner.case(card, planner.schemes[0], 2).problem
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from octavo.model.fallback.describe import (
     read_config,
     transformers_spec,
 )
+from octavo.model.fallback.names import renamed
 from octavo.model.layers.load import LoadItem
 from octavo.model.load import LoadReport, fill, fill_random
 from octavo.model.network import Network
@@ -169,7 +171,8 @@ class TransformersNetwork(Network):
         self.base, prefix = base_of(self.model), self.model.base_model_prefix
         self.given = Given()
         setattr(self.model, prefix, self.given)
-        ignored = self._ignored(files)
+        self.rename = partial(renamed, model=self.model, known=frozenset(self.names))
+        ignored = self._ignored(self.named(files))
         self.spec = replace(spec, bare_prefix=f"{prefix}.", ignored=spec.ignored + ignored)
 
     def _names(self) -> dict[str, Tensor]:
@@ -222,7 +225,11 @@ class TransformersNetwork(Network):
         """See ``Network``."""
         if files.format == "dummy":
             return fill_random(self.items(), progress)
-        return fill(self.items(), files, self.spec, progress)
+        return fill(self.items(), self.named(files), self.spec, progress)
+
+    def named(self, files: ModelFiles) -> ModelFiles:
+        """See ``Network``."""
+        return self.rename(files)
 
     def matrix_elements(self) -> dict[torch.dtype, int]:
         """See ``Network``; without a head of its own the embedding is read too."""
