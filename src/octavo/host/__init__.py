@@ -30,7 +30,7 @@ from octavo.engine.structured.compiler import GrammarCompiler
 from octavo.engine.structured.vocabulary import Vocabulary
 from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
-from octavo.files.resolve import open_model
+from octavo.files.resolve import open_description, open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
 from octavo.host.implementation import architecture
@@ -50,6 +50,15 @@ def open_files(options: EngineOptions, progress: Progress | None = None) -> Mode
         download_dir=model.download_dir,
         load_format=model.load_format,
         progress=progress,
+    )
+    return files if model.hf_overrides is None else override(files, model.hf_overrides)
+
+
+def open_headers(options: EngineOptions, progress: Progress | None = None) -> ModelFiles:
+    """What describes the model the options name, without weights that would have to be downloaded."""
+    model = options.model
+    files = open_description(
+        model.model, revision=model.revision, download_dir=model.download_dir, progress=progress
     )
     return files if model.hf_overrides is None else override(files, model.hf_overrides)
 

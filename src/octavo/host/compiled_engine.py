@@ -5,10 +5,11 @@ from __future__ import annotations
 import platform
 from dataclasses import replace
 
-from octavo.config import EngineOptions, Hardware, resolve
+from octavo.config import GIB, EngineOptions, Hardware, resolve
 from octavo.device.kernels.numba.library import KernelLibrary
 from octavo.device.platform.machine import available_bytes
 from octavo.engine.cache.layout import plan_layout
+from octavo.errors import OutOfMemoryError
 from octavo.files.base import ModelFiles
 from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.model.arch import ArchConfig
@@ -31,6 +32,12 @@ def build(
     spec = describe(arch)
     layout = plan_layout(cache_specs(spec, resolved.page_size, BYTES_PER_ELEMENT))
     weights = sum(tensor.nbytes for tensor in files.tensors.values())
+    if weights > free:
+        raise OutOfMemoryError(
+            f"{files.name} needs {weights / GIB:.2f} GiB for its weights, but {free / GIB:.2f} GiB of {total / GIB:.2f} GiB "
+            "are free.",
+            "Free some memory, or use a smaller model or a GGUF file with fewer bits a weight.",
+        )
     memory = plan_pages(
         layout,
         options.cache,

@@ -117,6 +117,10 @@ class Network:
         spec = replace(self.spec, ignored_prefixes=(*self.spec.ignored_prefixes, *elsewhere))
         return fill(self.items(), files, spec, progress)
 
+    def named(self, files: ModelFiles) -> ModelFiles:
+        """The files under the names that ``items`` look for."""
+        return files
+
     def matrix_elements(self) -> dict[torch.dtype, int]:
         """Weights in the matrices that every decode step reads, by the type they are stored in."""
         counts: dict[torch.dtype, int] = {}
