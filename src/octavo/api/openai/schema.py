@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from octavo.api.chat.effort import Effort
 from octavo.protocol import bounds
 from octavo.protocol.generate import StructuredOutputsParams
 
@@ -175,7 +176,6 @@ class ChatNotYet(SamplingFields, kw_only=True):
     media_io_kwargs: Any = None
     modalities: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     verbosity: Any = None
@@ -202,7 +202,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "echo": (False,),
     "suffix": ("",),
@@ -236,6 +235,7 @@ class ChatCompletionRequest(ChatNotYet, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     thinking_token_budget: bounds.ThinkingBudget | None = None
+    reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
 
 
