@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from octavo.api.chat.events import ChatEvent, Finish, Reasoning, Text, ToolArgs, ToolStart
+from typing import Any
+
+import msgspec
+
+from octavo.api.chat.events import ChatEvent, EndReason, Finish, Reasoning, Text, ToolArgs, ToolStart
 from octavo.api.chat.formats.reasoning import ReasoningParser
 from octavo.api.chat.formats.tools import ToolParser
 from octavo.api.generation import TextDelta
@@ -42,11 +46,20 @@ class ChoiceReader:
             events += self._tools.finish()
         return events
 
-    def finish_reason(self, reason: str) -> str:
+    def finish_reason(self, reason: EndReason) -> EndReason:
         """Why the choice ended, as chat dialects say it: an answer that stops with calls is "tool_calls"."""
         return (
             "tool_calls" if reason == "stop" and self._tools is not None and self._tools.num_calls else reason
         )
+
+
+def call_arguments(text: str) -> dict[str, Any]:
+    """Arguments of a call as a value, for dialects that do not send them as text; what is no object stands under "_raw"."""
+    try:
+        value = msgspec.json.decode(text) if text.strip() else {}
+    except (msgspec.DecodeError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"_raw": text}
 
 
 class MessageFold:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 from msgspec import UNSET
 
+from octavo.api.chat.events import EndReason
 from octavo.api.chat.reader import MessageFold
 from octavo.api.generation import TextDelta
 from octavo.api.openai.context import Context, Stream
@@ -40,7 +41,7 @@ class _Reply(Conversation):
 
 async def chat_completions(context: Context, request: ChatCompletionRequest) -> ChatCompletion | Stream:
     """Answer a conversation; a stream is a generator of encoded events."""
-    started = await start_chat(context, request, "chatcmpl")
+    started = await start_chat(context, request, "chatcmpl-")
     reply = _Reply(**vars(started))
     return Stream(_stream(reply), reply.run.close) if request.stream else await _whole(reply)
 
@@ -74,7 +75,7 @@ async def _whole(reply: _Reply) -> ChatCompletion:
 
 
 def _choice(reply: _Reply, index: int, fold: ChoiceFold, message: MessageFold) -> ChatChoice:
-    reason = fold.finish_reason
+    reason: EndReason | None = fold.finish_reason
     if reply.readers is not None and reason is not None:
         reason = reply.readers[index].finish_reason(reason)
     return ChatChoice(
@@ -153,7 +154,7 @@ def _chunk_choices(reply: _Reply, index: int, delta: TextDelta) -> list[ChatChun
     request, reason = reply.request, delta.finish_reason
     if reply.readers is None:
         parts = [ChatDelta(content=delta.text or None)] if delta.text or delta.token_ids or reason else []
-        ending: str | None = reason
+        ending: EndReason | None = reason
     else:
         parts = chat_deltas(reply.readers[index].push(delta))
         if not parts and (reason or (delta.token_ids and (request.logprobs or request.return_token_ids))):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
 from octavo.api.chat.effort import asked_thinking
-from octavo.api.chat.events import ChatEvent, Finish, PlainFormat
+from octavo.api.chat.events import ChatEvent, ChatFormat, Finish, PlainFormat
 from octavo.api.chat.reader import ChoiceReader, MessageFold
 from octavo.api.chat.thinking import plan_thinking
 from octavo.api.openai.context import Context, reply_id
-from octavo.api.openai.prompts import chat_prompt
+from octavo.api.openai.prompts import chat_ids, chat_prompt
 from octavo.api.openai.run import Run
 from octavo.api.openai.sampling import check_fields, sampling_params, structured_outputs
 from octavo.api.openai.schema import ChatCompletionRequest
@@ -42,15 +41,15 @@ class Conversation:
 
     async def events(self) -> AsyncGenerator[list[ChatEvent], None]:
         """What every engine step brought, in the neutral form; closing it aborts what still runs."""
-        readers: list[Any] = list(self.readers or [PlainFormat() for _ in range(self.run.n)])
+        readers: Sequence[ChatFormat] = self.readers or [PlainFormat() for _ in range(self.run.n)]
         async with aclosing(self.run.deltas()) as deltas:
             async for batch in deltas:
                 made: list[ChatEvent] = []
                 for choice, delta in batch:
                     made += readers[choice].push(delta)
-                    reason = delta.finish_reason
-                    if reason is not None:
-                        told = self.readers[choice].finish_reason(reason) if self.readers else reason
+                    ended = delta.finish_reason
+                    if ended is not None:
+                        told = self.readers[choice].finish_reason(ended) if self.readers else ended
                         made.append(
                             Finish(
                                 index=choice,
@@ -94,12 +93,7 @@ async def start_chat(context: Context, request: ChatCompletionRequest, prefix: s
             "max_tokens and max_completion_tokens differ.", param="max_tokens", cure="Send only the second."
         )
     frontend = context.frontend
-    thinks = asked_thinking(
-        request.reasoning_effort, request.thinking_token_budget, frontend.thinking, frontend.template.source
-    )
-    if thinks.variables:
-        given = {**thinks.variables, **(request.chat_template_kwargs or {})}
-        request = msgspec.structs.replace(request, chat_template_kwargs=given)
+    request, budget = _with_thinking(context, request)
     tools = await tool_plan(context, request)
     params = await structured_outputs(context, request, tools)
     markers_are_special = (tools is not None and tools.shows_specials) or (
@@ -119,7 +113,7 @@ async def start_chat(context: Context, request: ChatCompletionRequest, prefix: s
         frontend.thinking,
         prompt[0],
         frontend.tokenizer,
-        budget=thinks.budget,
+        budget=budget,
         has_grammar=params is not None,
     )
     request_id = reply_id(prefix, request.request_id)
@@ -127,3 +121,37 @@ async def start_chat(context: Context, request: ChatCompletionRequest, prefix: s
     run = Run(context, request, [prompt], request_id=request_id, thinking=watched)
     readers = choice_readers(tools, thinking, run.n, show_reasoning=request.include_reasoning is not False)
     return Conversation(context, request, run, request_id, model, int(time.time()), readers)
+
+
+async def count_prompt(context: Context, request: ChatCompletionRequest) -> int:
+    """How many tokens the prompt of a chat request has; nothing is generated."""
+    context.check_model(request.model)
+    request, _ = _with_thinking(context, request)
+    return len(await chat_ids(context, request, await tool_plan(context, request)))
+
+
+def _with_thinking(
+    context: Context, request: ChatCompletionRequest
+) -> tuple[ChatCompletionRequest, int | None]:
+    """The request with the template's own switches for thinking set, and the budget of thoughts."""
+    frontend = context.frontend
+    asked = asked_thinking(
+        request.reasoning_effort, request.thinking_token_budget, frontend.thinking, frontend.template.source
+    )
+    if asked.variables:
+        given = {**asked.variables, **(request.chat_template_kwargs or {})}
+        request = msgspec.structs.replace(request, chat_template_kwargs=given)
+    return request, asked.budget
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors inside name fields as another dialect does: ``names`` maps OpenAI's to that dialect's."""
+    try:
+        yield
+    except RequestError as error:
+        name = names.get(error.param or "")
+        if name is None or error.param is None:
+            raise
+        cause = error.cause.replace(error.param, name)
+        raise RequestError(cause, name, error.cure) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
@@ -46,7 +47,7 @@ class ChoiceFold:
         self.token_ids: list[int] = []
         self.logprobs: list[list[Logprob]] = []
         self.prompt_logprobs: list[list[Logprob]] | None = None
-        self.finish_reason: str | None = None
+        self.finish_reason: Literal["stop", "length", "abort"] | None = None
         self.stop_reason: str | int | None = None
 
     def add(self, delta: TextDelta) -> None:

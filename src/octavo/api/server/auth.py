@@ -6,13 +6,13 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from octavo.api.server.errors import AuthenticationError, error_reply
+from octavo.api.server.errors import AuthenticationError, dialect_of, error_reply
 
 OPEN_PATHS = frozenset({"/health", "/ping"})  # probes of load balancers carry no key
 
 
 class BearerAuth:
-    """Lets a request through if it carries one of ``keys`` as ``Authorization: Bearer KEY``.
+    """Lets a request through if it carries one of ``keys`` (see ``presented_key``).
 
     The decision looks at the path that the router will see and at nothing else: a URL rebuilt from the Host header
     can be bent by the client (CVE-2026-48746). Keys are compared in constant time (CVE-2025-59425).
@@ -32,22 +32,33 @@ class BearerAuth:
         error = AuthenticationError(
             "The API key is missing or wrong.", cure="Send the header Authorization: Bearer KEY."
         )
-        await error_reply(error).response()(scope, receive, send)
+        await error_reply(error).response(dialect_of(route_path(scope)))(scope, receive, send)
 
     def allows(self, scope: Scope) -> bool:
         """True for an open path or a right key."""
         if not self.keys or route_path(scope) in OPEN_PATHS:
             return True
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(given) != 1:
+        token = presented_key(scope)
+        if token is None:
             return False
-        scheme, _, token = given[0].partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        token = token.strip()
         # Every key is compared, so that the time tells nothing about which one was near.
         matches = [hmac.compare_digest(token, key) for key in self.keys]
         return any(matches)
+
+
+def presented_key(scope: Scope) -> bytes | None:
+    """The key of a request: ``Authorization: Bearer KEY``, or ``x-api-key: KEY`` as Anthropic's clients send it.
+
+    None where there is none, or more than one of either.
+    """
+    bearers = [value for name, value in scope["headers"] if name == b"authorization"]
+    plain = [value for name, value in scope["headers"] if name == b"x-api-key"]
+    if len(bearers) > 1 or len(plain) > 1:
+        return None
+    if bearers:
+        scheme, _, token = bearers[0].partition(b" ")
+        return token.strip() if scheme.lower() == b"bearer" else None
+    return bytes(plain[0]).strip() if plain else None
 
 
 def route_path(scope: Scope) -> str:
