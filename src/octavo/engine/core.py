@@ -95,6 +95,7 @@ class EngineCore:
             kernels=settings.kernels,
             timeline_s=settings.timeline_s,
             max_queue_len=settings.max_queue_len,
+            facts=settings.facts,
         )
 
     # -- requests -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ engine's own process.
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 from importlib import import_module
@@ -33,6 +34,7 @@ from octavo.files.resolve import open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
 from octavo.model.read_arch import read_arch
+from octavo.protocol.control import ModelFacts
 
 BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.compiled_engine:build"}
 
@@ -85,9 +87,21 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         device=built.device,
         kernels=built.kernels,
         timeline_s=timeline.phases,
+        facts=model_facts(files, built),
     )
     grammars = GrammarCompiler(partial(read_vocabulary, options, files), built.arch.vocab_size)
     return EngineCore(InlineExecutor(built.runner), settings, grammars)
+
+
+def model_facts(files: ModelFiles, built: Built) -> ModelFacts:
+    """What clients may ask about the model."""
+    return ModelFacts(
+        weights_bytes=sum(tensor.nbytes for tensor in files.tensors.values()),
+        num_parameters=sum(math.prod(tensor.shape) for tensor in files.tensors.values()),
+        weights_format=files.format,
+        device_kind=built.kind,
+        hidden_size=built.arch.hidden_size,
+    )
 
 
 def read_vocabulary(options: EngineOptions, files: ModelFiles) -> Vocabulary:

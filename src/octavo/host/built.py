@@ -52,3 +52,4 @@ class Built:
     memory: MemoryPlan
     device: str
     kernels: dict[str, str]
+    kind: str = "cpu"

@@ -84,7 +84,7 @@ def build(
     if platform.kind == "cuda":
         warm(runner, resolved.max_model_len)
         timeline.end("warm")
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain())
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), platform.kind)
 
 
 def torch_runner(

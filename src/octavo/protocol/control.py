@@ -5,6 +5,21 @@ from __future__ import annotations
 import msgspec
 
 
+class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
+    """What a model is and can do. ``pooling`` is how a sequence becomes one vector ("last", "mean" or "cls") and
+    ``normalize`` whether that vector gets length 1, where a request does not say."""
+
+    weights_bytes: int = 0
+    num_parameters: int = 0
+    weights_format: str = "safetensors"
+    device_kind: str = "cpu"
+    can_generate: bool = True
+    can_pool: bool = False
+    pooling: str = "last"
+    normalize: bool = True
+    hidden_size: int = 0
+
+
 class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     """What the front half must know of a running engine; constant while it runs."""
 
@@ -21,6 +36,7 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     kernels: dict[str, str] = {}
     timeline_s: dict[str, float] = {}
     max_queue_len: int = 4096
+    facts: ModelFacts = ModelFacts()
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -14,7 +14,7 @@ from octavo.api.chat.events import ChatEvent, ChatFormat, Finish, PlainFormat
 from octavo.api.chat.reader import ChoiceReader, MessageFold
 from octavo.api.chat.thinking import plan_thinking
 from octavo.api.openai.context import Context, reply_id
-from octavo.api.openai.prompts import chat_ids, chat_prompt
+from octavo.api.openai.prompts import chat_ids, chat_prompt, encode_text
 from octavo.api.openai.run import Run
 from octavo.api.openai.sampling import check_fields, sampling_params, structured_outputs
 from octavo.api.openai.schema import ChatCompletionRequest
@@ -33,6 +33,7 @@ class Conversation:
     model: str
     created: int
     readers: list[ChoiceReader] | None
+    answer_ids: list[int] = field(default_factory=list)  # of the first choice, as ``events`` goes on
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -46,6 +47,8 @@ class Conversation:
             async for batch in deltas:
                 made: list[ChatEvent] = []
                 for choice, delta in batch:
+                    if not choice:
+                        self.answer_ids.extend(delta.token_ids)
                     made += readers[choice].push(delta)
                     ended = delta.finish_reason
                     if ended is not None:
@@ -77,8 +80,18 @@ class Conversation:
         return message, finish
 
 
-async def start_chat(context: Context, request: ChatCompletionRequest, prefix: str) -> Conversation:
+async def start_chat(
+    context: Context,
+    request: ChatCompletionRequest,
+    prefix: str,
+    *,
+    before: Sequence[int] = (),
+    raw: str | None = None,
+) -> Conversation:
     """Check a chat request, make its prompt and hand it to the engine; ``prefix`` begins the reply's id.
+
+    ``before`` are tokens in front of the prompt. ``raw`` is a prompt that takes the place of the messages, and whose
+    answer is plain text.
 
     Raises ``RequestError`` (fields are named as OpenAI names them) and what ``Run`` raises.
     """
@@ -108,9 +121,13 @@ async def start_chat(context: Context, request: ChatCompletionRequest, prefix: s
         structured_outputs=params,
         skip_special_tokens=False if markers_are_special else None,
     )
-    prompt = await chat_prompt(context, request, sampling, tools)
+    if raw is None:
+        prompt = await chat_prompt(context, request, sampling, tools, before)
+    else:
+        ids = [*before, *await encode_text(context, raw, not before)]
+        prompt = await frontend.prepare_async(ids, sampling)
     thinking = plan_thinking(
-        frontend.thinking,
+        frontend.thinking if raw is None else None,
         prompt[0],
         frontend.tokenizer,
         budget=budget,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -113,9 +114,13 @@ async def chat_prompt(
     request: ChatCompletionRequest,
     sampling: SamplingParams,
     tools: ToolPlan | None = None,
+    before: Sequence[int] = (),
 ) -> tuple[list[int], SamplingParams]:
-    """The conversation as checked token ids, with its parameters; errors name ``messages``."""
+    """The conversation as checked token ids behind those of ``before``, with its parameters; errors name ``messages``."""
     ids = await chat_ids(context, request, tools)
+    if before:  # the text begins in ``before``, its first token too
+        bos = context.frontend.tokenizer.bos_token_id
+        ids = [*before, *(ids[1:] if ids[:1] == [bos] else ids)]
     try:
         return context.frontend.prepare(ids, sampling)
     except RequestError as error:

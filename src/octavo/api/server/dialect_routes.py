@@ -9,6 +9,9 @@ from starlette.requests import Request
 
 from octavo.api.anthropic import schema as anthropic
 from octavo.api.anthropic.messages import count_tokens, messages
+from octavo.api.ollama import generate as ollama_generate
+from octavo.api.ollama import models as ollama_models
+from octavo.api.ollama import schema as ollama
 from octavo.api.openai.context import Context
 from octavo.api.server.route import Reply, Route, Service
 
@@ -17,7 +20,7 @@ Answer = Callable[[Context, Any], Coroutine[Any, Any, Reply]]
 
 def dialect_routes() -> tuple[Route, ...]:
     """All of them."""
-    return _anthropic()
+    return (*_anthropic(), *_ollama(), *_ollama_store())
 
 
 def _anthropic() -> tuple[Route, ...]:
@@ -39,6 +42,87 @@ def _anthropic() -> tuple[Route, ...]:
             anthropic.CountTokensRequest,
             anthropic.TokenCount,
         ),
+    )
+
+
+def _ollama() -> tuple[Route, ...]:
+    lines = "application/x-ndjson"
+    return (
+        Route(
+            "POST",
+            "/api/chat",
+            handler(ollama_generate.chat),
+            "Answer a conversation (Ollama).",
+            ollama.ChatRequest,
+            ollama.ChatReply,
+            ollama.ChatReply,
+            stream_media_type=lines,
+        ),
+        Route(
+            "POST",
+            "/api/generate",
+            handler(ollama_generate.generate),
+            "Answer a prompt (Ollama).",
+            ollama.GenerateRequest,
+            ollama.GenerateReply,
+            ollama.GenerateReply,
+            stream_media_type=lines,
+        ),
+        Route(
+            "POST",
+            "/api/show",
+            handler(ollama_models.show),
+            "Describe a served name (Ollama).",
+            ollama.ShowRequest,
+            ollama.Shown,
+        ),
+        Route(
+            "POST",
+            "/api/pull",
+            handler(ollama_models.pull),
+            "Succeeds for a served name (Ollama).",
+            ollama.PullRequest,
+            ollama.Status,
+            ollama.Status,
+            stream_media_type=lines,
+        ),
+    )
+
+
+def _ollama_store() -> tuple[Route, ...]:
+    """Lists, and what changes a store of models: refused."""
+    refused = handler(ollama_models.not_here)
+    changes = (
+        ("POST", "/api/create"),
+        ("POST", "/api/copy"),
+        ("POST", "/api/push"),
+        ("DELETE", "/api/delete"),
+        ("POST", "/api/blobs/{digest}"),
+        ("HEAD", "/api/blobs/{digest}"),
+    )
+    return (
+        Route(
+            "GET",
+            "/api/tags",
+            handler(ollama_models.tags),
+            "List the served names (Ollama).",
+            reply=ollama.Tags,
+        ),
+        Route(
+            "GET",
+            "/api/ps",
+            handler(ollama_models.processes),
+            "List what is loaded (Ollama).",
+            reply=ollama.Processes,
+        ),
+        Route(
+            "GET",
+            "/api/version",
+            handler(ollama_models.version),
+            "The version of the server (Ollama).",
+            reply=ollama.Version,
+        ),
+        *(Route(method, path, refused, "Refused: 501 (Ollama).") for method, path in changes),
     )
 
 
