@@ -74,7 +74,9 @@ def test_text_whole_and_streamed() -> None:
         assert (reply.stop_reason, reply.stop_sequence) == ("end_turn", None)
         usage = reply.usage
         assert usage.output_tokens == len(TEXT.encode()) + 1 and usage.cache_read_input_tokens == 2
-        with client.messages.stream(**ASK, system="Be kind", extra_body={"temperature": 0.5, "top_k": 5}) as stream:
+        with client.messages.stream(
+            **ASK, system="Be kind", extra_body={"temperature": 0.5, "top_k": 5}
+        ) as stream:
             events = list(stream)
             final = stream.get_final_message()
         kinds = [event.type for event in events]

@@ -93,7 +93,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One turn."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[AnyBlock], Meta(max_length=MAX_BLOCKS)]
+    content: bounds.Text | Annotated[list[AnyBlock], Meta(max_length=MAX_BLOCKS)]
 
 
 class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -144,7 +144,7 @@ class CountTokensRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=Tru
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=16384)]
     model: ModelName | None = None
-    system: str | Annotated[list[TextBlock], Meta(max_length=MAX_BLOCKS)] | None = None
+    system: bounds.Text | Annotated[list[TextBlock], Meta(max_length=MAX_BLOCKS)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=256)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None

@@ -27,16 +27,20 @@ class ChoiceReader:
         self._reasoning = reasoning
         self._tools = tools
         self._show_reasoning = show_reasoning
+        self.num_reasoning_tokens = 0  # counted by engine steps: one that ends the thoughts belongs to them
 
     def push(self, delta: TextDelta) -> list[ChatEvent]:
         """See ``ChatFormat.push``; the last delta brings what was held back."""
         events: list[ChatEvent] = []
         text = delta.text
         if self._reasoning is not None:
+            thinking = self._reasoning.thinking
             events, text = self._reasoning.push(text)
             if delta.finish_reason is not None:
                 more, rest = self._reasoning.finish()
                 events, text = events + more, text + rest
+            if thinking or self._reasoning.thinking:
+                self.num_reasoning_tokens += len(delta.token_ids)
             if not self._show_reasoning:
                 events = []
         if self._tools is None:

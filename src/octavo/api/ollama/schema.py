@@ -13,9 +13,11 @@ from octavo.protocol import bounds
 NumPredict = Annotated[int, Meta(ge=-2, le=2**31 - 1)]  # -1 and -2: as far as the context goes
 NumContext = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 RepeatLast = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
-Text = Annotated[str, Meta(max_length=16_777_216)]
+Text = bounds.Text
+ShortText = Annotated[str, Meta(max_length=64)]
 Images = Annotated[list[Any], Meta(max_length=1024)]
-KeepAlive = str | int | float
+Seconds = Annotated[float, Meta(ge=-1e12, le=1e12)]
+KeepAlive = ShortText | Seconds
 Format = Literal["", "json"] | dict[str, Any]
 Think = bool | Literal["low", "medium", "high"]
 
@@ -123,8 +125,8 @@ class GenerateRequest(Asked, kw_only=True):
     system: Text | None = None
     raw: bool | None = None
     context: bounds.TokenIds | None = None
-    suffix: str | None = None
-    template: str | None = None
+    suffix: Text | None = None
+    template: Text | None = None
     images: Images | None = None
 
 

@@ -17,6 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from octavo import __version__
 from octavo.api.frontend import Frontend
 from octavo.api.openai.context import Context, Stream
+from octavo.api.openai.responses.respond import Responses
+from octavo.api.openai.responses.store import ResponseStore
 from octavo.api.server.auth import BearerAuth, route_path
 from octavo.api.server.body import BodyDecoder, check_media_type, read_body
 from octavo.api.server.errors import ClientGoneError, ShuttingDownError, dialect_of, error_reply
@@ -103,7 +105,8 @@ def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings
     """
     metrics = RequestMetrics()
     context = Context(frontend, client.info, settings.served_model_names, metrics.start, __version__)
-    service = Service(context, client, settings, metrics)
+    responses = Responses(context, ResponseStore(settings.response_limits))
+    service = Service(context, client, settings, metrics, responses)
     routes = [*route_table()]
     made = msgspec.json.encode(
         document(routes, version=__version__, root_path=settings.root_path, secured=bool(settings.api_keys))

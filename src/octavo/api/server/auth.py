@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -59,6 +60,12 @@ def presented_key(scope: Scope) -> bytes | None:
         scheme, _, token = bearers[0].partition(b" ")
         return token.strip() if scheme.lower() == b"bearer" else None
     return bytes(plain[0]).strip() if plain else None
+
+
+def owner_of(scope: Scope) -> str:
+    """Whose request this is: a digest of its key ("" without one); what is kept for one is not shown to another."""
+    key = presented_key(scope)
+    return hashlib.sha256(key).hexdigest() if key else ""
 
 
 def route_path(scope: Scope) -> str:

@@ -13,6 +13,7 @@ from octavo.api.ollama import generate as ollama_generate
 from octavo.api.ollama import models as ollama_models
 from octavo.api.ollama import schema as ollama
 from octavo.api.openai.context import Context
+from octavo.api.server.response_routes import response_routes
 from octavo.api.server.route import Reply, Route, Service
 
 Answer = Callable[[Context, Any], Coroutine[Any, Any, Reply]]
@@ -20,7 +21,7 @@ Answer = Callable[[Context, Any], Coroutine[Any, Any, Reply]]
 
 def dialect_routes() -> tuple[Route, ...]:
     """All of them."""
-    return (*_anthropic(), *_ollama(), *_ollama_store())
+    return (*response_routes(), *_anthropic(), *_ollama(), *_ollama_store())
 
 
 def _anthropic() -> tuple[Route, ...]:

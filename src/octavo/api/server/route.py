@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.api.openai.context import Context, Stream
+from octavo.api.openai.responses.respond import Responses
 from octavo.api.server.metrics import RequestMetrics
 from octavo.api.server.options import ServerSettings
 from octavo.engine.client.base import EngineClient
@@ -26,6 +27,7 @@ class Service:
     client: EngineClient
     settings: ServerSettings
     metrics: RequestMetrics
+    responses: Responses
 
 
 @dataclass(frozen=True)
