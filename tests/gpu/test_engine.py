@@ -64,6 +64,7 @@ def build(folder: Path, **options: Any) -> EngineCore:
             "max_num_seqs": 64,
             "max_num_batched_tokens": 256,
             "num_gpu_blocks_override": 2048,
+            "threads": 1,  # many test processes share the cores
             **options,
         }
     )

@@ -57,8 +57,8 @@ class Driver:
         )
         self.network.load(files)
         self.layout: CacheLayout = plan_layout(cache_specs(spec, PAGE, dtype.itemsize))
-        memory = PageMemory(self.layout, NUM_PAGES, spec, dtype, torch.device("cpu"))
-        self.network.bind_cache(memory.views, memory.groups)
+        memory = PageMemory(self.layout, NUM_PAGES, torch.device("cpu"))
+        self.network.bind_cache(memory.places)
         self.memory = memory
         self.free = list(range(1, NUM_PAGES))
         random.Random(seed).shuffle(self.free)

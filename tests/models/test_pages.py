@@ -45,15 +45,15 @@ def test_nothing_behind_a_window_is_read(name: str, tmp_path: Path) -> None:
     model = oracle(name, tmp_path)
     driver, ids, row = Driver(open_model(str(tmp_path))), tokens(60, 4), None
     row, wanted, poisoned = driver.row(), expected(model, ids), 0
-    views, groups = driver.memory.views, driver.memory.groups
+    layers = [layer.attention for layer in driver.network.layers]
     at = 0
     for count in (30, 1, 1, 7, 1, 20):
         close(driver.step([row], [ids[at : at + count]])[0], wanted[at : at + count])
         at += count
-        for layer, group in groups.items():
-            for number in range(driver.layout.groups[group].spec.live(at).start):
-                if row.pages[group][number] > 0:
-                    views[layer][row.pages[group][number]] = 1e4
+        for layer in layers:
+            for number in range(driver.layout.groups[layer.group].spec.live(at).start):
+                if row.pages[layer.group][number] > 0:
+                    layer.pages[row.pages[layer.group][number]] = 1e4
                     poisoned += 1
     assert poisoned > 0 and at == 60
     assert any(group.spec.page_size >= PAGE for group in driver.layout.groups)

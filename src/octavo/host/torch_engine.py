@@ -55,7 +55,7 @@ def build(
     platform.synchronize()
     timeline.end("weights")
     layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize))
-    peak = measure_peak(network, spec, layout, platform, binder, resolved, dtype)
+    peak = measure_peak(network, spec, layout, platform, binder, resolved)
     timeline.end("profile")
     memory = plan_pages(
         layout,
@@ -70,7 +70,7 @@ def build(
         step_tokens=resolved.max_num_batched_tokens,
     )
     resolved = replace(resolved, max_model_len=memory.max_model_len)
-    runner = torch_runner(network, spec, layout, platform, binder, resolved, dtype, memory.num_pages)
+    runner = torch_runner(network, spec, layout, platform, binder, resolved, memory.num_pages)
     timeline.end("cache")
     if platform.kind == "cuda" and not options.device.enforce_eager:
         graphs = StepGraphs(network, runner.slots, runner.builder, platform, resolved.max_model_len)
@@ -94,13 +94,12 @@ def torch_runner(
     platform: Platform,
     binder: Binder,
     resolved: Resolved,
-    dtype: torch.dtype,
     num_pages: int,
 ) -> TorchRunner:
     """A runner over ``num_pages`` fresh pages."""
     return TorchRunner(
         network,
-        PageMemory(layout, num_pages, spec, dtype, platform.device),
+        PageMemory(layout, num_pages, platform.device),
         platform,
         binder,
         vocab_size=spec.embedding.vocab_size,
@@ -117,7 +116,6 @@ def measure_peak(
     platform: Platform,
     binder: Binder,
     resolved: Resolved,
-    dtype: torch.dtype,
 ) -> int:
     """Bytes that the largest step holds above weights and cache: full token budget, every row sampling at random
     with penalties and log probabilities; run through the real runner on one-page memory."""
@@ -128,7 +126,7 @@ def measure_peak(
     share = [tokens // rows + (1 if i < tokens % rows else 0) for i in range(rows)]
     share = [min(count, resolved.max_model_len) for count in share]
     sampling = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, repetition_penalty=1.1)
-    runner = torch_runner(network, spec, layout, platform, binder, resolved, dtype, 2)
+    runner = torch_runner(network, spec, layout, platform, binder, resolved, 2)
     admits = [SlotInit(i, [0] * share[i], share[i], sampling, 0, []) for i in range(rows)]
     plan = StepPlan(0, list(range(rows)), [0] * rows, share, [0] * rows, [True] * rows, admits, [], [])
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from octavo.engine.cache.spec import FullKV, KVSpec, WindowKV
+
 Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"]
 Scoring = Literal["softmax", "sigmoid", "softmax_top_k"]
 Stored = Literal["rows", "transposed", "per_head", "alternating", "alternating_columns"]
@@ -123,6 +125,18 @@ class Attention:
     k_norm: Norm | None = None
     sinks: Part | None = None
 
+    def cache(self, page_size: int, element_bytes: int) -> KVSpec:
+        """What this layer keeps, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
+        token_bytes = 2 * self.num_kv_heads * self.head_dim * element_bytes
+        if self.window:
+            return WindowKV(page_size, token_bytes, self.window)
+        return FullKV(page_size, token_bytes)
+
+
+# What mixes a layer's tokens with those before them. Each states what it keeps of them (``cache``); the torch form is
+# built by ``layers.decoder.make_mixer``.
+Mixer = Attention
+
 
 @dataclass(frozen=True)
 class GatedMLP:
@@ -212,7 +226,7 @@ class Layer:
     """
 
     input_norm: Norm | None
-    attention: Attention
+    attention: Mixer
     pre_mlp_norm: Norm | None
     mlp: FeedForward
     post_attention_norm: Norm | None = None

@@ -6,7 +6,7 @@ import difflib
 import pkgutil
 from importlib import import_module
 
-from octavo.engine.cache.spec import FullKV, KVSpec, WindowKV
+from octavo.engine.cache.spec import KVSpec
 from octavo.errors import UnsupportedModelError
 from octavo.model import families
 from octavo.model.arch import ArchConfig
@@ -35,12 +35,4 @@ def describe(arch: ArchConfig) -> DecoderSpec:
 
 def cache_specs(spec: DecoderSpec, page_size: int, element_bytes: int) -> dict[int, KVSpec]:
     """Layer -> cache kind, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
-    kinds: dict[int, KVSpec] = {}
-    for i, layer in enumerate(spec.layers):
-        attention = layer.attention
-        token_bytes = 2 * attention.num_kv_heads * attention.head_dim * element_bytes
-        if attention.window:
-            kinds[i] = WindowKV(page_size, token_bytes, attention.window)
-        else:
-            kinds[i] = FullKV(page_size, token_bytes)
-    return kinds
+    return {i: layer.attention.cache(page_size, element_bytes) for i, layer in enumerate(spec.layers)}

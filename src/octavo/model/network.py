@@ -13,6 +13,7 @@ from octavo.device.ops.bind import Binder, OpSpec
 from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch
 from octavo.model.blocks import DecoderSpec
+from octavo.model.cache import CachePlace
 from octavo.model.layers.build import ALONE, Build, Ranks
 from octavo.model.layers.decoder import DecoderLayer
 from octavo.model.layers.linear import LinearLayer
@@ -94,11 +95,10 @@ class Network:
         """Bytes of those matrices (the floor of a step)."""
         return sum(count * dtype.itemsize for dtype, count in self.matrix_elements().items())
 
-    def bind_cache(self, pages: dict[int, Tensor], groups: dict[int, int]) -> None:
-        """Give every layer its pages [num_pages, 2, Hkv, P, D] and its group's index."""
-        for i, layer in enumerate(self.layers):
-            layer.attention.pages = pages[i]
-            layer.attention.group = groups[i]
+    def bind_cache(self, places: dict[int, CachePlace]) -> None:
+        """Give every layer that keeps something its place in the cache."""
+        for i, place in places.items():
+            self.layers[i].attention.bind(place)
 
     def forward(self, batch: Batch) -> Tensor:
         """Normed hidden states [S, E] of the tokens at ``batch.sample_at``."""

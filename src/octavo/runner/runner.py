@@ -66,7 +66,7 @@ class TorchRunner:
         self.graphs: StepGraphs | None = None
         self.current: tuple[StepPlan, Prepared, Tensor] | None = None
         self.in_flight: deque[InFlight] = deque()
-        network.bind_cache(pages.views, pages.groups)
+        network.bind_cache(pages.places)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:

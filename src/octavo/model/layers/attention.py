@@ -9,6 +9,7 @@ from octavo.device.ops.attention import PAGED_ATTENTION
 from octavo.device.ops.rope_store import ROPE_STORE
 from octavo.model.batch import Batch
 from octavo.model.blocks import Attention
+from octavo.model.cache import CachePlace
 from octavo.model.layers.build import Build
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import Cut, LoadItem
@@ -35,6 +36,7 @@ class AttentionLayer:
         self.whole_norms = block.q_norm is not None and block.q_norm.size != block.head_dim
         self.store = build.binder.bind(ROPE_STORE, build.spec)
         self.attend = build.binder.bind(PAGED_ATTENTION, build.spec)
+        self.cache_dtype = build.dtype
         self.pages = torch.empty(0)
         self.group = 0
 
@@ -66,6 +68,13 @@ class AttentionLayer:
             self.sinks,
         )
         return self.output(mixed.view(mixed.shape[0], -1))
+
+    def bind(self, place: CachePlace) -> None:
+        """Take pages [num_pages, 2, Hkv, P, D] in the type of activations."""
+        block = self.block
+        shape = (2, block.num_kv_heads, place.spec.page_size, block.head_dim)
+        self.pages = place.typed(shape, self.cache_dtype)
+        self.group = place.group
 
     def _normed(self, qkv: Tensor) -> Tensor:
         """Queries and keys normed over all their heads together."""

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
 from octavo.model.batch import Batch
-from octavo.model.blocks import FeedForward, Layer, MoE, Norm, PlainMLP
+from octavo.model.blocks import FeedForward, Layer, Mixer, MoE, Norm, PlainMLP
+from octavo.model.cache import CachePlace
 from octavo.model.layers.attention import AttentionLayer
 from octavo.model.layers.build import Build
 from octavo.model.layers.load import LoadItem
 from octavo.model.layers.mlp import GatedMLPLayer, PlainMLPLayer
 from octavo.model.layers.moe import MoELayer
 from octavo.model.layers.norm import LayerNormLayer, NormLayer, make_norm
+
+
+class MixerLayer(Protocol):
+    """The torch form of a ``blocks.Mixer``."""
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """The branch output [T, E] for normed input [T, E]; reads and writes this layer's cache."""
+
+    def bind(self, place: CachePlace) -> None:
+        """Take this layer's place in the cache."""
+
+    def items(self) -> list[LoadItem]:
+        """What the loader must fill."""
 
 
 class DecoderLayer:
@@ -24,7 +40,7 @@ class DecoderLayer:
         self.residual_scale = block.residual_scale
         self.parallel = block.parallel
         self.input_norm = norm(block.input_norm)
-        self.attention = AttentionLayer(block.attention, build, hf_prefix, gguf_prefix)
+        self.attention = make_mixer(block.attention, build, hf_prefix, gguf_prefix)
         self.post_attention_norm = norm(block.post_attention_norm)
         self.pre_mlp_norm = norm(block.pre_mlp_norm)
         self.mlp = make_mlp(block.mlp, build, hf_prefix, gguf_prefix)
@@ -65,6 +81,11 @@ def entered(norm: NormLayer | LayerNormLayer | None, branch: Tensor | None, resi
     if norm is None:
         return residual if branch is None else residual.add_(branch)
     return norm(residual) if branch is None else norm.add(branch, residual)
+
+
+def make_mixer(block: Mixer, build: Build, hf_prefix: str, gguf_prefix: str) -> MixerLayer:
+    """The layer for a block."""
+    return AttentionLayer(block, build, hf_prefix, gguf_prefix)
 
 
 def make_mlp(
