@@ -33,10 +33,15 @@ from octavo.files.base import ModelFiles
 from octavo.files.resolve import open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
+from octavo.host.pooler import choose_pooler
 from octavo.model.read_arch import read_arch
 from octavo.protocol.control import ModelFacts
 
-BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.compiled_engine:build"}
+BACKENDS = {
+    "torch": "octavo.host.torch_engine:build",
+    "compiled": "octavo.host.compiled_engine:build",
+    "encoder": "octavo.host.encoder_engine:build",
+}
 
 
 def open_files(options: EngineOptions, progress: Progress | None = None) -> ModelFiles:
@@ -59,12 +64,14 @@ def build_runner(
 ) -> Built:
     """Load the model with the backend that fits model and device, and size its cache."""
     arch = read_arch(files)
+    pooler = choose_pooler(options.model, files, arch)
     backend = choose_backend(options, files, arch)
     module, _, attribute = BACKENDS[backend].partition(":")
     timeline = timeline or Timeline.start()
     built: Built = getattr(import_module(module), attribute)(
         options, files, arch, timeline, progress or quiet
     )
+    built.pooler, built.backend = pooler, backend
     return built
 
 
@@ -100,6 +107,10 @@ def model_facts(files: ModelFiles, built: Built) -> ModelFacts:
         num_parameters=sum(math.prod(tensor.shape) for tensor in files.tensors.values()),
         weights_format=files.format,
         device_kind=built.kind,
+        can_generate=not built.pools,
+        can_pool=built.backend != "compiled",
+        pooling="last" if built.pooler is None else built.pooler.pooling,
+        normalize=built.pooler is None or built.pooler.normalize,
         hidden_size=built.arch.hidden_size,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from octavo.config import ModelLimits, Resolved
 from octavo.engine.executor.base import Runner
+from octavo.host.pooler import Pooler
 from octavo.model.arch import ArchConfig
 from octavo.runner.memory import MemoryPlan
 
@@ -53,3 +54,10 @@ class Built:
     device: str
     kernels: dict[str, str]
     kind: str = "cpu"
+    pooler: Pooler | None = None
+    backend: str = ""
+
+    @property
+    def pools(self) -> bool:
+        """Whether the engine is there for vectors alone."""
+        return self.pooler is not None and self.pooler.pools

@@ -12,8 +12,10 @@ from octavo.model import families
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.decoder import Decoder
+from octavo.model.encoder import EncoderSpec
 
-ALIASES = {"gemma3": "gemma3_text"}
+ALIASES = {"gemma3": "gemma3_text", "roberta": "bert", "xlm-roberta": "bert"}
+ENCODERS = ("bert",)
 
 
 def supported() -> list[str]:
@@ -23,14 +25,35 @@ def supported() -> list[str]:
 
 def describe(arch: ArchConfig) -> DecoderSpec:
     """The model as blocks; raises ``UnsupportedModelError`` that names the nearest supported types."""
+    if is_encoder(arch):
+        raise UnsupportedModelError(
+            f"{arch.model_type} is an encoder: it gives embeddings and generates no text."
+        )
+    module = import_module(f"octavo.model.families.{_family(arch)}")
+    family: type[Decoder] = module.FAMILY
+    return family(arch).spec()
+
+
+def is_encoder(arch: ArchConfig) -> bool:
+    """Whether the model reads texts both ways and only gives vectors."""
+    return ALIASES.get(arch.model_type, arch.model_type) in ENCODERS
+
+
+def describe_encoder(arch: ArchConfig) -> EncoderSpec:
+    """An encoder as blocks."""
+    module = import_module(f"octavo.model.families.{_family(arch)}")
+    spec: EncoderSpec = module.FAMILY(arch).spec()
+    return spec
+
+
+def _family(arch: ArchConfig) -> str:
+    """The file of the architecture."""
     name = ALIASES.get(arch.model_type, arch.model_type)
     if name not in supported():
         near = difflib.get_close_matches(name, supported(), n=3, cutoff=0.4)
         hint = f"Nearest supported: {', '.join(near)}." if near else f"Supported: {', '.join(supported())}."
         raise UnsupportedModelError(f"The architecture {arch.model_type!r} is not supported.", hint)
-    module = import_module(f"octavo.model.families.{name}")
-    family: type[Decoder] = module.FAMILY
-    return family(arch).spec()
+    return name
 
 
 def cache_specs(spec: DecoderSpec, page_size: int, element_bytes: int) -> dict[int, KVSpec]:

@@ -6,6 +6,9 @@ from typing import Any
 
 # Spelling of a family -> the common spelling.
 HF_RENAMED: dict[str, dict[str, str]] = {
+    "bert": {"layer_norm_eps": "rms_norm_eps"},
+    "roberta": {"layer_norm_eps": "rms_norm_eps"},
+    "xlm-roberta": {"layer_norm_eps": "rms_norm_eps"},
     "cohere": {"layer_norm_eps": "rms_norm_eps"},
     "cohere2": {"layer_norm_eps": "rms_norm_eps"},
     "glm4_moe": {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"},
@@ -37,7 +40,16 @@ GEMMA_DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
+BERT_DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "type_vocab_size": 2,
+    "max_position_embeddings": 512,
+}
 HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": BERT_DEFAULTS,
+    "roberta": BERT_DEFAULTS,
+    "xlm-roberta": BERT_DEFAULTS,
     "cohere": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True},
     "cohere2": {
         "rms_norm_eps": 1e-5,

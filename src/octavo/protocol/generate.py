@@ -122,8 +122,11 @@ class Thinking(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     num_prompt_tokens: int | None = None
 
 
+Pooling = Literal["last", "mean", "cls"]  # the last token's hidden state, the mean of all, the first token's
+
+
 class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One sequence to generate (a request with ``n > 1`` is sent as n of these).
+    """One sequence to generate (a request with ``n > 1`` is sent as n of these), or with ``pooling`` to turn into a vector.
 
     ``id`` is chosen by the client and unique among its live requests. ``eos_token_ids`` end the sequence
     unless ``sampling.ignore_eos``. ``arrival_s`` is a wall clock time (queue order, metrics).
@@ -142,6 +145,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     cache_salt: str | None = None
     grammar: str | None = None
     thinking: Thinking | None = None
+    pooling: Pooling | None = None
 
 
 class Logprob(msgspec.Struct, array_like=True, gc=False):
@@ -157,7 +161,8 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
 
     ``stop_token`` is the token that ended a "stop" by the engine. It is the last of ``tokens``.
     ``logprobs`` holds one list a token (the drawn token first, then the top ones); ``prompt_logprobs`` likewise
-    for every prompt token but the first, sent once, with the first delta.
+    for every prompt token but the first, sent once, with the first delta. ``embedding`` is what a pooling request asked
+    for, as little-endian float32 numbers.
     """
 
     id: int
@@ -168,3 +173,4 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     num_cached_tokens: int = 0
     logprobs: list[list[Logprob]] | None = None
     prompt_logprobs: list[list[Logprob]] | None = None
+    embedding: bytes | None = None

@@ -22,7 +22,7 @@ from octavo.protocol.plan import StepPlan
 from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.mixed_graphs import SIZES, MixedGraphs
 from octavo.runner.record import Replays, record
-from octavo.runner.slots import PROMPT_LOGPROBS, Slots
+from octavo.runner.slots import NEEDS_POSITIONS, Slots
 
 
 def capture_sizes(limit: int) -> list[int]:
@@ -68,7 +68,7 @@ class DecodeGraphs:
         starts = np.asarray(plan.starts, np.int64)
         if (starts < self.slots.num_known[slots]).any() or not all(plan.sample):
             return None
-        if (self.slots.wants[slots] & PROMPT_LOGPROBS).any() and (
+        if (self.slots.wants[slots] & NEEDS_POSITIONS).any() and (
             starts < self.slots.num_prompt[slots]
         ).any():
             return None

@@ -18,6 +18,7 @@ from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
 from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.graphs import StepGraphs
 from octavo.runner.pages import PageMemory
+from octavo.runner.pooling import PendingVectors, Pooler
 from octavo.runner.sampling.sampler import PendingLogprobs, Sampler
 from octavo.runner.slots import Slots
 
@@ -36,6 +37,7 @@ class InFlight:
     logprobs: PendingLogprobs | None
     prompt: list[tuple[int, PendingLogprobs]]
     event: Event
+    vectors: PendingVectors | None = None
 
 
 class TorchRunner:
@@ -63,6 +65,7 @@ class TorchRunner:
         self.slots = Slots(num_slots, max_model_len, pages.layout, platform.device)
         self.builder = BatchBuilder(self.slots, platform, max_tokens, max_model_len)
         self.sampler = Sampler(self.slots, vocab_size, platform, binder)
+        self.pooler = Pooler()
         self.graphs: StepGraphs | None = None
         self.current: tuple[StepPlan, Prepared, Tensor] | None = None
         self.in_flight: deque[InFlight] = deque()
@@ -74,6 +77,7 @@ class TorchRunner:
         self.pages.apply(plan.page_ops)
         self.slots.admit(plan.admits)
         self.sampler.admit(plan.admits)
+        self.pooler.admit(plan.admits)
         if self.graphs is not None:
             ready = self.graphs.run(plan)
             if ready is not None:
@@ -99,6 +103,11 @@ class TorchRunner:
             tokens, pending = self.sampler.draw(logits, step, masks)
             self.slots.last_token[step.slots] = tokens
         prompt = self._prompt_logprobs(plan, step, hidden[count:])
+        vectors = None
+        if step.pooled_rows:
+            begin = count + sum(size for _, _, size in step.prompt_rows)
+            complete, values = self.pooler.add(step, plan.slots, hidden[begin:])
+            vectors = PendingVectors(complete, self.sampler.to_host(values))
         event = self.platform.event()
         done = InFlight(
             plan,
@@ -108,6 +117,7 @@ class TorchRunner:
             pending,
             prompt,
             event,
+            vectors,
         )
         event.record()
         self.in_flight.append(done)
@@ -137,6 +147,8 @@ class TorchRunner:
                 found = pending.per_row()
                 prompts[row] = (prompts[row] or []) + [found[i] for i in sorted(found)]
             result.prompt_logprobs = prompts
+        if done.vectors is not None:
+            done.vectors.into(result)
         return result
 
     def close(self) -> None:
