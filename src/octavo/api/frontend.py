@@ -21,7 +21,7 @@ from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.base import EngineClient
 from octavo.errors import EngineDeadError, ModelFileError, RequestError
-from octavo.protocol.generate import GenerateRequest, SamplingParams, Thinking
+from octavo.protocol.generate import GenerateRequest, Pooling, SamplingParams, Thinking
 
 __all__ = ["Frontend", "Generation", "TextDelta"]
 
@@ -140,6 +140,7 @@ class Frontend:
         priority: int = 0,
         cache_salt: str | None = None,
         thinking: Thinking | None = None,
+        pooling: Pooling | None = None,
     ) -> Generation:
         """Hand a prepared request to the engine at once and return its stream of ``TextDelta``.
 
@@ -168,6 +169,7 @@ class Frontend:
                     cache_salt=cache_salt,
                     grammar=grammar,
                     thinking=thinking,
+                    pooling=pooling,
                 )
                 generation.submit(request, Choice(index, request, self.tokenizer))
         except BaseException:

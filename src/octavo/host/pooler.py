@@ -13,6 +13,7 @@ from octavo.files.base import ModelFiles
 from octavo.files.pooler import PoolerAdvice, read_pooler
 from octavo.model.arch import ArchConfig
 from octavo.model.describe import is_encoder
+from octavo.protocol.generate import Pooling
 
 
 class PoolerConfig(msgspec.Struct, forbid_unknown_fields=True):
@@ -28,7 +29,7 @@ class Pooler:
     """``pools``: the engine is there for vectors alone. The rest is the default of every request."""
 
     pools: bool
-    pooling: str
+    pooling: Pooling
     normalize: bool
 
 
@@ -45,7 +46,8 @@ def choose_pooler(model: ModelOptions, files: ModelFiles, arch: ArchConfig) -> P
         )
     given = _given(model.pooler_config)
     advice = read_pooler(files.path) if pools else PoolerAdvice()
-    pooling = (given.pooling_type or advice.pooling or ("cls" if encoder else "last")).lower()
+    named = (given.pooling_type or advice.pooling or ("cls" if encoder else "last")).lower()
+    pooling = msgspec.convert(named, Pooling)
     normalize = given.use_activation if given.normalize is None else given.normalize
     if normalize is None:
         normalize = True if advice.normalize is None else advice.normalize
@@ -62,4 +64,3 @@ def _given(text: str | None) -> PoolerConfig:
             f"--pooler-config is not usable: {error}.",
             'Write it like {"pooling_type": "MEAN", "normalize": true}.',
         ) from None
-

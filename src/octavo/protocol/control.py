@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.protocol.generate import Pooling
+
 
 class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
     """What a model is and can do. ``pooling`` is how a sequence becomes one vector ("last", "mean" or "cls") and
@@ -15,7 +17,7 @@ class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
     device_kind: str = "cpu"
     can_generate: bool = True
     can_pool: bool = False
-    pooling: str = "last"
+    pooling: Pooling = "last"
     normalize: bool = True
     hidden_size: int = 0
 

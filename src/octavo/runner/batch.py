@@ -104,9 +104,7 @@ class BatchBuilder:
         token_ids = self.known_tokens(row_slots, starts, counts, query_start, ~from_device)
         rows = np.flatnonzero(np.asarray(plan.sample, bool))
         sample_at, prompt_rows = self._sample_at(plan, rows, row_slots, starts, counts, query_start)
-        pool_at, pooled_rows = self._pool_at(row_slots, starts, counts, query_start)
-        if pooled_rows:
-            sample_at = np.concatenate([sample_at, pool_at])
+        sample_at, pooled_rows = self._pool_at(sample_at, row_slots, starts, counts, query_start)
         where, pages = slots.write_pages(plan.page_writes)
         ends = starts + counts
         columns = [
@@ -180,9 +178,9 @@ class BatchBuilder:
         return (np.concatenate([sample_at, *extra]) if extra else sample_at), prompt_rows
 
     def _pool_at(
-        self, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints
+        self, before: Ints, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints
     ) -> tuple[Ints, list[PooledRow]]:
-        """Tokens of pooling sequences whose hidden states count: all, the first, or the last of the prompt."""
+        """``before``, then the tokens of pooling sequences whose hidden states count: all, the first, or the last of the prompt."""
         found: list[PooledRow] = []
         places: list[Ints] = []
         for row in np.flatnonzero(self.slots.wants[row_slots] & POOL):
@@ -197,7 +195,7 @@ class BatchBuilder:
                 here = at + count - 1 + np.arange(1 if is_last else 0)
             found.append(PooledRow(int(row), len(here), is_last))
             places.append(here)
-        return np.concatenate([np.zeros(0, np.int64), *places]), found
+        return np.concatenate([before, *places]), found
 
 
 def group_tables(

@@ -130,6 +130,42 @@ class GenerateRequest(Asked, kw_only=True):
     images: Images | None = None
 
 
+class EmbedRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /api/embed``; ``truncate`` (the default) cuts what is too long."""
+
+    input: Text | Annotated[list[Text], Meta(max_length=2048)]
+    model: ModelName | None = None
+    truncate: bool | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=65536)] | None = None
+    options: Options | None = None
+    keep_alive: KeepAlive | None = None
+
+
+class OldEmbedRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /api/embeddings``, which took one text."""
+
+    prompt: Text
+    model: ModelName | None = None
+    options: Options | None = None
+    keep_alive: KeepAlive | None = None
+
+
+class Embedded(msgspec.Struct, kw_only=True):
+    """Reply of ``POST /api/embed``."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class OldEmbedded(msgspec.Struct):
+    """Reply of ``POST /api/embeddings``."""
+
+    embedding: list[float]
+
+
 class ReplyMessage(msgspec.Struct, kw_only=True):
     """What the model said, or in a stream what it said since."""
 

@@ -5,35 +5,50 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from octavo.api.generation import Generation, TextDelta
 from octavo.api.openai.context import Context
-from octavo.api.openai.schema import PromptTokensDetails, SamplingFields, Usage
+from octavo.api.openai.schema import PromptTokensDetails, Usage
 from octavo.errors import RequestError
-from octavo.protocol.generate import SamplingParams, Thinking
+from octavo.protocol.generate import Pooling, SamplingParams, Thinking
 
 MAX_CHOICES = 2048  # of one request: prompts x n
 
 Deltas = list[tuple[int, TextDelta]]  # choice, what it got
 
 
+class Queued(Protocol):
+    """What the queue must know of a request."""
+
+    @property
+    def priority(self) -> int | None:
+        """Smaller goes first."""
+
+    @property
+    def cache_salt(self) -> str | None:
+        """Whose cached prefixes may be used."""
+
+
 class Run:
     """Hands ``prompts`` (prepared ids and parameters) to the engine and follows their choices to the end.
 
     Choices are numbered as OpenAI does: those of the first prompt first. ``counts_output`` False leaves generated
-    tokens out of the usage (a request that only scores its prompt). ``thinking`` is what the engine watches. Raises ``QueueFullError`` or ``EngineDeadError``
+    tokens out of the usage (a request that only scores its prompt). ``thinking`` is what the engine watches. With ``pooling`` each
+    prompt becomes a vector. Raises ``QueueFullError`` or ``EngineDeadError``
     at once, before anything is answered.
     """
 
     def __init__(
         self,
         context: Context,
-        request: SamplingFields,
+        request: Queued,
         prompts: Sequence[tuple[list[int], SamplingParams]],
         *,
         request_id: str,
         counts_output: bool = True,
         thinking: Thinking | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         self.context = context
         self.prompts = prompts
@@ -60,6 +75,7 @@ class Run:
                         priority=request.priority or 0,
                         cache_salt=request.cache_salt,
                         thinking=thinking,
+                        pooling=pooling,
                     )
                 )
         except BaseException:

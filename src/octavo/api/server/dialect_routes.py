@@ -12,16 +12,51 @@ from octavo.api.anthropic.messages import count_tokens, messages
 from octavo.api.ollama import generate as ollama_generate
 from octavo.api.ollama import models as ollama_models
 from octavo.api.ollama import schema as ollama
+from octavo.api.ollama.embed import embed, old_embed
+from octavo.api.openai import pooling_schema as pooling
 from octavo.api.openai.context import Context
+from octavo.api.openai.embeddings import embeddings, rerank, score
 from octavo.api.server.response_routes import response_routes
 from octavo.api.server.route import Reply, Route, Service
 
 Answer = Callable[[Context, Any], Coroutine[Any, Any, Reply]]
 
 
+def _pooling() -> tuple[Route, ...]:
+    def row(path: str, answer: Answer, summary: str, body: type, reply: type) -> Route:
+        return Route("POST", path, handler(answer), summary, body, reply)
+
+    alike, order = "How alike texts are.", "Documents in the order of a query."
+    return (
+        row(
+            "/v1/embeddings",
+            embeddings,
+            "A vector for every input.",
+            pooling.EmbeddingRequest,
+            pooling.EmbeddingReply,
+        ),
+        *(
+            row(path, score, alike, pooling.ScoreRequest, pooling.ScoreReply)
+            for path in ("/score", "/v1/score")
+        ),
+        *(
+            row(path, rerank, order, pooling.RerankRequest, pooling.RerankReply)
+            for path in ("/rerank", "/v1/rerank", "/v2/rerank")
+        ),
+        row("/api/embed", embed, "Vectors of texts (Ollama).", ollama.EmbedRequest, ollama.Embedded),
+        row(
+            "/api/embeddings",
+            old_embed,
+            "The vector of a text (Ollama).",
+            ollama.OldEmbedRequest,
+            ollama.OldEmbedded,
+        ),
+    )
+
+
 def dialect_routes() -> tuple[Route, ...]:
     """All of them."""
-    return (*response_routes(), *_anthropic(), *_ollama(), *_ollama_store())
+    return (*_pooling(), *response_routes(), *_anthropic(), *_ollama(), *_ollama_store())
 
 
 def _anthropic() -> tuple[Route, ...]:

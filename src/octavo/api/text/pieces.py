@@ -62,7 +62,9 @@ class PieceRules:
                 self.strip_start = " "
         elif kind == "Strip" and not part.get("stop"):
             self.strip_start = part.get("content", " ") * int(part.get("start", 0))
-        elif kind == "WordPiece":  # its clean-up of spaces before punctuation looks beyond one token: left out
+        elif (
+            kind == "WordPiece"
+        ):  # its clean-up of spaces before punctuation looks beyond one token: left out
             self.inner_mark, self.strip_start = part.get("prefix", "##"), " "
         elif kind != "Fuse":
             raise ModelFileError(
