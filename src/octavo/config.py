@@ -33,6 +33,12 @@ class ModelOptions:
     load_format: str = option(
         "auto", "auto: what the files are; dummy: random weights.", ("auto", "safetensors", "gguf", "dummy")
     )
+    model_impl: str = option(
+        "auto",
+        "Whose model code runs: octavo's families, transformers' modules over Octavo's cache and kernels (needs the extra "
+        "[hf]), or auto: transformers where Octavo has no family.",
+        ("auto", "octavo", "transformers"),
+    )
     dtype: str = option(
         "auto",
         "Type of activations and dense weights.",
@@ -88,7 +94,7 @@ class SchedulerOptions:
 
     max_num_seqs: int | None = option(None, "Most sequences in one step (default: by device).")
     max_num_batched_tokens: int | None = option(None, "Most tokens in one step (default: by device).")
-    scheduling_policy: str = option("fcfs", "Order of the queue.", ("fcfs", "priority"))
+    scheduling_policy: str = option("fcfs", "Order of the queue; fair: by what each API key was served.", ("fcfs", "priority", "fair"))
     max_queue_len: int = option(4096, "Requests that may wait; beyond it clients get 429.")
     max_step_ms: float | None = option(
         None,

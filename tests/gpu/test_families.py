@@ -12,6 +12,13 @@ from test_engine import BASE, build, run, some_prompts
 pytestmark = pytest.mark.gpu
 
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+DELTA = {
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {}),
     "olmo2": ("Olmo2", {}),
@@ -20,6 +27,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {**MOE, "head_dim": 64, "norm_topk_prob": True}),
     "glm4_moe": ("Glm4Moe", {**MOE, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "head_dim": 64}),
     "gpt_oss": ("GptOss", {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 24}),
+    "qwen3_next": ("Qwen3Next", {**MOE, **DELTA, "shared_expert_intermediate_size": 48}),
+    "bamba": ("Bamba", {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "attn_layer_indices": [1, 3]}),
 }  # fmt: skip
 
 

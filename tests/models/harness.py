@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from octavo.model.network import Network
 from octavo.model.quantization.fp8 import choose_format
 from octavo.model.read_arch import read_arch
 from octavo.model.shard import shard
+from octavo.runner.batch import prompts
 from octavo.runner.pages import PageMemory
 
 PAGE, NUM_PAGES, WIDTH = 4, 512, 64
@@ -92,6 +94,9 @@ class Driver:
             groups.append(GroupTables(table, torch.tensor(slots)))
         for row, count in zip(rows, counts):
             row.computed += count
+        ends = np.array([row.computed for row in rows])
+        given = np.array(counts)
+        longer = given > 1
         batch = Batch(
             token_ids=torch.tensor([token for ids in tokens for token in ids]),
             positions=positions,
@@ -101,6 +106,14 @@ class Driver:
             sample_at=torch.arange(sum(counts)),
             max_query=max(counts),
             max_kv=max(row.computed for row in rows),
+            prompts=prompts(
+                given[longer],
+                ends[longer],
+                torch.from_numpy(np.flatnonzero(given == 1)),
+                torch.from_numpy(np.flatnonzero(longer)),
+            )
+            if longer.any()
+            else None,
         )
         with torch.inference_mode():
             logits = self.network.logits(self.network.forward(batch))

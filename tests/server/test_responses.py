@@ -25,6 +25,7 @@ from server_fake import (
 
 from octavo.api.openai.responses.schema import Reasoning, Response, TextConfig
 from octavo.api.openai.responses.store import Kept, ResponseNotFoundError, ResponseStore, StoreLimits
+from octavo.protocol.generate import TokenDelta
 
 TEXT = "Hello, wörld 🎉! How are you?"
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln", "days": 2}}\n</tool_call>'
@@ -268,7 +269,13 @@ def test_background_is_cancelled_deleted_and_fails_alone() -> None:
         client.responses.delete(made.id)
         assert len(live.engine.aborted) == 2 and not live.engine.running
         made = client.responses.create(model="fake", input="Hi", background=True)
-        live.call(live.engine.die)
+
+        def fail() -> None:
+            for running in list(live.engine.running.values()):
+                del live.engine.running[running.request.id]
+                running.sink(TokenDelta(running.request.id, [], "error", error="This one failed."))
+
+        live.call(fail)
         assert wait_for(client, made.id) == "failed"
         failed = client.responses.retrieve(made.id)
         assert failed.error is not None and failed.error.code == "server_error"

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from octavo.api.frontend import LARGE_TEXT, check_token_ids
 from octavo.api.openai.context import Context
-from octavo.api.openai.run import Queued, Run
+from octavo.api.openai.run import Run
+from octavo.api.openai.schema import SamplingFields
 from octavo.errors import RequestError
 from octavo.protocol.generate import SamplingParams
 
@@ -79,7 +80,12 @@ def _fitting(context: Context, ids: list[int], name: str, cutting: Cutting) -> l
 
 
 async def vectors(
-    context: Context, request: Queued, inputs: Sequence[list[int]], *, request_id: str, normalize: bool | None
+    context: Context,
+    request: SamplingFields,
+    inputs: Sequence[list[int]],
+    *,
+    request_id: str,
+    normalize: bool | None,
 ) -> Vectors:
     """The vectors [N, E] of token ids; scaled to length 1 where the request or else the model says so.
 

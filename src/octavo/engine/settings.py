@@ -30,6 +30,7 @@ class EngineSettings:
     kernels: dict[str, str] = field(default_factory=dict)
     timeline_s: dict[str, float] = field(default_factory=dict)
     facts: ModelFacts = field(default_factory=ModelFacts)
+    memory_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "vocab_size"):
@@ -51,6 +52,7 @@ class EngineSettings:
         kernels: dict[str, str] | None = None,
         timeline_s: dict[str, float] | None = None,
         facts: ModelFacts | None = None,
+        memory_bytes: dict[str, tuple[int, int]] | None = None,
     ) -> EngineSettings:
         """From resolved options and what the host knows of model and device."""
         return cls(
@@ -71,4 +73,5 @@ class EngineSettings:
             kernels=kernels or {},
             timeline_s=timeline_s or {},
             facts=facts or ModelFacts(),
+            memory_bytes=memory_bytes or {},
         )

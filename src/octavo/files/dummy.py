@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from octavo.errors import ModelFileError
 from octavo.files.base import TensorInfo
-from octavo.files.folder import ModelFolder
+from octavo.files.folder import ModelFolder, with_quantization
 
 LLAMA_3_1_8B: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -67,7 +67,65 @@ QWEN3_0_6B: Mapping[str, Any] = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
-PRESETS: Mapping[str, Mapping[str, Any]] = {"llama-3.1-8b": LLAMA_3_1_8B, "qwen3-0.6b": QWEN3_0_6B}
+QWEN3_5_9B: Mapping[str, Any] = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000000.0,
+    "partial_rotary_factor": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def _llama_2(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, positions: int = 4096
+) -> Any:
+    """Llama 2 in one of its sizes."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0 if positions == 4096 else 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "qwen3-0.6b": QWEN3_0_6B,
+    "llama-2-7b": _llama_2(4096, 11008, 32, 32, 32),
+    "llama-3.1-8b": LLAMA_3_1_8B,
+    "qwen3.5-9b": QWEN3_5_9B,
+    "llama-2-13b": _llama_2(5120, 13824, 40, 40, 40),
+    "codellama-34b": _llama_2(8192, 22016, 48, 64, 8, 16384),
+    "llama-2-70b": _llama_2(8192, 28672, 80, 64, 8),
+}
 
 
 class DummyFiles:
@@ -105,4 +163,4 @@ def open_dummy(source: Path | str | Mapping[str, Any], name: str | None = None) 
             f"Presets: {', '.join(PRESETS)}.",
         )
     folder = ModelFolder(path)
-    return DummyFiles(name or path.name, path, folder.config(), folder)
+    return DummyFiles(name or path.name, path, with_quantization(folder.config(), folder), folder)

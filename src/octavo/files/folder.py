@@ -25,6 +25,8 @@ MAX_INDEX_BYTES = 100 << 20
 MAX_SHARDS = 4096
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 AGAIN = "Download the model again."
+# Of ModelOpt, GPTQ and AWQ, where config.json has no quantization_config.
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 class ModelFolder:
@@ -58,6 +60,14 @@ class ModelFolder:
                 f"{path} is a link that leaves the model folder.", "Replace it by the file itself."
             )
         return path
+
+    def names(self) -> list[str]:
+        """What lies in the folder, in order."""
+        return sorted(entry.name for entry in self.path.iterdir())
+
+    def shard(self, name: str, named_by: str) -> SafetensorsFile:
+        """The opened weight file ``name``."""
+        return SafetensorsFile(self.locate(name, named_by))
 
     def read(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         """The whole content of a small file."""
@@ -102,12 +112,12 @@ class ModelFolder:
 class FolderFiles:
     """An opened Hugging Face folder (see ``ModelFiles``)."""
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        folder = ModelFolder(path)
+    def __init__(self, path: Path, name: str | None = None, folder: ModelFolder | None = None) -> None:
+        folder = folder or ModelFolder(path)
         self.path = path
         self.name = name or path.name
         self.format = "safetensors"
-        self.config: Mapping[str, Any] = folder.config()
+        self.config: Mapping[str, Any] = with_quantization(folder.config(), folder)
         self.generation_config: Mapping[str, Any] = folder.json("generation_config.json")
         self.chat_template: str | None = folder.chat_template()
         self._shards: list[SafetensorsFile] = []
@@ -132,7 +142,7 @@ class FolderFiles:
         weight_map, named_by = _weight_map(folder)
         shards = sorted(set(weight_map.values())) if weight_map else _plain_shards(folder)
         for shard_name in shards:
-            shard = SafetensorsFile(folder.locate(shard_name, named_by))
+            shard = folder.shard(shard_name, named_by)
             self._shards.append(shard)
             for tensor in shard.tensors:
                 if weight_map and weight_map.get(tensor, shard_name) != shard_name:
@@ -147,6 +157,17 @@ class FolderFiles:
                 raise ModelFileError(
                     f"{named_by} expects tensor {tensor!r} in {shard_name}: it is not there.", AGAIN
                 )
+
+
+def with_quantization(config: dict[str, Any], folder: ModelFolder) -> dict[str, Any]:
+    """config.json with what a quantizer wrote beside it, under the key that newer ones use."""
+    if "quantization_config" in config:
+        return config
+    for name in QUANTIZATION_FILES:
+        found = folder.json(name)
+        if found:
+            return {**config, "quantization_config": found}
+    return config
 
 
 def _weight_map(folder: ModelFolder) -> tuple[dict[str, str], str]:
@@ -171,7 +192,7 @@ def _plain_shards(folder: ModelFolder) -> list[str]:
     """The safetensors files of a folder without an index, or the reason why there are none."""
     if folder.has("model.safetensors"):
         return ["model.safetensors"]
-    names = sorted(entry.name for entry in folder.path.iterdir())
+    names = folder.names()
     # consolidated*.safetensors hold the same weights once more, under the names of their maker.
     shards = [
         n for n in names if n.endswith(".safetensors") and not n.startswith(("consolidated", "adapter_"))

@@ -33,8 +33,8 @@ from octavo.files.base import ModelFiles
 from octavo.files.resolve import open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
+from octavo.host.implementation import architecture
 from octavo.host.pooler import choose_pooler
-from octavo.model.read_arch import read_arch
 from octavo.protocol.control import ModelFacts
 
 BACKENDS = {
@@ -63,7 +63,7 @@ def build_runner(
     timeline: Timeline | None = None,
 ) -> Built:
     """Load the model with the backend that fits model and device, and size its cache."""
-    arch = read_arch(files)
+    arch = architecture(options.model, files)
     pooler = choose_pooler(options.model, files, arch)
     backend = choose_backend(options, files, arch)
     module, _, attribute = BACKENDS[backend].partition(":")
@@ -77,7 +77,7 @@ def build_runner(
 
 def prepare(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> None:
     """Compile and keep what the first start would have to: the kernels of the compiled CPU path, where it is chosen."""
-    arch = read_arch(files)
+    arch = architecture(options.model, files)
     if choose_backend(options, files, arch) == "compiled":
         import_module("octavo.host.compiled_engine").prepare(files, arch, progress or quiet)
 
@@ -90,11 +90,12 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         built.resolved,
         vocab_size=built.arch.vocab_size,
         model=options.model.served_model_name or files.name,
-        architecture=built.arch.model_type,
+        architecture=built.arch.label,
         device=built.device,
         kernels=built.kernels,
         timeline_s=timeline.phases,
         facts=model_facts(files, built),
+        memory_bytes=built.memory_use,
     )
     grammars = GrammarCompiler(partial(read_vocabulary, options, files), built.arch.vocab_size)
     return EngineCore(InlineExecutor(built.runner), settings, grammars)

@@ -19,6 +19,8 @@ def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) 
     if is_encoder(arch):
         return "encoder"
     device = options.device
+    if arch.implementation != "octavo":  # transformers' modules
+        return "torch"
     if device.device == "cuda" or (device.device == "auto" and gpu_in_sight()):
         return "torch"
     if device.cpu_backend == "torch" or options.model.dtype not in ("auto",):

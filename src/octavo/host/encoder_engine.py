@@ -47,4 +47,4 @@ def build(
     )
     free = platform.free_bytes()
     memory = MemoryPlan(0, resolved.max_model_len, 0, free, 0, 0)
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), platform.kind)
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), kind=platform.kind)

@@ -7,16 +7,19 @@ from dataclasses import replace
 import torch
 
 from octavo.config import EngineOptions, Resolved, resolve
-from octavo.device.ops.bind import Binder
+from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.files.base import ModelFiles
+from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
+from octavo.model.fallback.network import TransformersNetwork
 from octavo.model.network import Network
+from octavo.model.quantization.base import WeightFormat
 from octavo.model.quantization.fp8 import choose_format
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import SlotInit, StepPlan
@@ -41,20 +44,14 @@ def build(
     binder = Binder()
     op_spec = platform.op_spec(dtype)
     weight_format = choose_format(options.model.quantization, spec, op_spec)
-    timeline.end("imports")
-    network = Network(
-        spec,
-        dtype=dtype,
-        device=platform.device,
-        binder=binder,
-        op_spec=op_spec,
-        max_position=resolved.max_model_len,
-        weight_format=weight_format,
-    )
-    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
-    platform.synchronize()
-    timeline.end("weights")
     layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize))
+    budget = StartBudget(options, resolved, arch, spec, layout, hardware, platform, op_spec.capability)
+    budget.require_room(files)
+    timeline.end("imports")
+    network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format)
+    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
+    budget.weights_loaded()
+    timeline.end("weights")
     peak = measure_peak(network, spec, layout, platform, binder, resolved)
     timeline.end("profile")
     memory = plan_pages(
@@ -63,7 +60,7 @@ def build(
         kind=platform.kind,
         free_bytes=platform.free_bytes(),
         total_bytes=hardware.total_memory_bytes,
-        peak_bytes=peak,
+        peak_bytes=budget.peak(peak),
         max_model_len=resolved.max_model_len,
         length_is_fixed=options.model.max_model_len not in (None, "auto", "-1"),
         max_num_seqs=resolved.max_num_seqs,
@@ -71,8 +68,9 @@ def build(
     )
     resolved = replace(resolved, max_model_len=memory.max_model_len)
     runner = torch_runner(network, spec, layout, platform, binder, resolved, memory.num_pages)
+    budget.cache_allocated()
     timeline.end("cache")
-    if platform.kind == "cuda" and not options.device.enforce_eager:
+    if platform.kind == "cuda" and not options.device.enforce_eager and network.recordable:
         graphs = StepGraphs(network, runner.slots, runner.builder, platform, resolved.max_model_len)
         graphs.capture(
             resolved.max_num_seqs,
@@ -80,11 +78,37 @@ def build(
             lambda done, total: progress("capturing graphs", done, total),
         )
         runner.graphs = graphs
+        budget.graphs_captured()
         timeline.end("graphs")
     if platform.kind == "cuda":
         warm(runner, resolved.max_model_len)
         timeline.end("warm")
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), platform.kind)
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use, platform.kind)
+
+
+def make_network(
+    arch: ArchConfig,
+    files: ModelFiles,
+    spec: DecoderSpec,
+    binder: Binder,
+    op_spec: OpSpec,
+    platform: Platform,
+    resolved: Resolved,
+    weight_format: WeightFormat,
+) -> Network:
+    """The model's modules on the device, not loaded yet: ours, or those of transformers."""
+    dtype, device = DTYPES[resolved.dtype], platform.device
+    if arch.implementation != "octavo":
+        return TransformersNetwork(arch, files, dtype=dtype, device=device, binder=binder, op_spec=op_spec)
+    return Network(
+        spec,
+        dtype=dtype,
+        device=device,
+        binder=binder,
+        op_spec=op_spec,
+        max_position=resolved.max_model_len,
+        weight_format=weight_format,
+    )
 
 
 def torch_runner(

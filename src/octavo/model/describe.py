@@ -13,9 +13,17 @@ from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.decoder import Decoder
 from octavo.model.encoder import EncoderSpec
+from octavo.model.fallback.describe import transformers_spec
 
-ALIASES = {"gemma3": "gemma3_text", "roberta": "bert", "xlm-roberta": "bert"}
+ALIASES = {
+    "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
+    "kimi_k2": "deepseek_v3",
+    "roberta": "bert",
+    "xlm-roberta": "bert",
+}
 ENCODERS = ("bert",)
+FALLBACK = "Or let transformers compute it: pip install 'octavo[hf]', then octavo serve MODEL --model-impl transformers."
 
 
 def supported() -> list[str]:
@@ -25,6 +33,8 @@ def supported() -> list[str]:
 
 def describe(arch: ArchConfig) -> DecoderSpec:
     """The model as blocks; raises ``UnsupportedModelError`` that names the nearest supported types."""
+    if arch.implementation != "octavo":
+        return transformers_spec(arch)
     if is_encoder(arch):
         raise UnsupportedModelError(
             f"{arch.model_type} is an encoder: it gives embeddings and generates no text."
@@ -36,7 +46,8 @@ def describe(arch: ArchConfig) -> DecoderSpec:
 
 def is_encoder(arch: ArchConfig) -> bool:
     """Whether the model reads texts both ways and only gives vectors."""
-    return ALIASES.get(arch.model_type, arch.model_type) in ENCODERS
+    ours = arch.implementation == "octavo"
+    return ours and ALIASES.get(arch.model_type, arch.model_type) in ENCODERS
 
 
 def describe_encoder(arch: ArchConfig) -> EncoderSpec:
@@ -50,10 +61,15 @@ def _family(arch: ArchConfig) -> str:
     """The file of the architecture."""
     name = ALIASES.get(arch.model_type, arch.model_type)
     if name not in supported():
-        near = difflib.get_close_matches(name, supported(), n=3, cutoff=0.4)
-        hint = f"Nearest supported: {', '.join(near)}." if near else f"Supported: {', '.join(supported())}."
-        raise UnsupportedModelError(f"The architecture {arch.model_type!r} is not supported.", hint)
+        raise unknown_architecture(arch.model_type)
     return name
+
+
+def unknown_architecture(model_type: str) -> UnsupportedModelError:
+    """The error that names the nearest supported types, and the way around."""
+    near = difflib.get_close_matches(model_type, supported(), n=3, cutoff=0.4)
+    hint = f"Nearest supported: {', '.join(near)}." if near else f"Supported: {', '.join(supported())}."
+    return UnsupportedModelError(f"The architecture {model_type!r} is not supported.", f"{hint} {FALLBACK}")
 
 
 def cache_specs(spec: DecoderSpec, page_size: int, element_bytes: int) -> dict[int, KVSpec]:

@@ -42,14 +42,34 @@ def fill(
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Fill every item from ``files``; see ``Network.load``."""
-    gguf = files.format == "gguf"
-    rename = (lambda name: name) if gguf else hf_renaming(files, spec.bare_prefix)
+    gguf, rename = files.format == "gguf", renaming(files, spec)
+    found, ignored = match(items, files, spec)
+    total = sum(files.tensors[name].nbytes for name in {name for name, _ in found})
+    done, seen = 0, set()
+    for name, item in found:
+        if item.scales:
+            read_mxfp4(item, files, name, rename(item.scales))
+        else:
+            read_into(item, files, name, gguf)
+        done += 0 if name in seen else files.tensors[name].nbytes  # several items may share a tensor
+        seen.add(name)
+        if progress:
+            progress(done, total)
+    return LoadReport(len(found), total, ignored)
+
+
+def match(
+    items: list[LoadItem], files: ModelFiles, spec: DecoderSpec | EncoderSpec
+) -> tuple[list[tuple[str, LoadItem]], tuple[str, ...]]:
+    """(stored name, item) of all that must be read, and the names that are known to be of no use.
+
+    Raises ``ModelFileError`` for what is missing, left over, or of another shape; reads headers only.
+    """
+    gguf, rename = files.format == "gguf", renaming(files, spec)
     items = found_in(items, set(files.tensors), gguf, rename)
     names = [item.gguf if gguf else rename(item.hf) for item in items]
     scales = [rename(item.scales) for item in items if item.scales]
     ignored = check_names(names + scales, files, spec, rename)
-    total = sum(files.tensors[name].nbytes for name in set(names))
-    done, seen = 0, set()
     for name, item in zip(names, items):
         info, wanted = files.tensors[name], item.stored_shape(gguf)
         if info.shape != wanted:
@@ -57,15 +77,12 @@ def fill(
                 f"Tensor {name} has shape {list(info.shape)}, but the configuration asks {list(wanted)}.",
                 "The configuration and the weights do not belong together.",
             )
-        if item.scales:
-            read_mxfp4(item, files, name, rename(item.scales))
-        else:
-            read_into(item, files, name, gguf)
-        done += 0 if name in seen else info.nbytes  # several items may share a tensor
-        seen.add(name)
-        if progress:
-            progress(done, total)
-    return LoadReport(len(items), total, ignored)
+    return list(zip(names, items)), ignored
+
+
+def renaming(files: ModelFiles, spec: DecoderSpec | EncoderSpec) -> Callable[[str], str]:
+    """From a block's name of a tensor to the file's."""
+    return (lambda name: name) if files.format == "gguf" else hf_renaming(files, spec.bare_prefix)
 
 
 def found_in(
@@ -157,13 +174,13 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
     if order in ("transposed", "alternating_columns") and stored.dim() > 1:
         stored = stored.transpose(-1, -2)
     if order == "per_head":
-        stored = by_piece(stored, part.stored_heads, QKV)
+        stored = by_piece(stored, part.stored_heads, part.stored_pieces)
     elif order in ("alternating", "alternating_columns"):
         stored = gate_then_up(stored)
     if item.cut is not None:
         stored = stored.narrow(item.cut.dim, item.cut.start, item.cut.size)
     if heads:
-        stored = untangle(stored, heads, part.rotated)
+        stored = untangle(stored, heads, part.rotated, part.turns_at)
     if item.offset and not gguf:
         stored = stored.to(torch.float32) + item.offset
     item.fill(stored)
@@ -205,20 +222,23 @@ def gate_then_up(rows: Tensor) -> Tensor:
     return torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1)
 
 
-def untangle(rows: Tensor, heads: int, rotated: int = 0) -> Tensor:
-    """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves; the first ``rotated`` or all."""
+def untangle(rows: Tensor, heads: int, rotated: int = 0, start: int = 0) -> Tensor:
+    """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves: ``rotated`` of them (0 = all) from
+    row ``start`` of the head on."""
     shape = rows.shape
     by_head = rows.reshape(heads, -1, *shape[1:])
-    rotated = rotated or by_head.shape[1]
-    turned = by_head[:, :rotated].reshape(heads, -1, 2, *shape[1:]).transpose(1, 2)
-    parts = (turned.reshape(heads, rotated, *shape[1:]), by_head[:, rotated:])
+    end = start + (rotated or by_head.shape[1] - start)
+    turned = by_head[:, start:end].reshape(heads, -1, 2, *shape[1:]).transpose(1, 2)
+    parts = (by_head[:, :start], turned.reshape(heads, end - start, *shape[1:]), by_head[:, end:])
     return torch.cat(parts, dim=1).reshape(shape)
 
 
-def by_piece(rows: Tensor, heads: int, pieces: int) -> Tensor:
-    """Rows ordered (head, piece, d) to (piece, head, d)."""
+def by_piece(rows: Tensor, heads: int, pieces: tuple[int, ...]) -> Tensor:
+    """Rows ordered (head, piece, d) to (piece, head, d); pieces of these sizes, or three of the same."""
     shape = rows.shape
-    return rows.reshape(heads, pieces, -1, *shape[1:]).transpose(0, 1).reshape(shape)
+    by_head = rows.reshape(heads, -1, *shape[1:])
+    split = torch.split(by_head, list(pieces) or by_head.shape[1] // QKV, dim=1)
+    return torch.cat([piece.reshape(-1, *shape[1:]) for piece in split])
 
 
 def fill_random(

@@ -27,6 +27,8 @@ from octavo.model.quantization.dense import DENSE
 class Network:
     """embed -> layers -> norm -> head, for any ``DecoderSpec``."""
 
+    recordable = True  # a forward pass never asks the device for a value, so that it can become a graph
+
     def __init__(
         self,
         spec: DecoderSpec,

@@ -11,10 +11,26 @@ from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import Activation
-from octavo.model.hf_defaults import HF_ALL_SLIDING, HF_DEFAULTS, HF_FULL_SCALING, HF_PATTERN, HF_RENAMED
+from octavo.model.hf_defaults import (
+    HF_ALL_SLIDING,
+    HF_DEFAULTS,
+    HF_FULL_SCALING,
+    HF_HYBRID,
+    HF_PATTERN,
+    HF_RENAMED,
+)
 from octavo.model.keys import Keys
+from octavo.model.quantization.describe import describe_quantization
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+LINEAR = "linear_attention"
+MULTIMODAL = {  # whose text part has a family
+    "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+OLD_KINDS = {"attention": FULL, "mamba": LINEAR}  # how hybrids spell their layer types
 GGUF_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -43,6 +59,7 @@ OUTER_KEYS = (
     "quantization_config",
 )
 MAX_LAYERS = 4096
+KINDS = {"llama4_text": {FULL, CHUNKED}}  # of attention, where they are not the usual ones
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:
@@ -58,13 +75,13 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     if not isinstance(model_type, str):
         raise ModelFileError("config.json has no model_type.")
     nested = config.get("text_config")
-    if model_type == "gemma3" and isinstance(nested, Mapping):
-        model_type = "gemma3_text"
+    if model_type in MULTIMODAL and isinstance(nested, Mapping):
+        model_type = MULTIMODAL[model_type]
         config = {**{key: config[key] for key in OUTER_KEYS if key in config}, **nested}
     renamed = HF_RENAMED.get(model_type, {})
     present = {renamed.get(key, key): value for key, value in config.items() if value is not None}
     keys = Keys({**HF_DEFAULTS.get(model_type, {}), **present}, "config.json")
-    _refuse_variants(keys, model_type)
+    _refuse_variants(keys)
     layers = keys.integer("num_hidden_layers", most=MAX_LAYERS)
     heads, kv_heads = keys.heads("num_attention_heads", "num_key_value_heads")
     hidden = keys.integer("hidden_size")
@@ -93,13 +110,14 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
         logit_softcap=keys.number("final_logit_softcapping", 0.0),
         query_scale=query_scale if query_scale > 0 else None,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        quantized=describe_quantization(config) is not None,
         bos_token_id=bos if isinstance(bos, int) else None,
-        eos_token_ids=_token_ids(keys.source.get("eos_token_id")),
+        eos_token_ids=token_ids(keys.source.get("eos_token_id")),
         raw=keys.source,
     )
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def token_ids(value: Any) -> tuple[int, ...]:
     """One id or a list of ids as a tuple; anything else as none."""
     values = value if isinstance(value, list) else [value]
     return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
@@ -115,14 +133,8 @@ def _activation(keys: Keys) -> Activation:
     return ACTIVATIONS[name]
 
 
-def _refuse_variants(keys: Keys, model_type: str) -> None:
+def _refuse_variants(keys: Keys) -> None:
     """What would load and answer nonsense must not load."""
-    quantization = keys.mapping("quantization_config")
-    if quantization and (model_type, quantization.get("quant_method")) != ("gpt_oss", "mxfp4"):
-        raise UnsupportedModelError(
-            f"Weights quantized by {quantization.get('quant_method')!r} are not supported.",
-            "Use the unquantized model or a GGUF file.",
-        )
     if keys.source.get("use_bidirectional_attention"):
         raise UnsupportedModelError(
             "config.json: use_bidirectional_attention makes this an embedding model, not a decoder."
@@ -135,12 +147,20 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
     if listed is not None:
         if not isinstance(listed, list) or len(listed) != layers:
             raise ModelFileError(f"config.json: layer_types must list one type for each of {layers} layers.")
-        unknown = sorted({str(kind) for kind in listed} - {FULL, SLIDING})
+        listed = [OLD_KINDS.get(kind, kind) if isinstance(kind, str) else kind for kind in listed]
+        unknown = sorted({str(kind) for kind in listed} - KINDS.get(model_type, {FULL, SLIDING, LINEAR}))
         if unknown:
             raise UnsupportedModelError(
                 f"config.json: layers of type {', '.join(unknown)} are not supported."
             )
         return tuple(listed)
+    if model_type in HF_HYBRID:
+        every = keys.integer("full_attention_interval", HF_HYBRID[model_type], least=0)
+        full = keys.source.get("attn_layer_indices") or (range(every - 1, layers, every) if every else ())
+        return tuple(FULL if i in full else LINEAR for i in range(layers))
+    if model_type == "llama4_text":
+        chunked = keys.source.get("attention_chunk_size")
+        return tuple(CHUNKED if chunked and rotated else FULL for rotated in keys.rope_layers(layers))
     if not keys.source.get("sliding_window"):
         return (FULL,) * layers
     if model_type in HF_PATTERN:
@@ -230,7 +250,7 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         quantized=any(tensor.dtype in QUANTIZED_TYPES for tensor in files.tensors.values()),
         from_gguf=True,
         bos_token_id=bos if isinstance(bos, int) else None,
-        eos_token_ids=_token_ids(meta.get("tokenizer.ggml.eos_token_id")),
+        eos_token_ids=token_ids(meta.get("tokenizer.ggml.eos_token_id")),
         raw={**meta, **experts},
     )
 

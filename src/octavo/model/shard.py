@@ -16,11 +16,14 @@ from octavo.model.blocks import (
     DecoderSpec,
     FeedForward,
     GatedMLP,
+    LatentAttention,
     Layer,
     Linear,
+    Mixer,
     MoE,
     Part,
     PlainMLP,
+    Recurrent,
 )
 
 
@@ -39,7 +42,55 @@ def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
 
 
 def _layer(layer: Layer, size: int) -> Layer:
-    return replace(layer, attention=_attention(layer.attention, size), mlp=_mlp(layer.mlp, size))
+    return replace(layer, attention=_mixer(layer.attention, size), mlp=_mlp(layer.mlp, size))
+
+
+def _mixer(block: Mixer, size: int) -> Mixer:
+    if isinstance(block, Recurrent):
+        return _recurrent(block, size)
+    if isinstance(block, LatentAttention):
+        return _latent(block, size)
+    return _attention(block, size)
+
+
+def _recurrent(block: Recurrent, size: int) -> Recurrent:
+    heads, key_heads = block.num_heads, block.num_key_heads
+    if heads % size or (key_heads % size and size % key_heads):
+        raise UnsupportedModelError(
+            f"{heads} recurrent heads with {key_heads} key heads cannot be split over {size} devices.",
+            "Choose a tensor parallel size that divides both (or is a multiple of the key heads).",
+        )
+    copies = (max(1, size // key_heads),) * 2 + (1, 1)  # q, k; v, gate
+    return replace(
+        block,
+        project=replace(
+            block.project, parts=tuple(map(_part, block.project.parts, (size,) * 4, copies))
+        ),
+        small=_linear(block.small, size),
+        output=_linear(block.output, size),
+        conv=tuple(map(_part, block.conv, (size,) * 3, copies)),
+        num_heads=heads // size,
+        num_key_heads=key_heads * copies[0] // size,
+        dt_bias=_part(block.dt_bias, size, 1),
+        a_log=_part(block.a_log, size, 1),
+        skip=_part(block.skip, size, 1) if block.skip is not None else None,
+    )
+
+
+def _latent(block: LatentAttention, size: int) -> LatentAttention:
+    """Heads are split; every rank keeps all latents, which belong to all heads."""
+    if block.num_heads % size:
+        raise UnsupportedModelError(
+            f"{block.num_heads} attention heads cannot be split over {size} devices.",
+            "Choose a tensor parallel size that divides them.",
+        )
+    return replace(
+        block,
+        query=_linear(block.query, size),
+        up=_linear(block.up, size),
+        output=_linear(block.output, size),
+        num_heads=block.num_heads // size,
+    )
 
 
 def _attention(block: Attention, size: int) -> Attention:
@@ -57,6 +108,7 @@ def _attention(block: Attention, size: int) -> Attention:
         block,
         qkv=replace(block.qkv, parts=parts),
         output=_linear(block.output, size),
+        gate=_linear(block.gate, size) if block.gate is not None else None,
         num_heads=heads // size,
         sinks=_part(block.sinks, size, 1) if block.sinks is not None else None,
         num_kv_heads=kv_heads * copies // size,

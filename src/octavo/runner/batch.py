@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.device.platform.base import Platform
-from octavo.model.batch import Batch, GroupTables
+from octavo.model.batch import Batch, GroupTables, Prompts
 from octavo.protocol.plan import StepPlan
 from octavo.runner.slots import POOL, PROMPT_LOGPROBS, Slots
 
@@ -97,8 +97,7 @@ class BatchBuilder:
         counts = np.asarray(plan.num_tokens, np.int64)
         query_start = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=query_start[1:])
-        num_tokens = int(query_start[-1])
-        positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
+        positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], counts)
         token_slots = np.repeat(row_slots, counts)
         from_device = starts >= slots.num_known[row_slots]
         token_ids = self.known_tokens(row_slots, starts, counts, query_start, ~from_device)
@@ -107,6 +106,7 @@ class BatchBuilder:
         sample_at, pooled_rows = self._pool_at(sample_at, row_slots, starts, counts, query_start)
         where, pages = slots.write_pages(plan.page_writes)
         ends = starts + counts
+        singles, longer = np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)
         columns = [
             row_slots,
             query_start,
@@ -121,15 +121,14 @@ class BatchBuilder:
             ends[rows],
             np.asarray(where, np.int64),
             np.asarray(pages, np.int64),
+            singles,
+            longer,
         ]
         up = self.staging.upload(columns)
         if where:
             slots.flat_tables[up[11]] = up[12]
-        ids = up[4].long()
-        if from_device.any():
-            ids[up[7]] = slots.last_token[up[8]]
         batch = Batch(
-            token_ids=ids,
+            token_ids=self._token_ids(up[4], up[7], up[8]),
             positions=up[5].long(),
             query_start=up[1],
             kv_lens=up[2],
@@ -137,6 +136,7 @@ class BatchBuilder:
             sample_at=up[3].long(),
             max_query=int(counts.max(initial=0)),
             max_kv=int(ends.max(initial=0)),
+            prompts=prompts(counts[longer], ends[longer], *up[13:]) if len(longer) else None,
         )
         return Prepared(
             batch,
@@ -149,6 +149,13 @@ class BatchBuilder:
             prompt_rows,
             pooled_rows,
         )
+
+    def _token_ids(self, known: Tensor, where: Tensor, from_slots: Tensor) -> Tensor:
+        """Ids [T]: those that the host knows, and last tokens of slots at the places it does not."""
+        ids = known.long()
+        if len(where):
+            ids[where] = self.slots.last_token[from_slots]
+        return ids
 
     def known_tokens(
         self, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints, rows: NDArray[np.bool_]
@@ -196,6 +203,12 @@ class BatchBuilder:
             found.append(PooledRow(int(row), len(here), is_last))
             places.append(here)
         return np.concatenate([before, *places]), found
+
+
+def prompts(counts: Ints, ends: Ints, singles: Tensor, longer: Tensor) -> Prompts:
+    """The step's rows by kind; ``counts`` and ``ends`` are the longer rows' queries and keys."""
+    pairs = (counts * ends - counts * (counts - 1) // 2).sum()
+    return Prompts(singles.long(), longer.long(), int(counts.sum()), int(ends.sum()), int(pairs))
 
 
 def group_tables(

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
 
 from octavo.api.ollama.convert import served_name
 from octavo.api.ollama.schema import Embedded, EmbedRequest, OldEmbedded, OldEmbedRequest
 from octavo.api.openai.context import Context
+from octavo.api.openai.schema import SamplingFields
 from octavo.api.pooling import Cutting, shortened, token_ids, vectors
-
-
-@dataclass(frozen=True)
-class _Standing:
-    """Ollama's requests all stand in the queue alike."""
-
-    priority: int | None = None
-    cache_salt: str | None = None
 
 
 async def embed(context: Context, body: EmbedRequest) -> Embedded:
@@ -30,7 +22,7 @@ async def embed(context: Context, body: EmbedRequest) -> Embedded:
     made = []
     if ids:
         found = await vectors(
-            context, _Standing(), ids, request_id=f"embd-{uuid.uuid4().hex}", normalize=True
+            context, SamplingFields(), ids, request_id=f"embd-{uuid.uuid4().hex}", normalize=True
         )
         made = shortened(found, body.dimensions, normalize=True).tolist()
     return Embedded(

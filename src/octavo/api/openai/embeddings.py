@@ -54,7 +54,7 @@ async def embeddings(context: Context, request: EmbeddingRequest) -> EmbeddingRe
         inputs = _inputs(request)
     ids = await _ids(context, request, inputs, "input")
     request_id = reply_id("embd-", request.request_id)
-    made = await vectors(context, request, ids, request_id=request_id, normalize=normalize)
+    made = await vectors(context, request.standing, ids, request_id=request_id, normalize=normalize)
     scaled = context.info.facts.normalize if normalize is None else normalize
     made = shortened(made, request.dimensions, normalize=scaled)
     encode = _base64 if request.encoding_format == "base64" else _numbers
@@ -78,7 +78,7 @@ async def score(context: Context, request: ScoreRequest) -> ScoreReply:
         )
     ids = await _ids(context, request, [*left, *right], name)
     request_id = reply_id("score-", request.request_id)
-    made = await vectors(context, request, ids, request_id=request_id, normalize=True)
+    made = await vectors(context, request.standing, ids, request_id=request_id, normalize=True)
     scores = (made[: len(left)] * made[len(left) :]).sum(axis=1)
     return ScoreReply(
         id=request_id,
@@ -98,7 +98,7 @@ async def rerank(context: Context, request: RerankRequest) -> RerankReply:
     documents = await _ids(context, request, texts, "documents", cutting)
     request_id = reply_id("rerank-", request.request_id)
     ids = [*query, *documents]
-    made = await vectors(context, request, ids, request_id=request_id, normalize=True)
+    made = await vectors(context, request.standing, ids, request_id=request_id, normalize=True)
     scores = made[1:] @ made[0]
     order = np.argsort(-scores, kind="stable")
     if request.top_n:

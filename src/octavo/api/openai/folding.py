@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import Literal
 
 import msgspec
 
+from octavo.api.chat.events import EndReason
 from octavo.api.generation import TextDelta
 from octavo.protocol.generate import Logprob
 
@@ -47,7 +47,7 @@ class ChoiceFold:
         self.token_ids: list[int] = []
         self.logprobs: list[list[Logprob]] = []
         self.prompt_logprobs: list[list[Logprob]] | None = None
-        self.finish_reason: Literal["stop", "length", "abort"] | None = None
+        self.finish_reason: EndReason | None = None
         self.stop_reason: str | int | None = None
 
     def add(self, delta: TextDelta) -> None:

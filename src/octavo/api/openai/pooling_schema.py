@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from octavo.api.openai.schema import Messages, ModelName, Prompt, User
+from octavo.api.openai.schema import Messages, ModelName, Prompt, SamplingFields, User
 from octavo.protocol import bounds
 
 Dimensions = Annotated[int, Meta(ge=1, le=65536)]
@@ -27,6 +27,18 @@ class PoolingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     priority: bounds.Priority | None = None
     cache_salt: bounds.CacheSalt | None = None
     request_id: bounds.RequestId | None = None
+    deadline_ms: bounds.Milliseconds | None = None
+    max_queue_ms: bounds.Milliseconds | None = None
+
+    @property
+    def standing(self) -> SamplingFields:
+        """What the queue must know."""
+        return SamplingFields(
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+            deadline_ms=self.deadline_ms,
+            max_queue_ms=self.max_queue_ms,
+        )
 
 
 class EmbeddingRequest(PoolingFields, kw_only=True):

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from octavo.api.caller import ANYBODY
 from octavo.api.server.errors import AuthenticationError, dialect_of, error_reply
+from octavo.api.server.keys import Caps, KeyRing, token_of
 
 OPEN_PATHS = frozenset({"/health", "/ping"})  # probes of load balancers carry no key
 
 
 class BearerAuth:
-    """Lets a request through if it carries one of ``keys`` (see ``presented_key``).
+    """Lets a request through if it carries a key of the ring, and notes whose it is for the route (``caller_of``).
 
     The decision looks at the path that the router will see and at nothing else: a URL rebuilt from the Host header
-    can be bent by the client (CVE-2026-48746). Keys are compared in constant time (CVE-2025-59425).
+    can be bent by the client (CVE-2026-48746).
     """
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, ring: KeyRing) -> None:
         self.app = app
-        self.keys = tuple(key.encode() for key in keys)
+        self.ring = ring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self.allows(scope):
@@ -37,34 +38,19 @@ class BearerAuth:
 
     def allows(self, scope: Scope) -> bool:
         """True for an open path or a right key."""
-        if not self.keys or route_path(scope) in OPEN_PATHS:
+        if route_path(scope) in OPEN_PATHS:
+            scope["octavo.caller"] = ANYBODY, Caps()
             return True
-        token = presented_key(scope)
-        if token is None:
+        found = self.ring.find(token_of(scope["headers"]))
+        if found is None:
             return False
-        # Every key is compared, so that the time tells nothing about which one was near.
-        matches = [hmac.compare_digest(token, key) for key in self.keys]
-        return any(matches)
-
-
-def presented_key(scope: Scope) -> bytes | None:
-    """The key of a request: ``Authorization: Bearer KEY``, or ``x-api-key: KEY`` as Anthropic's clients send it.
-
-    None where there is none, or more than one of either.
-    """
-    bearers = [value for name, value in scope["headers"] if name == b"authorization"]
-    plain = [value for name, value in scope["headers"] if name == b"x-api-key"]
-    if len(bearers) > 1 or len(plain) > 1:
-        return None
-    if bearers:
-        scheme, _, token = bearers[0].partition(b" ")
-        return token.strip() if scheme.lower() == b"bearer" else None
-    return bytes(plain[0]).strip() if plain else None
+        scope["octavo.caller"] = found
+        return True
 
 
 def owner_of(scope: Scope) -> str:
     """Whose request this is: a digest of its key ("" without one); what is kept for one is not shown to another."""
-    key = presented_key(scope)
+    key = token_of(scope["headers"])
     return hashlib.sha256(key).hexdigest() if key else ""
 
 

@@ -5,33 +5,39 @@ from __future__ import annotations
 from starlette.requests import Request
 
 from octavo.api.openai.responses import schema
+from octavo.api.openai.responses.respond import Responses
 from octavo.api.server.auth import owner_of
 from octavo.api.server.route import Reply, Route, Service
 
 
+def _responses(service: Service) -> Responses:
+    """As the caller of this request may use them."""
+    return Responses(service.context, service.store)
+
+
 async def _create(service: Service, request: Request, body: schema.ResponsesRequest) -> Reply:
-    return await service.responses.create(owner_of(request.scope), body)
+    return await _responses(service).create(owner_of(request.scope), body)
 
 
 async def _count(service: Service, request: Request, body: schema.InputTokensRequest) -> Reply:
-    return await service.responses.count(owner_of(request.scope), body)
+    return await _responses(service).count(owner_of(request.scope), body)
 
 
 async def _get(service: Service, request: Request, body: None) -> Reply:
-    return service.responses.get(owner_of(request.scope), request.path_params["response_id"])
+    return _responses(service).get(owner_of(request.scope), request.path_params["response_id"])
 
 
 async def _cancel(service: Service, request: Request, body: None) -> Reply:
-    return service.responses.cancel(owner_of(request.scope), request.path_params["response_id"])
+    return _responses(service).cancel(owner_of(request.scope), request.path_params["response_id"])
 
 
 async def _delete(service: Service, request: Request, body: None) -> Reply:
-    return service.responses.delete(owner_of(request.scope), request.path_params["response_id"])
+    return _responses(service).delete(owner_of(request.scope), request.path_params["response_id"])
 
 
 async def _items(service: Service, request: Request, body: None) -> Reply:
     owner, response_id = owner_of(request.scope), request.path_params["response_id"]
-    return service.responses.list_input(owner, response_id, request.query_params)
+    return _responses(service).list_input(owner, response_id, request.query_params)
 
 
 def response_routes() -> tuple[Route, ...]:

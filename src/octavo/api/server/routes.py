@@ -17,9 +17,10 @@ from octavo.api.server.dialect_routes import dialect_routes
 from octavo.api.server.metrics import CONTENT_TYPE, render
 from octavo.api.server.route import Reply, Route, Service
 from octavo.errors import EngineDeadError
-from octavo.protocol.control import EngineStats, GetStats
+from octavo.protocol.control import EngineStats, GetStats, ResetPrefixCache
 
 STATS_TIMEOUT_S = 5.0
+TOLD_HEADERS = (b"traceparent", b"tracestate", b"x-request-id")
 
 
 class Version(msgspec.Struct):
@@ -91,6 +92,11 @@ async def _metrics(service: Service, _: Request, body: None) -> Reply:
     return Response(page, media_type=CONTENT_TYPE)
 
 
+async def _reset_prefix_cache(service: Service, _: Request, body: None) -> Reply:
+    await service.client.control(ResetPrefixCache())
+    return Response(status_code=200)
+
+
 def route_table() -> tuple[Route, ...]:
     """All routes but ``/openapi.json``, which is made from them."""
     return (
@@ -131,10 +137,15 @@ def route_table() -> tuple[Route, ...]:
             schema.DetokenizeRequest,
             schema.DetokenizeResponse,
         ),
-        Route("GET", "/health", _health, "200 while the engine runs, 503 after."),
-        Route("GET", "/ping", _health, "The same as /health."),
-        Route("POST", "/ping", _health, "The same as /health."),
-        Route("GET", "/version", _version, "The version of the server.", reply=Version),
-        Route("GET", "/load", _load, "Generation requests under way.", reply=Load),
-        Route("GET", "/metrics", _metrics, "Prometheus metrics.", reply_media_type="text/plain"),
+        Route("GET", "/health", _health, "200 while the engine runs, 503 after.", scope=""),
+        Route("GET", "/ping", _health, "The same as /health.", scope=""),
+        Route("POST", "/ping", _health, "The same as /health.", scope=""),
+        Route("GET", "/version", _version, "The version of the server.", reply=Version, scope=""),
+        Route("GET", "/load", _load, "Generation requests under way.", reply=Load, scope="metrics"),
+        Route(
+            "GET", "/metrics", _metrics, "Prometheus metrics.", reply_media_type="text/plain", scope="metrics"
+        ),
+        Route(
+            "POST", "/reset_prefix_cache", _reset_prefix_cache, "Forget every cached prefix.", scope="admin"
+        ),
     )

@@ -18,12 +18,13 @@ def route(
     groups: int = 1,
     top_groups: int = 1,
     correction: Tensor | None = None,
+    group_best: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """The experts of each token and their weights: logits [T, E] -> ids [T, top_k] int64, weights [T, top_k] float32.
 
     ``scoring``: "softmax" over all experts, "sigmoid" of each, or "softmax_top_k": over the chosen logits. For the choice
     alone, ``correction`` [E] is added and experts outside the ``top_groups`` best of ``groups`` equal groups (by the sum
-    of their two best scores) are left out (DeepSeek-AI 2024). ``renormalize``: weights sum to 1 before ``scale``.
+    of their ``group_best`` best scores, 1 or 2 of them) are left out (DeepSeek-AI 2024). ``renormalize``: weights sum to 1 before ``scale``.
     """
     wide = logits.float()
     scores = torch.softmax(wide, -1) if scoring == "softmax" else wide
@@ -32,7 +33,7 @@ def route(
     choice = scores if correction is None else scores + correction
     if groups > 1:
         grouped = choice.view(choice.shape[0], groups, -1)
-        best = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(-1)
+        best = grouped.topk(min(group_best, grouped.shape[2]), dim=-1).values.sum(-1)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(
             1, best.topk(top_groups, dim=-1).indices, True
         )

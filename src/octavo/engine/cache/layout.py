@@ -14,6 +14,7 @@ gives the kind with fewer bytes a token a larger page size, so that pages come o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 
 from octavo.engine.cache.spec import KVSpec, StateKV, ceil_div, with_page_size
 
@@ -72,9 +73,11 @@ def plan_layout(specs: dict[int, KVSpec]) -> CacheLayout:
     if not specs:
         return CacheLayout((), 0, 0)
     largest = max(spec.page_bytes for spec in specs.values())
+    others = {_equalize(spec, largest).page_size for spec in specs.values() if not isinstance(spec, StateKV)}
+    step = lcm(*others)
     by_kind: dict[KVSpec, list[int]] = {}
     for layer in sorted(specs):
-        by_kind.setdefault(_equalize(specs[layer], largest), []).append(layer)
+        by_kind.setdefault(_aligned(_equalize(specs[layer], largest), step), []).append(layer)
     size = min(len(layers) for layers in by_kind.values())
     while sum(ceil_div(len(layers), size) for layers in by_kind.values()) > max(MAX_GROUPS, len(by_kind)):
         size += 1
@@ -90,3 +93,10 @@ def _equalize(spec: KVSpec, page_bytes: int) -> KVSpec:
     if isinstance(spec, StateKV):
         return spec
     return with_page_size(spec, spec.page_size * (page_bytes // spec.page_bytes))
+
+
+def _aligned(spec: KVSpec, step: int) -> KVSpec:
+    """A state's checkpoints where the pages of all other kinds end too: a prefix can be found only there."""
+    if not isinstance(spec, StateKV):
+        return spec
+    return with_page_size(spec, max(step, spec.page_size // step * step))

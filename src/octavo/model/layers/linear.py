@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from octavo.model.blocks import Linear, Part
-from octavo.model.layers.build import Build
+from octavo.model.layers.build import Build, Ranks
 from octavo.model.layers.load import Cut, LoadItem
 
 
@@ -47,7 +47,14 @@ class LinearLayer:
             inputs = self.block.in_features
             return Cut(1, rank * inputs, inputs, size * inputs)
         if size > 1 and self.block.shard == "column":
-            return Cut(
-                0, part.start + rank // part.copies * rows, rows, part.total or size // part.copies * rows
-            )
+            return cut_of(part, self.ranks)
         return Cut(0, part.start, rows, part.total) if part.total else None
+
+
+def cut_of(part: Part, ranks: Ranks) -> Cut | None:
+    """This rank's rows of a part that is split by rows (None: all that is stored)."""
+    rows = part.out_features
+    if ranks.size == 1:
+        return Cut(0, part.start, rows, part.total) if part.total else None
+    begin = part.start + ranks.rank // part.copies * rows
+    return Cut(0, begin, rows, part.total or ranks.size // part.copies * rows)

@@ -42,8 +42,11 @@ class MoELayer:
     def __call__(self, x: Tensor) -> Tensor:
         block, weights = self.block, self.experts
         ids, shares = self.router(x)
+        seen = x
+        if block.weigh_input:
+            seen, shares = (x * shares).to(x.dtype), torch.ones_like(shares)
         out: Tensor = self.compute(
-            x,
+            seen,
             ids,
             shares,
             weights.gate_up,
@@ -93,6 +96,7 @@ class RouterLayer:
             block.groups,
             block.top_groups,
             self.correction,
+            block.group_best,
         )
         return found
 
@@ -127,7 +131,10 @@ class ExpertWeights:
             for i in range(self.block.num)
         )
         ways: tuple[tuple[LoadItem, ...], ...] = ((LoadItem(name, gguf, self.down, cut=cut),), each)
-        if self.block.interleaved:
+        if self.block.columns:
+            gate_up.ways = (self._stacked(TRANSPOSED), self._each())
+            ways = ((LoadItem(name, "", self.down, TRANSPOSED, cut=cut),), each)
+        elif self.block.interleaved:
             columns = LoadItem(name, "", self.down, TRANSPOSED, cut=cut)
             packed = LoadItem(f"{name}_blocks", "", self.down, cut=cut, scales=f"{name}_scales")
             gate_up.ways = (self._stacked(ALTERNATING_COLUMNS), self._stacked(ALTERNATING, packed=True))

@@ -31,7 +31,7 @@ def _route_kernel(
     ids, weights, logits, correction,
     E: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, KEPT: tl.constexpr, SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr, SCALE: tl.constexpr, CORRECTION: tl.constexpr, GROUPS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
 ):  # fmt: skip
     """One token: scores of all E experts in one tile, then TOP_K times the best; KEPT and BLOCK are powers of two."""
     token = tl.program_id(0).to(tl.int64)
@@ -54,7 +54,7 @@ def _route_kernel(
         for index in tl.static_range(GROUPS):
             members = tl.where(group == index, choice, float("-inf"))
             total = tl.max(members, 0)
-            if E // GROUPS > 1:
+            if E // GROUPS > 1 and GROUP_BEST > 1:
                 total += tl.max(tl.where(at == tl.argmax(members, 0), float("-inf"), members), 0)
             worth = tl.where(groups == index, total, worth)
         kept = at < 0
@@ -191,6 +191,7 @@ def route(
     groups: int = 1,
     top_groups: int = 1,
     correction: Tensor | None = None,
+    group_best: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """``octavo.device.ops.moe.route`` on a GPU; logits are contiguous."""
     tokens, num = logits.shape
@@ -202,7 +203,7 @@ def route(
     _route_kernel[(tokens,)](
         ids, weights, logits, correction, E=num, BLOCK=block, TOP_K=top_k, KEPT=triton.next_power_of_2(top_k),
         SCORING=SCORINGS[scoring], RENORMALIZE=renormalize, SCALE=scale, CORRECTION=correction is not None,
-        GROUPS=groups, GROUPS_BLOCK=triton.next_power_of_2(groups), TOP_GROUPS=top_groups,
+        GROUPS=groups, GROUPS_BLOCK=triton.next_power_of_2(groups), TOP_GROUPS=top_groups, GROUP_BEST=group_best,
         num_warps=1 if block <= 256 else 4,
     )  # fmt: skip
     return ids, weights

@@ -1,0 +1,228 @@
+"""Packed codes: the layout's reversibility, its reference body, and the Triton kernels against it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.device.ops import packed as ops
+from octavo.device.ops.packed import (
+    Layout,
+    Packed,
+    empty_packed,
+    join_fields,
+    linear_packed,
+    pack_codes,
+    split_fields,
+    unpack,
+    unpack_codes,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies no bfloat16.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+LAYOUTS = {
+    "awq": Layout(4, 0, 32, 128, scales="zero"),
+    "symmetric": Layout(4, 0, 32, 128, half=torch.bfloat16),
+    "group-32": Layout(4, 0, 32, 32),
+    "group-64-narrow": Layout(4, 0, 16, 64, scales="zero"),
+    "group-128-narrow": Layout(4, 0, 16, 128),
+    "channel": Layout(4, 0, 32, 0),
+    "channel-8": Layout(8, 0, 32, 0, scales="zero", half=torch.bfloat16),
+    "q8_0": Layout(8, 0, 32, 32, offset=128),
+    "gptq-8": Layout(8, 0, 32, 128, offset=128),
+    "q4_1": Layout(4, 0, 32, 32, scales="minimum"),
+    "q5_0": Layout(4, 1, 32, 32, offset=16),
+    "q4_k": Layout(4, 0, 32, 32, scales="k"),
+    "q5_k": Layout(4, 1, 32, 32, scales="k"),
+    "q6_k": Layout(4, 2, 16, 16, scales="bytes", offset=32),
+    "nvfp4": Layout(4, 0, 16, 16, code="e2m1", scales="e4m3"),
+    "mxfp4": Layout(4, 0, 32, 32, code="e2m1", half=torch.bfloat16),
+    "nf4": Layout(4, 0, 32, 64, code="nf4", scales="float"),
+}
+
+
+def fields(
+    layout: Layout, groups: int, outputs: int, size: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Random scale fields [N, ..] and outer fields, of values near ``size``."""
+
+    def near(*shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=generator) + 0.5) * size
+
+    def whole(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    outer_groups = layout.outer_rows(groups * layout.group)
+    if layout.scales == "float":
+        return near(outputs, groups), None
+    if layout.scales == "pair":
+        return near(outputs, groups).to(layout.half), None
+    if layout.scales == "zero":
+        zeros = whole(0, 1 << layout.bits, outputs, groups).to(torch.int16).view(layout.half)
+        return torch.stack((near(outputs, groups).to(layout.half), zeros), -1), None
+    if layout.scales == "minimum":
+        return torch.stack((near(outputs, groups), near(outputs, groups) * 8), -1).to(layout.half), None
+    if layout.scales == "e4m3":
+        return (near(outputs, groups) / size).to(torch.float8_e4m3fn), near(outputs, 1)
+    outer = torch.stack((near(outputs, outer_groups), near(outputs, outer_groups) * 8), -1) / 32
+    if layout.scales == "bytes":
+        return whole(-60, 60, outputs, groups).to(torch.int8), outer.to(layout.half)
+    return whole(0, 64, outputs, groups, 2).to(torch.uint8), outer.to(layout.half)
+
+
+def draw(layout: Layout, outputs: int, inputs: int, seed: int = 0) -> Packed:
+    """Random codes and scales of a size that keeps products near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = layout.bits + layout.high_bits
+    weight = empty_packed(layout, outputs, inputs, torch.device("cpu"))
+    codes = torch.randint(0, 2**bits, (outputs, inputs), generator=generator).to(torch.uint8)
+    weight.words, weight.high = pack_codes(codes, layout)
+    size = inputs**-0.5 / (2 ** (bits - 1) if layout.code == "int" else 2)
+    inner, outer = fields(layout, layout.num_groups(inputs), outputs, size, generator)
+    weight.scale = join_fields(inner, layout.scale_rows(inputs))
+    if outer is not None:
+        weight.outer = join_fields(outer, layout.outer_rows(inputs))
+    return to_device(weight)
+
+
+def to_device(weight: Packed) -> Packed:
+    for name, value in vars(weight).items():
+        if isinstance(value, Tensor):
+            setattr(weight, name, value.to(DEVICE).contiguous())
+    return weight
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("inputs", [256, 320])
+def test_codes_come_back(name: str, inputs: int) -> None:
+    layout = LAYOUTS[name]
+    codes = torch.randint(0, 2 ** (layout.bits + layout.high_bits), (6, inputs)).to(torch.uint8)
+    weight = empty_packed(layout, 6, inputs, torch.device("cpu"))
+    words, high = pack_codes(codes, layout)
+    assert words.shape == weight.words.shape and words.dtype == torch.int32
+    assert (high is None) == (weight.high is None)
+    weight.words, weight.high = words, high
+    assert torch.equal(unpack_codes(weight), codes)
+
+
+def test_the_drawing() -> None:
+    """Input 32 place + w of a run is in word w, at bit 4 (place / 2), odd places in the upper half."""
+    layout = LAYOUTS["awq"]
+    codes = torch.zeros((1, 512), dtype=torch.uint8)
+    codes[0, 256 + 5 * 32 + 3] = 9
+    words, _ = pack_codes(codes, layout)
+    assert words.shape == (2, 1, 32)
+    expected = torch.zeros_like(words)
+    expected[1, 0, 3] = 9 << (16 + 8)
+    assert torch.equal(words, expected)
+
+
+def test_reference_in_words() -> None:
+    """value = scale (code - zero), one scale for 128 inputs."""
+    weight = draw(LAYOUTS["awq"], 8, 256)
+    codes, x = unpack_codes(weight).float(), normal(3, 256)
+    halves = (
+        split_fields(weight.scale, torch.float16)[:, ::2],
+        split_fields(weight.scale, torch.int16)[:, 1::2],
+    )
+    scale, zero = (half.float().repeat_interleave(128, 1) for half in halves)
+    values = (codes - zero) * scale
+    bias = normal(8)
+    torch.testing.assert_close(linear_packed(x, weight, bias), x @ values.T + bias, atol=1e-4, rtol=1e-4)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    weight.order = order
+    torch.testing.assert_close(linear_packed(x, weight), x[:, order] @ values.T, atol=1e-4, rtol=1e-4)
+    wide = torch.zeros((3, 10), device=DEVICE)
+    linear_packed(x, weight, None, wide[:, 1:9])
+    assert torch.equal(wide[:, 1:9], linear_packed(x, weight)) and not wide[:, [0, 9]].any()
+    part = ops.rows_of(weight, slice(2, 5))
+    assert torch.equal(unpack(part), unpack(weight)[2:5]) and part.outputs == 3
+
+
+def test_impossible_layouts() -> None:
+    for wrong in ({"bits": 5}, {"width": 8}, {"group": 48}):
+        with pytest.raises(ValueError, match="no such layout"):
+            Layout(**wrong)
+
+
+triton = pytest.importorskip("triton")
+if DEVICE == "cpu":
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+from octavo.device.kernels.triton import packed as kernels
+
+BOUND = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture
+def few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind: the interpreter takes its time."""
+    monkeypatch.setattr(kernels, "BLOCKS", (8, 32))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels.LinearPacked, "_warm", lambda *_: None)
+
+
+@pytest.mark.usefixtures("few_kernels")
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in LAYOUTS for dtype in DTYPES[1:]]
+    + [("awq", torch.float32), ("nf4", torch.float32)],
+)
+def test_kernels(name: str, dtype: torch.dtype, tokens: int) -> None:
+    """Few tokens over split inputs, more in tiles; outputs and inputs that fill no tile; a bias."""
+    layout = LAYOUTS[name]
+    inputs = 512 if layout.scales in ("k", "bytes") else 320
+    weight, bias, x = draw(layout, 40, inputs), normal(40, dtype=dtype), normal(tokens, inputs, dtype=dtype)
+    linear = kernels.LinearPacked()
+    actual = linear(x, weight, bias)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(
+        actual, linear_packed(x, weight, bias), atol=BOUND[dtype] * 2, rtol=BOUND[dtype]
+    )
+    assert linear.counters is not None and not linear.counters.any()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_written_out_values_are_exact(name: str) -> None:
+    layout = LAYOUTS[name]
+    weight = draw(layout, 70, 512)
+    expected = unpack(weight)
+    found = torch.cat(
+        [
+            kernels.write_out(weight, slice(0, 66), torch.float32),
+            kernels.write_out(weight, slice(66, 70), torch.float32),
+        ]
+    )
+    if layout.scales in ("minimum", "k"):  # a fused multiply and add on a GPU
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    else:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("few_kernels")
+def test_many_tokens_use_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "WRITE_OUT_FROM", 3)
+    monkeypatch.setattr(kernels, "WRITE_OUT_ELEMENTS", 64 * 256)
+    weight, bias, x = draw(LAYOUTS["q4_k"], 70, 256), normal(70), normal(5, 256)
+    torch.testing.assert_close(
+        kernels.LinearPacked()(x, weight, bias), linear_packed(x, weight, bias), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.usefixtures("few_kernels")
+def test_order_and_columns() -> None:
+    weight, x = draw(LAYOUTS["awq"], 64, 256), normal(4, 256)
+    weight.order = torch.randperm(256, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    wide = torch.zeros((4, 100), device=DEVICE)
+    kernels.LinearPacked()(x, weight, None, wide[:, 20:84])
+    torch.testing.assert_close(wide[:, 20:84], linear_packed(x, weight), atol=1e-4, rtol=1e-4)
+    assert not wide[:, :20].any() and not wide[:, 84:].any()
+    assert kernels.LinearPacked()(x[:0], weight).shape == (0, 64)
