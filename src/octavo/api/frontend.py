@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from octavo.api.chat.formats.detect import detect_tools
+from octavo.api.chat.formats.harmony import speaks_harmony
 from octavo.api.chat.formats.tools import ToolSyntax
 from octavo.api.chat.request import ChatPrompt
 from octavo.api.chat.thinking import ThinkingFormat
@@ -73,6 +74,11 @@ class Frontend:
     def tool_syntax(self) -> ToolSyntax:
         """How this model calls tools."""
         return detect_tools(self.template)
+
+    @cached_property
+    def speaks_harmony(self) -> bool:
+        """Whether this model answers on channels (gpt-oss)."""
+        return speaks_harmony(self.template.source)
 
     @cached_property
     def thinking(self) -> ThinkingFormat | None:

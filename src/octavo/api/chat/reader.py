@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
-from octavo.api.chat.events import ChatEvent, EndReason, Finish, Reasoning, Text, ToolArgs, ToolStart
+from octavo.api.chat.events import (
+    ChatEvent,
+    ChatFormat,
+    EndReason,
+    Finish,
+    Reasoning,
+    Text,
+    ToolArgs,
+    ToolStart,
+)
 from octavo.api.chat.formats.reasoning import ReasoningParser
 from octavo.api.chat.formats.tools import ToolParser
 from octavo.api.generation import TextDelta
+
+
+class AnswerReader(ChatFormat, Protocol):
+    """What reads one choice of a chat answer."""
+
+    num_reasoning_tokens: int
+
+    def finish_reason(self, reason: EndReason) -> EndReason:
+        """Why the choice ended, as chat dialects say it."""
 
 
 class ChoiceReader:

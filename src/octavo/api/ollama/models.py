@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from typing import Any
 
-from octavo.api.chat.formats.detect import GENERIC
+from octavo.api.chat.formats.families import GENERIC
 from octavo.api.ollama.convert import served_name
 from octavo.api.ollama.generate import FORM, line
 from octavo.api.ollama.schema import (

@@ -11,7 +11,7 @@ import msgspec
 
 from octavo.api.chat.effort import asked_thinking
 from octavo.api.chat.events import ChatEvent, ChatFormat, Finish, PlainFormat
-from octavo.api.chat.reader import ChoiceReader, MessageFold
+from octavo.api.chat.reader import AnswerReader, MessageFold
 from octavo.api.chat.thinking import plan_thinking
 from octavo.api.openai.context import Context, reply_id
 from octavo.api.openai.prompts import chat_ids, chat_prompt, encode_text
@@ -32,7 +32,7 @@ class Conversation:
     id: str
     model: str
     created: int
-    readers: list[ChoiceReader] | None
+    readers: Sequence[AnswerReader] | None
     answer_ids: list[int] = field(default_factory=list)  # of the first choice, as ``events`` goes on
 
     @property
@@ -109,8 +109,10 @@ async def start_chat(
     request, budget = _with_thinking(context, request)
     tools = await tool_plan(context, request)
     params = await structured_outputs(context, request, tools)
-    markers_are_special = (tools is not None and tools.shows_specials) or (
-        frontend.thinking is not None and frontend.thinking.shows_specials
+    markers_are_special = (
+        frontend.speaks_harmony
+        or (tools is not None and tools.shows_specials)
+        or (frontend.thinking is not None and frontend.thinking.shows_specials)
     )
     sampling = sampling_params(
         context,
@@ -136,7 +138,13 @@ async def start_chat(
     request_id = reply_id(prefix, request.request_id)
     watched = None if thinking is None else thinking.engine
     run = Run(context, request, [prompt], request_id=request_id, thinking=watched)
-    readers = choice_readers(tools, thinking, run.n, show_reasoning=request.include_reasoning is not False)
+    readers = choice_readers(
+        tools,
+        thinking,
+        run.n,
+        show_reasoning=request.include_reasoning is not False,
+        harmony=frontend.speaks_harmony and raw is None,
+    )
     return Conversation(context, request, run, request_id, model, int(time.time()), readers)
 
 

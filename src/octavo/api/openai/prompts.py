@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from octavo.api.chat.formats.detect import GENERIC
+from octavo.api.chat.formats.families import GENERIC
 from octavo.api.chat.request import ChatPrompt, ChatRequest
 from octavo.api.chat.tools import ToolPlan
 from octavo.api.frontend import LARGE_TEXT
