@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
+from server_fake import FakeEngine, make_client, make_tokenizer, says
 from test_tools_parse import cut, read
+from test_tools_server import DEFINED, accepts
+from tokenizers import AddedToken
 
 from octavo.api.chat.events import ChatEvent, Reasoning, Text, ToolArgs, ToolStart
 from octavo.api.chat.formats.detect import detect_tools
@@ -32,8 +36,12 @@ from octavo.api.chat.formats.families import (
 )
 from octavo.api.chat.formats.harmony import HarmonyReader
 from octavo.api.chat.formats.tools import ToolSyntax
+from octavo.api.chat.tools import ToolDefinition, ToolGrammar
 from octavo.api.generation import TextDelta
+from octavo.api.text.byte_tokenizer import build_byte_tokenizer
 from octavo.api.text.template import ChatTemplate
+from octavo.api.text.tokenizer import Tokenizer
+from octavo.engine.structured.vocabulary import Vocabulary, build_tables
 
 Calls = list[tuple[str, dict[str, Any]]]
 FAMILIES = [
@@ -285,6 +293,101 @@ def test_channels_end_counts_and_options() -> None:
     assert time.process_time() - begin < 10
 
 
+# -- grammars and requests --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("syntax", [DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, PHI4_MINI], ids=lambda s: s.name)
+def test_grammars_of_sections(syntax: ToolSyntax) -> None:
+    good: Calls = [("weather", {"city": "x", "days": 2})]
+    other: Calls = [('ti"me', {})]
+    if syntax is PHI4_MINI:
+        other = [("time", {})]
+    tools = [(0, DEFINED[0]), (1, ToolDefinition(other[0][0]))]
+    must = ToolGrammar(syntax, make_tokenizer()).text(tools, True, True)
+    assert accepts(must, write(syntax, good)) and accepts(must, write(syntax, other + good))
+    bad: list[Calls] = [
+        [("weather", {"days": 2})],
+        [("weather", {"city": "x", "days": 10})],
+        [("nothing", {})],
+    ]
+    for calls_ in bad:
+        assert not accepts(must, write(syntax, calls_)), calls_
+    assert not accepts(must, "Hello")
+    single = ToolGrammar(syntax, make_tokenizer()).text(tools, True, False)
+    assert accepts(single, write(syntax, good)) and not accepts(single, write(syntax, good + good))
+    free = ToolGrammar(syntax, make_tokenizer()).text(tools, False, True)
+    assert accepts(free, "Hello") and accepts(free, write(syntax, good)) and accepts(free, "")
+    assert not accepts(free, write(syntax, bad[0]))
+
+
+def test_grammar_of_channels() -> None:
+    marks = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>"]
+    built = build_byte_tokenizer({"vocab_size": 298, "eos_token_id": 257})
+    built.backend.add_tokens([AddedToken(mark, special=True) for mark in marks])
+    tokenizer = Tokenizer(built)
+    tables = build_tables(
+        Vocabulary(
+            tokens=[tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)],
+            special_ids=tokenizer.special_ids,
+            eos_token_ids=(257,),
+            encode=lambda text: list(text.encode()),
+        ),
+        tokenizer.vocab_size,
+    )
+
+    def fits(grammar: str, text: str) -> bool:
+        matcher = LLMatcher(tables, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    maker = ToolGrammar(HARMONY, tokenizer)
+    assert maker.shows_specials
+    must, free = (maker.text([(0, DEFINED[0])], must, True) for must in (True, False))
+    call = '<|channel|>commentary to=functions.weather<|message|>{"city": "x"}'
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    for text in (call, thought + call):
+        assert fits(must, text) and fits(free, text)
+    answer = "<|channel|>final<|message|>Hi"
+    assert fits(free, thought + answer) and not fits(must, thought + answer)
+    assert not fits(must, call.replace("city", "town"))
+
+
+def test_a_schema_is_enforced_in_json_where_the_family_has_none() -> None:
+    source = dict(TEMPLATES)[QWEN3_CODER]
+    said = '<tool_call>\n{"name": "weather", "arguments": {"city": "x"}}\n</tool_call>'
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools}
+    engine = FakeEngine(rule=says(said), max_model_len=4096)
+    client = make_client(engine, template=source)
+    made = client.post("/v1/chat/completions", json={**body, "tool_choice": "required"}).json()["choices"][0]
+    assert engine.submitted[-1].grammar is not None
+    assert made["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "x"}'
+    engine.rule = says(
+        "<tool_call>\n<function=weather>\n<parameter=city>\nx\n</parameter>\n</function>\n</tool_call>"
+    )
+    free = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert engine.submitted[-1].grammar is None and free["finish_reason"] == "tool_calls"
+    assert json.loads(free["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "x"}
+
+
+def test_channels_over_http_in_every_dialect() -> None:
+    source = dict(TEMPLATES)[HARMONY]
+    client = make_client(FakeEngine(rule=says(ANSWER), max_model_len=4096), template=source)
+    hi: Any = [{"role": "user", "content": "Hi"}]
+    chat = client.post("/v1/chat/completions", json={"messages": hi, "reasoning_effort": "high"}).json()
+    message = chat["choices"][0]["message"]
+    assert message["reasoning"] == message["reasoning_content"] == "Need <weather>."
+    assert message["content"] == "Let me look." and message["tool_calls"][0]["function"]["name"] == "weather"
+    assert chat["choices"][0]["finish_reason"] == "tool_calls"
+    claude = client.post("/v1/messages", json={"messages": hi, "max_tokens": 900}).json()
+    assert [block["type"] for block in claude["content"]] == ["thinking", "text", "tool_use"]
+    items = client.post("/v1/responses", json={"input": "Hi"}).json()["output"]
+    assert [item["type"] for item in items] == ["reasoning", "message", "function_call"]
+    local = client.post("/api/chat", json={"messages": hi, "stream": False}).json()["message"]
+    assert local["thinking"] == "Need <weather>." and local["tool_calls"][0]["function"]["arguments"]
+
+
 # -- found in templates -------------------------------------------------------------------------------------------
 
 HEAD = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}"
@@ -294,8 +397,10 @@ EACH = "{% for k, v in c.function.arguments.items() %}"
 TEMPLATES = [
     (
         DEEPSEEK_V3,
-        f"{HEAD}<{BAR}tool▁calls▁begin{BAR}>{CALL}function{SEP}{F}\n```json\n{A}\n```"
-        f"<{BAR}tool▁call▁end{BAR}><{BAR}tool▁calls▁end{BAR}>{TAIL}",
+        (
+            f"{HEAD}<{BAR}tool▁calls▁begin{BAR}>{CALL}function{SEP}{F}\n```json\n{A}\n```"
+            f"<{BAR}tool▁call▁end{BAR}><{BAR}tool▁calls▁end{BAR}>{TAIL}"
+        ),
     ),
     (
         DEEPSEEK_V31,
@@ -303,8 +408,10 @@ TEMPLATES = [
     ),
     (
         KIMI_K2,
-        f"{HEAD}<|tool_calls_section_begin|><|tool_call_begin|>functions.{F}:0<|tool_call_argument_begin|>{A}"
-        f"<|tool_call_end|><|tool_calls_section_end|>{TAIL}",
+        (
+            f"{HEAD}<|tool_calls_section_begin|><|tool_call_begin|>functions.{F}:0<|tool_call_argument_begin|>{A}"
+            f"<|tool_call_end|><|tool_calls_section_end|>{TAIL}"
+        ),
     ),
     (
         QWEN3_CODER,
