@@ -72,16 +72,17 @@ class EngineCore:
             root_key=secrets.token_bytes(32),
             prefix_caching=settings.enable_prefix_caching,
         )
+        self.pace = Pace(settings.max_step_ms / 1e3, settings.max_num_batched_tokens)
         self.scheduler = Scheduler(
             [Slots(min(settings.max_num_seqs, executor.num_slots)), self.pages],
             max_num_batched_tokens=settings.max_num_batched_tokens,
+            pace=self.pace,
             waiting=make_queue(settings.scheduling_policy),
         )
         self._clock = clock
         self.expiry = Expiry()
         self.siblings = Siblings()
         self._num_rejected = self._num_deadlines = 0
-        self.pace = Pace(settings.max_step_ms / 1e3, settings.max_num_batched_tokens)
         self._last_done_s = 0.0
         self.stopping = False
         self._depth = 1 if settings.overlap else 0
@@ -210,7 +211,6 @@ class EngineCore:
             self._expire(seq)
         if self.lobby is not None:
             self._leave_lobby(self.lobby)
-        self.scheduler.mixed_budget = self.pace.budget()
         step = self.scheduler.schedule()
         if step is not None:
             step.launched_s = self._clock()

@@ -13,13 +13,12 @@ from octavo.host.plan import (
     SCHEMES,
     Planner,
     gib,
-    graphs_beyond_reserve,
     predict,
     table_bytes,
 )
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
-from octavo.model.footprint import Scheme
+from octavo.model.footprint import Scheme, work_bytes
 from octavo.runner.memory import plan_pages
 
 
@@ -48,8 +47,11 @@ class StartBudget:
         self.on_gpu = platform.kind == "cuda"
         self.scheme: Scheme = SCHEMES[options.model.quantization]
         graphs = self.on_gpu and not options.device.enforce_eager
-        self.parts = predict(spec, self.scheme, resolved, layout, graphs=graphs, counted=arch.num_parameters)
+        self.parts = predict(
+            spec, self.scheme, resolved, layout, graphs=graphs, on_gpu=self.on_gpu, counted=arch.num_parameters
+        )
         self.pages = table_bytes(layout, resolved)
+        self.work = work_bytes(spec) if self.on_gpu else 0
         self.free = platform.free_bytes()
         self.cache = self._planned_cache()
         self.use: dict[str, tuple[int, int]] = {}
@@ -86,14 +88,13 @@ class StartBudget:
 
     def weights_loaded(self) -> None:
         """Weights and rotary tables are on the device."""
-        self._measure("weights", self.parts.weights + self.parts.tables - self.pages)
+        self._measure("weights", self.parts.weights + self.parts.tables - self.pages - self.work)
 
-    def peak(self, measured: int) -> int:
-        """What the cache must leave free for steps and graphs, from the measured step."""
+    def step_measured(self, measured: int) -> None:
+        """The largest step has run."""
         if self.on_gpu:
             self.use["step"] = (self.parts.step, measured)
         self.free = self.platform.free_bytes()
-        return measured + graphs_beyond_reserve(self.parts.graphs)
 
     def cache_allocated(self) -> None:
         """Pages, page tables and the runner's buffers are on the device."""
@@ -113,7 +114,8 @@ class StartBudget:
                 kind=self.platform.kind,
                 free_bytes=max(0, self.free - parts.weights - parts.tables),
                 total_bytes=self.hardware.total_memory_bytes,
-                peak_bytes=parts.step + graphs_beyond_reserve(parts.graphs),
+                peak_bytes=parts.step,
+                graph_bytes=parts.graphs,
                 max_model_len=resolved.max_model_len,
                 length_is_fixed=False,
                 max_num_seqs=resolved.max_num_seqs,

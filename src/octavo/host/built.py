@@ -57,8 +57,3 @@ class Built:
     kind: str = "cpu"
     pooler: Pooler | None = None
     backend: str = ""
-
-    @property
-    def pools(self) -> bool:
-        """Whether the engine is there for vectors alone."""
-        return self.pooler is not None and self.pooler.pools

@@ -13,6 +13,7 @@ from octavo.api.chat.effort import asked_thinking
 from octavo.api.chat.events import ChatEvent, ChatFormat, Finish, PlainFormat
 from octavo.api.chat.reader import AnswerReader, MessageFold
 from octavo.api.chat.thinking import plan_thinking
+from octavo.api.chat.tools import ToolPlan
 from octavo.api.openai.context import Context, reply_id
 from octavo.api.openai.prompts import chat_ids, chat_prompt, encode_text
 from octavo.api.openai.run import Run
@@ -20,6 +21,7 @@ from octavo.api.openai.sampling import check_fields, sampling_params, structured
 from octavo.api.openai.schema import ChatCompletionRequest
 from octavo.api.openai.tools import choice_readers, tool_plan
 from octavo.errors import RequestError
+from octavo.protocol.generate import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,48 @@ async def start_chat(
     Raises ``RequestError`` (fields are named as OpenAI names them) and what ``Run`` raises.
     """
     model = context.check_model(request.model)
+    drawn = await _prepare(context, request, before, raw)
+    request, tools, prompt = drawn.request, drawn.tools, drawn.prompt
+    frontend = context.frontend
+    thinking = plan_thinking(
+        frontend.thinking if raw is None else None,
+        prompt[0],
+        frontend.tokenizer,
+        budget=drawn.budget,
+        has_grammar=prompt[1].structured_outputs is not None,
+    )
+    request_id = reply_id(prefix, request.request_id)
+    watched = None if thinking is None else thinking.engine
+    run = Run(context, request, [prompt], request_id=request_id, thinking=watched)
+    readers = choice_readers(
+        tools,
+        thinking,
+        run.n,
+        show_reasoning=request.include_reasoning is not False,
+        harmony=frontend.speaks_harmony and raw is None,
+    )
+    return Conversation(context, request, run, request_id, model, int(time.time()), readers)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A chat request with its prompt; ``budget`` is that of its thoughts."""
+
+    request: ChatCompletionRequest
+    tools: ToolPlan | None
+    prompt: tuple[list[int], SamplingParams]
+    budget: int | None
+
+
+async def render_chat(context: Context, request: ChatCompletionRequest) -> tuple[list[int], SamplingParams]:
+    """The prompt and the parameters of a chat request; nothing is generated."""
+    context.check_model(request.model)
+    return (await _prepare(context, request, (), None)).prompt
+
+
+async def _prepare(
+    context: Context, request: ChatCompletionRequest, before: Sequence[int], raw: str | None
+) -> _Prepared:
     check_fields(request)
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
@@ -128,24 +172,7 @@ async def start_chat(
     else:
         ids = [*before, *await encode_text(context, raw, not before)]
         prompt = await frontend.prepare_async(ids, sampling)
-    thinking = plan_thinking(
-        frontend.thinking if raw is None else None,
-        prompt[0],
-        frontend.tokenizer,
-        budget=budget,
-        has_grammar=params is not None,
-    )
-    request_id = reply_id(prefix, request.request_id)
-    watched = None if thinking is None else thinking.engine
-    run = Run(context, request, [prompt], request_id=request_id, thinking=watched)
-    readers = choice_readers(
-        tools,
-        thinking,
-        run.n,
-        show_reasoning=request.include_reasoning is not False,
-        harmony=frontend.speaks_harmony and raw is None,
-    )
-    return Conversation(context, request, run, request_id, model, int(time.time()), readers)
+    return _Prepared(request, tools, prompt, budget)
 
 
 async def count_prompt(context: Context, request: ChatCompletionRequest) -> int:

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from octavo.api.openai.schema import Messages, ModelName, Prompt, SamplingFields, User
+from octavo.api.openai.schema import Messages, ModelName, Prompt, SamplingFields, Truncate, User
 from octavo.protocol import bounds
 
 Dimensions = Annotated[int, Meta(ge=1, le=65536)]
-Truncate = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # -1: to what the model holds
 Texts = Annotated[list[str], Meta(min_length=1, max_length=2048)]
 TopN = Annotated[int, Meta(ge=0, le=2048)]
 

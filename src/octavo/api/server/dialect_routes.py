@@ -14,8 +14,10 @@ from octavo.api.ollama import models as ollama_models
 from octavo.api.ollama import schema as ollama
 from octavo.api.ollama.embed import embed, old_embed
 from octavo.api.openai import pooling_schema as pooling
+from octavo.api.openai import schema, tokens
 from octavo.api.openai.context import Context
 from octavo.api.openai.embeddings import embeddings, rerank, score
+from octavo.api.server.invocations import invocations
 from octavo.api.server.response_routes import response_routes
 from octavo.api.server.route import Reply, Route, Service
 
@@ -56,7 +58,43 @@ def _pooling() -> tuple[Route, ...]:
 
 def dialect_routes() -> tuple[Route, ...]:
     """All of them."""
-    return (*_pooling(), *response_routes(), *_anthropic(), *_ollama(), *_ollama_store())
+    return (*_tokens(), *_pooling(), *response_routes(), *_anthropic(), *_ollama(), *_ollama_store())
+
+
+def _tokens() -> tuple[Route, ...]:
+    return (
+        Route(
+            "POST",
+            "/v1/chat/completions/render",
+            handler(tokens.render_chat_request),
+            "A chat request as tokens; nothing is generated.",
+            schema.ChatCompletionRequest,
+            tokens.TokensRequest,
+        ),
+        Route(
+            "POST",
+            "/v1/completions/render",
+            handler(tokens.render_completion),
+            "A completion request as tokens; nothing is generated.",
+            schema.CompletionRequest,
+            tokens.Rendered,
+        ),
+        Route(
+            "POST",
+            "/inference/v1/generate",
+            handler(tokens.generate),
+            "Tokens that go on from tokens.",
+            tokens.TokensRequest,
+            tokens.TokensReply,
+            tokens.TokensReply,
+        ),
+        Route(
+            "POST",
+            "/invocations",
+            invocations,
+            "Any of the requests above; its fields say which (SageMaker).",
+        ),
+    )
 
 
 def _anthropic() -> tuple[Route, ...]:

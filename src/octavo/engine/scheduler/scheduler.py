@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from octavo.engine.scheduler import stop
-from octavo.engine.scheduler.pace import LEAST
+from octavo.engine.scheduler.pace import HORIZON, Pace
 from octavo.engine.scheduler.queue import Queue
 from octavo.engine.scheduler.resources import Resource
 from octavo.engine.scheduler.sequence import Sequence
@@ -51,17 +52,22 @@ class Step:
 class Scheduler:
     """Fills steps from running and waiting sequences.
 
-    Both budgets may be changed at any time: ``max_num_batched_tokens`` bounds the rows' tokens of one step, and
-    ``mixed_budget`` those of a step in which answers wait (its rows of one token always go first). ``now_s`` is the time
-    at which sequences of this step are said to begin.
+    ``max_num_batched_tokens`` bounds the rows' tokens of one step and may be changed at any time; ``pace`` says how many
+    of them prompts may take (rows of one token always go first). ``now_s`` is the time at which sequences of this step
+    are said to begin.
     """
 
     def __init__(
-        self, resources: list[Resource], *, max_num_batched_tokens: int, waiting: Queue | None = None
+        self,
+        resources: list[Resource],
+        *,
+        max_num_batched_tokens: int,
+        pace: Pace | None = None,
+        waiting: Queue | None = None,
     ) -> None:
         self.resources = resources
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.mixed_budget = max_num_batched_tokens  # of a step in which answers wait for their next token
+        self.pace = pace or Pace(0.0, max_num_batched_tokens)
         self.now_s = 0.0
         self.waiting = Queue() if waiting is None else waiting
         # Running sequences are in exactly one of these two: all known tokens queued, or not yet.
@@ -87,9 +93,8 @@ class Scheduler:
         step = Step(StepPlan(self.counters.num_steps, [], [], [], [], [], [], [], []), [])
         self._preempted = False
         budget = self._decode_rows(step, self.max_num_batched_tokens)
-        if step.rows:
-            used = self.max_num_batched_tokens - budget
-            budget = min(budget, max(self.mixed_budget - used, LEAST))
+        answers = self.max_num_batched_tokens - budget
+        budget = min(budget, self.pace.prompts(answers, self._num_waiting_tokens()))
         budget = self._prefill_rows(step, budget)
         self._admit_waiting(step, budget)
         if self.waiting.charges:
@@ -137,6 +142,16 @@ class Scheduler:
         plan.num_drafts.extend([n - 1 for n in counts])
         plan.sample.extend([True] * len(rows))
         return budget
+
+    def _num_waiting_tokens(self) -> int:
+        """Prompt tokens not yet queued, of all sequences; counted up to what makes a difference."""
+        enough = HORIZON * self.max_num_batched_tokens
+        total = 0
+        for seq in chain(self.prefilling, self.waiting):
+            total += len(seq.tokens) - seq.num_queued
+            if total >= enough:
+                break
+        return total
 
     def _prefill_rows(self, step: Step, budget: int) -> int:
         """Chunks of the sequences that have known tokens left to compute, oldest first (see ``Queue.rank``)."""
