@@ -59,6 +59,19 @@ class ModelOptions:
         "auto",
         "Sampling defaults: auto takes the model's generation_config.json, vllm ignores it, or a folder.",
     )
+    runner: str = option(
+        "auto",
+        "What the model is served for: generate, or pooling (embeddings and scores); auto follows the model.",
+        ("auto", "generate", "pooling"),
+    )
+    convert: str = option(
+        "auto",
+        "How a generative model serves --runner pooling: embed takes its hidden states; none refuses.",
+        ("auto", "none", "embed"),
+    )
+    pooler_config: str | None = option(
+        None, 'How vectors are made, as JSON: {"pooling_type": "LAST" | "MEAN" | "CLS", "normalize": true}.'
+    )
     chat_template: str | None = option(None, "Jinja file to use instead of the model's chat template.")
     hf_overrides: str | None = option(
         None, 'Values that replace those of config.json, as JSON, like {"num_hidden_layers": 20}.'

@@ -112,6 +112,7 @@ class EngineCore:
             timeline_s=settings.timeline_s,
             memory_bytes=settings.memory_bytes,
             max_queue_len=settings.max_queue_len,
+            facts=settings.facts,
         )
 
     # -- requests -----------------------------------------------------------------------------------------------

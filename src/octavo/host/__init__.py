@@ -8,6 +8,7 @@ engine's own process.
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 from importlib import import_module
@@ -35,10 +36,17 @@ from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
 from octavo.host.implementation import architecture
 from octavo.host.nodes import waiting_for
+from octavo.host.pooler import choose_pooler
 from octavo.host.replicas import launch_replicas
 from octavo.host.spread import Facts, launch
+from octavo.model.arch import ArchConfig
+from octavo.protocol.control import ModelFacts
 
-BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.compiled_engine:build"}
+BACKENDS = {
+    "torch": "octavo.host.torch_engine:build",
+    "compiled": "octavo.host.compiled_engine:build",
+    "encoder": "octavo.host.encoder_engine:build",
+}
 
 
 def open_files(options: EngineOptions, progress: Progress | None = None) -> ModelFiles:
@@ -85,12 +93,14 @@ def build_runner(
 ) -> Built:
     """Load the model with the backend that fits model and device, and size its cache."""
     arch = architecture(options.model, files)
+    pooler = choose_pooler(options.model, files, arch)
     backend = choose_backend(options, files, arch)
     module, _, attribute = BACKENDS[backend].partition(":")
     timeline = timeline or Timeline.start()
     built: Built = getattr(import_module(module), attribute)(
         options, files, arch, timeline, progress or quiet
     )
+    built.pooler, built.backend = pooler, backend
     return built
 
 
@@ -114,7 +124,10 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         )
     arch = architecture(options.model, files)
     executor: Executor
+    built: Built | None = None
     if options.parallel.uses_workers:
+        if choose_pooler(options.model, files, arch).pools:
+            raise UsageError("Embeddings are computed on one device.", "Leave out the parallel sizes.")
         executor, facts = launch(options, arch, progress, waiting_for(options))
     else:
         timeline = Timeline.start()
@@ -130,9 +143,29 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         kernels=facts.kernels,
         timeline_s=facts.phases,
         memory_bytes=facts.memory_use,
+        facts=model_facts(options, files, arch, built),
     )
     grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
     return EngineCore(executor, settings, grammars)
+
+
+def model_facts(
+    options: EngineOptions, files: ModelFiles, arch: ArchConfig, built: Built | None
+) -> ModelFacts:
+    """What clients may ask about the model; ``built`` is None where it runs on several devices, and gives no vectors."""
+    pooler = None if built is None else built.pooler
+    spread_kind = "cpu" if options.device.device == "cpu" else "cuda"
+    return ModelFacts(
+        weights_bytes=sum(tensor.nbytes for tensor in files.tensors.values()),
+        num_parameters=sum(math.prod(tensor.shape) for tensor in files.tensors.values()),
+        weights_format=files.format,
+        device_kind=spread_kind if built is None else built.kind,
+        can_generate=pooler is None or not pooler.pools,
+        can_pool=built is not None and built.backend != "compiled",
+        pooling="last" if pooler is None else pooler.pooling,
+        normalize=pooler is None or pooler.normalize,
+        hidden_size=arch.hidden_size,
+    )
 
 
 def read_vocabulary(options: EngineOptions, files: ModelFiles) -> Vocabulary:
