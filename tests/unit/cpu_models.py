@@ -185,12 +185,12 @@ class Driver:
         self.held: dict[tuple[int, int], list[int]] = {}
 
     def admit(self, slot: int, tokens: list[int], num_prompt: int | None = None, **sampling: Any) -> SlotInit:
-        """A sequence for the next ``run``; greedy unless ``sampling`` says otherwise."""
+        """A sequence for the next ``run``; greedy, and with all logits, unless ``sampling`` says otherwise."""
         for group in range(len(self.layout.groups)):
             self.free += self.held.pop((group, slot), [])
         stops = sampling.pop("stop_ids", [])
         seed = sampling.pop("slot_seed", 0)
-        params = SamplingParams(**{"temperature": 0.0, **sampling})
+        params = SamplingParams(**{"temperature": 0.0, "logprobs": 0, **sampling})
         return SlotInit(slot, tokens, num_prompt or len(tokens), params, seed, stops)
 
     def run(

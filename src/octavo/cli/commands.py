@@ -136,6 +136,18 @@ def _bench_offline(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser, skip=("seed",))
 
 
+def _bench_cpu(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    bench.add_cpu_arguments(parser)
+    add_engine_options(parser)
+
+
+def _bench_fidelity(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    bench.add_fidelity_arguments(parser)
+    add_engine_options(parser)
+
+
 def _nothing(parser: argparse.ArgumentParser) -> None:
     """The target has its own parser."""
 
@@ -178,6 +190,12 @@ COMMANDS = {
         "octavo.bench.gpu:main",
         _nothing,
         passes_rest=True,
+    ),
+    "bench cpu": Command(
+        "Where the time of the compiled CPU path goes, kernel by kernel.", "octavo.cli.bench:cpu", _bench_cpu
+    ),
+    "bench fidelity": Command(
+        "How near the compiled CPU path is to float32.", "octavo.cli.bench:fidelity", _bench_fidelity
     ),
     "bench table": Command(
         "Proofs and every row of the one-GPU table, beside the peer's.",

@@ -44,7 +44,8 @@ def build(
         step_tokens=resolved.max_num_batched_tokens,
     )
     resolved = replace(resolved, max_model_len=memory.max_model_len, dtype="int8/bfloat16")
-    library = prepare(files, arch, progress)
+    quantization = options.model.quantization.upper() if options.model.quantization else None
+    library = prepare(options, files, arch, progress)
     timeline.end("kernels")
     runner = CPURunner(
         spec,
@@ -56,15 +57,17 @@ def build(
         max_model_len=resolved.max_model_len,
         threads=threads,
         progress=lambda done, total: progress("loading weights", done, total),
+        quantization=quantization,
         library=library,
     )
     timeline.end("weights")
     return Built(runner, arch, resolved, memory, name, runner.explain())
 
 
-def prepare(files: ModelFiles, arch: ArchConfig, progress: Progress) -> KernelLibrary:
+def prepare(options: EngineOptions, files: ModelFiles, arch: ArchConfig, progress: Progress) -> KernelLibrary:
     """Compile the kernels that the model needs, or find them compiled; they are kept for each type of CPU."""
     library = KernelLibrary()
-    wanted = kernels_for(describe(arch), files)
+    quantization = options.model.quantization.upper() if options.model.quantization else None
+    wanted = kernels_for(describe(arch), files, quantization)
     library.warm(wanted, lambda done, total: progress("preparing kernels", done, total))
     return library

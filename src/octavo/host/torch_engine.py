@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from octavo.config import EngineOptions, Resolved, resolve
+from octavo.device.distributed.world import World
 from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
@@ -15,6 +18,8 @@ from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.files.base import ModelFiles
 from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
+from octavo.host.place import Place, take_place
+from octavo.host.spread import part_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
@@ -22,9 +27,10 @@ from octavo.model.fallback.network import TransformersNetwork
 from octavo.model.network import Network
 from octavo.model.quantization.base import WeightFormat
 from octavo.model.quantization.fp8 import choose_format
+from octavo.model.stage import cut
 from octavo.runner.graphs import StepGraphs
 from octavo.runner.measure import Peak, graph_bytes, run_largest_step
-from octavo.runner.memory import plan_pages
+from octavo.runner.memory import MemoryPlan, plan_pages
 from octavo.runner.pages import PageMemory
 from octavo.runner.runner import TorchRunner
 from octavo.runner.warm import warm
@@ -33,35 +39,74 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def build(
-    options: EngineOptions, files: ModelFiles, arch: ArchConfig, timeline: Timeline, progress: Progress
+    options: EngineOptions,
+    files: ModelFiles,
+    arch: ArchConfig,
+    timeline: Timeline,
+    progress: Progress,
+    platform: Platform | None = None,
+    world: World | None = None,
 ) -> Built:
-    """Load the network on the platform, measure, size the cache, capture graphs."""
-    platform = open_platform(options.device.device, threads=options.device.threads)
+    """Load the network on the platform, measure, size the cache, capture graphs; with a ``world`` this rank's part, in
+    step with the others."""
+    platform = platform or open_platform(options.device.device, threads=options.device.threads)
     hardware = platform.hardware()
     resolved = resolve(options, hardware, limits_of(arch))
     dtype = DTYPES[resolved.dtype]
-    spec = describe(arch)
+    place = Place() if world is None else take_place(world, options.parallel, dtype)
+    whole = part_of(describe(arch), options) if world is not None else describe(arch)
+    spec = cut(whole, place.stage, place.num_stages)
     binder = Binder()
     op_spec = platform.op_spec(dtype)
     weight_format = choose_format(options.model.quantization, spec, op_spec)
-    layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize))
+    layout = plan_layout(cache_specs(whole, resolved.page_size, dtype.itemsize))
+    if place.num_stages > 1:
+        layout = layout.part(range(spec.first_layer, spec.first_layer + len(spec.layers)))
     budget = StartBudget(options, resolved, arch, spec, layout, hardware, platform, op_spec.capability)
     budget.require_room(files)
     timeline.end("imports")
-    network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format)
+    network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format, place)
     network.load(files, progress=lambda done, total: progress("loading weights", done, total))
     budget.weights_loaded()
     timeline.end("weights")
     graphs_wanted = platform.kind == "cuda" and not options.device.enforce_eager and network.recordable
-    peak = measure_peak(network, spec, layout, platform, binder, resolved, graphs_wanted)
+    make = partial(torch_runner, network, layout, platform, binder, place.agree)
+    progress("measuring the largest step", 0, 1)
+    peak = measure_peak(make, platform, resolved, graphs_wanted)
     budget.step_measured(peak.step_bytes)
     timeline.end("profile")
+    memory = size_cache(options, layout, platform, resolved, peak, place)
+    resolved = replace(resolved, max_model_len=memory.max_model_len)
+    runner = make(resolved, memory.num_pages)
+    budget.cache_allocated()
+    timeline.end("cache")
+    if graphs_wanted:
+        record_graphs(runner, resolved, progress)
+        budget.graphs_captured()
+        timeline.end("graphs")
+    if platform.kind == "cuda":
+        progress("warming up", 0, 1)
+        warm(runner, resolved.max_model_len)
+        timeline.end("warm")
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
+
+
+def size_cache(
+    options: EngineOptions,
+    layout: CacheLayout,
+    platform: Platform,
+    resolved: Resolved,
+    peak: Peak,
+    place: Place,
+) -> MemoryPlan:
+    """Pages and context length that fit on every rank; ranks on CPUs share one memory."""
+    sharers = place.ranks.size * place.num_stages if platform.kind == "cpu" else 1
     memory = plan_pages(
         layout,
         options.cache,
         kind=platform.kind,
-        free_bytes=platform.free_bytes(),
-        total_bytes=hardware.total_memory_bytes,
+        free_bytes=platform.free_bytes() // sharers,
+        total_bytes=platform.hardware().total_memory_bytes,
         peak_bytes=peak.step_bytes,
         graph_bytes=peak.graph_bytes,
         max_model_len=resolved.max_model_len,
@@ -69,24 +114,19 @@ def build(
         max_num_seqs=resolved.max_num_seqs,
         step_tokens=resolved.max_num_batched_tokens,
     )
-    resolved = replace(resolved, max_model_len=memory.max_model_len)
-    runner = torch_runner(network, spec, layout, platform, binder, resolved, memory.num_pages)
-    budget.cache_allocated()
-    timeline.end("cache")
-    if graphs_wanted:
-        graphs = StepGraphs(network, runner.slots, runner.builder, platform, resolved.max_model_len)
-        graphs.capture(
-            resolved.max_num_seqs,
-            resolved.max_num_batched_tokens,
-            lambda done, total: progress("capturing graphs", done, total),
-        )
-        runner.graphs = graphs
-        budget.graphs_captured()
-        timeline.end("graphs")
-    if platform.kind == "cuda":
-        warm(runner, resolved.max_model_len)
-        timeline.end("warm")
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
+    num_pages, max_model_len = place.least([memory.num_pages, memory.max_model_len])
+    return replace(memory, num_pages=num_pages, max_model_len=max_model_len)
+
+
+def record_graphs(runner: TorchRunner, resolved: Resolved, progress: Progress) -> None:
+    """Record steps of all sizes."""
+    graphs = StepGraphs(runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len)
+    graphs.capture(
+        resolved.max_num_seqs,
+        resolved.max_num_batched_tokens,
+        lambda done, total: progress("capturing graphs", done, total),
+    )
+    runner.graphs = graphs
 
 
 def make_network(
@@ -98,6 +138,7 @@ def make_network(
     platform: Platform,
     resolved: Resolved,
     weight_format: WeightFormat,
+    place: Place,
 ) -> Network:
     """The model's modules on the device, not loaded yet: ours, or those of transformers."""
     dtype, device = DTYPES[resolved.dtype], platform.device
@@ -111,15 +152,17 @@ def make_network(
         op_spec=op_spec,
         max_position=resolved.max_model_len,
         weight_format=weight_format,
+        ranks=place.ranks,
+        pipe=place.pipe,
     )
 
 
 def torch_runner(
     network: Network,
-    spec: DecoderSpec,
     layout: CacheLayout,
     platform: Platform,
     binder: Binder,
+    agree: Callable[[Tensor], Tensor] | None,
     resolved: Resolved,
     num_pages: int,
 ) -> TorchRunner:
@@ -129,27 +172,22 @@ def torch_runner(
         PageMemory(layout, num_pages, platform.device),
         platform,
         binder,
-        vocab_size=spec.embedding.vocab_size,
+        vocab_size=network.spec.embedding.vocab_size,
         num_slots=resolved.max_num_seqs,
         max_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
+        agree=agree,
     )
 
 
 def measure_peak(
-    network: Network,
-    spec: DecoderSpec,
-    layout: CacheLayout,
-    platform: Platform,
-    binder: Binder,
-    resolved: Resolved,
-    graphs: bool,
+    make: Callable[[Resolved, int], TorchRunner], platform: Platform, resolved: Resolved, graphs: bool
 ) -> Peak:
     """What the largest step holds above weights and cache, and what the recordings will; run through a runner over
     two pages."""
     if platform.kind == "cpu":
         return Peak()
-    runner = torch_runner(network, spec, layout, platform, binder, resolved, 2)
+    runner = make(resolved, 2)
     step = platform.peak_bytes(partial(run_largest_step, runner, resolved.max_model_len))
     recorded = graph_bytes(runner, resolved.max_model_len) if graphs else 0
     runner.close()

@@ -15,7 +15,7 @@ from typing import Literal
 
 from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowKV
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped"]
 Scoring = Literal["softmax", "sigmoid", "softmax_top_k"]
 Stored = Literal["rows", "transposed", "per_head", "alternating", "alternating_columns"]
 
@@ -280,7 +280,7 @@ class Experts:
     Hugging Face checkpoints hold them stacked at ``hf``.gate_up_proj and .down_proj, or one by one at ``hf``.0.gate_proj
     and so on, the last names being ``hf_each`` (gate, up, down). ``gguf_each`` are the stacked names in GGUF files.
     ``interleaved``: stacked tensors are [num, in, out] and gate and up alternate (gpt-oss). ``columns``: they are [num, in,
-    out], gate before up (Llama 4).
+    out], gate before up (Llama 4). ``total``: under expert parallelism, how many there are on all ranks (0: these).
     """
 
     hf: str
@@ -292,6 +292,7 @@ class Experts:
     gguf_each: tuple[str, str, str] = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
     interleaved: bool = False
     columns: bool = False
+    total: int = 0
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,8 @@ class DecoderSpec:
     is None where the embedding is the output matrix too. ``logit_softcap`` 0 = none, ``logit_scale`` multiplies.
     Tensors whose names end with one of ``ignored``, or begin with one of ``ignored_prefixes``, are of no use.
     ``positions`` is a learned embedding of positions, added to the tokens'. ``bare_prefix`` is what some checkpoints
-    leave out before all Hugging Face names.
+    leave out before all Hugging Face names. A stage of a pipeline begins at ``first_layer``; only the first has the
+    embedding before its layers, only the last norm and head behind them.
     """
 
     embedding: Embedding
@@ -374,3 +376,6 @@ class DecoderSpec:
         )
     )
     ignored_prefixes: tuple[str, ...] = ()
+    first_layer: int = 0
+    is_first: bool = True
+    is_last: bool = True

@@ -27,10 +27,11 @@ from octavo.model.blocks import (
 )
 
 
-def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
+def shard(spec: DecoderSpec, size: int, *, expert_parallel: bool = False) -> DecoderSpec:
     """The local model of any of ``size`` ranks; its shapes are the same on all of them.
 
-    The output head stays whole where the vocabulary does not divide. Raises ``UnsupportedModelError`` where heads or
+    The output head stays whole where the vocabulary does not divide. With ``expert_parallel`` a rank holds some experts
+    whole instead of a slice of each. Raises ``UnsupportedModelError`` where heads or
     channels do not.
     """
     if size == 1:
@@ -38,11 +39,18 @@ def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
     head = spec.head
     if head is not None:
         head = replace(head, shard="none") if head.out_features % size else _linear(head, size)
-    return replace(spec, layers=tuple(_layer(layer, size) for layer in spec.layers), head=head)
+    return replace(
+        spec, layers=tuple(_layer(layer, size, expert_parallel) for layer in spec.layers), head=head
+    )
 
 
-def _layer(layer: Layer, size: int) -> Layer:
-    return replace(layer, attention=_mixer(layer.attention, size), mlp=_mlp(layer.mlp, size))
+def _layer(layer: Layer, size: int, expert_parallel: bool) -> Layer:
+    mlp = layer.mlp
+    return replace(
+        layer,
+        attention=_mixer(layer.attention, size),
+        mlp=_whole_experts(mlp, size) if expert_parallel and isinstance(mlp, MoE) else _mlp(mlp, size),
+    )
 
 
 def _mixer(block: Mixer, size: int) -> Mixer:
@@ -63,9 +71,7 @@ def _recurrent(block: Recurrent, size: int) -> Recurrent:
     copies = (max(1, size // key_heads),) * 2 + (1, 1)  # q, k; v, gate
     return replace(
         block,
-        project=replace(
-            block.project, parts=tuple(map(_part, block.project.parts, (size,) * 4, copies))
-        ),
+        project=replace(block.project, parts=tuple(map(_part, block.project.parts, (size,) * 4, copies))),
         small=_linear(block.small, size),
         output=_linear(block.output, size),
         conv=tuple(map(_part, block.conv, (size,) * 3, copies)),
@@ -134,6 +140,17 @@ def _mlp(block: FeedForward, size: int) -> FeedForward:
             intermediate=block.intermediate // size,
         )
     return _gated(block, size)
+
+
+def _whole_experts(block: MoE, size: int) -> MoE:
+    num = block.experts.num
+    if num % size:
+        raise UnsupportedModelError(
+            f"{num} experts cannot be dealt to {size} devices.",
+            "Choose a tensor parallel size that divides them, or leave out --enable-expert-parallel.",
+        )
+    shared = _gated(block.shared, size) if block.shared is not None else None
+    return replace(block, experts=replace(block.experts, num=num // size, total=num), shared=shared)
 
 
 def _gated(block: GatedMLP, size: int) -> GatedMLP:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +66,12 @@ class TorchRunner:
         num_slots: int,
         max_tokens: int,
         max_model_len: int,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        """``agree``, where several ranks compute together, replaces drawn tokens, in place, by those of the rank that
+        speaks for all."""
         self.network = network
+        self.agree = agree
         self.pages = pages
         self.platform = platform
         self.layout: CacheLayout = pages.layout
@@ -99,12 +104,12 @@ class TorchRunner:
 
     def _hidden(self, plan: StepPlan, step: Prepared) -> Tensor:
         """The forward pass, kernel by kernel."""
-        if self.network.num_ranks > 1:  # the others wait in the middle of a step: it cannot be repeated
+        if self.agree is not None:  # the others wait in the middle of a step: it cannot be repeated
             return self.network.forward(step.batch)
         hidden = attempt(lambda: self.network.forward(step.batch), self._release)
         if hidden is None:
             parts = Parts(self.builder.build, lambda part: self.network.forward(part.batch), self._release)
-            hidden = parts.run(plan, self.network.embedding)
+            hidden = parts.run(plan, self.network.spec.embedding.hidden, self.network.dtype)
             self.errors = parts.errors
         return hidden
 
@@ -123,7 +128,8 @@ class TorchRunner:
         errors, self.errors = self.errors, {}
         count = len(step.rows)
         drawn = self._draw(hidden[:count], step, masks, errors) if count else []
-        prompt = self._prompt_logprobs(plan, step, hidden[count:], errors)
+        is_last = self.network.spec.is_last
+        prompt = self._prompt_logprobs(plan, step, hidden[count:], errors) if is_last else []
         event = self.platform.event()
         event.record()
         self.in_flight.append(InFlight(plan, drawn, prompt, errors, event))
@@ -134,13 +140,18 @@ class TorchRunner:
         """Draw for all sampling rows at once; where memory is short, in halves."""
 
         def work() -> Drawn:
-            logits = self.network.logits(hidden)
-            bad = logits.isnan().any(dim=-1)
-            tokens, pending = self.sampler.draw(logits, step, masks)
+            tokens = torch.zeros(len(step.rows), dtype=torch.int64, device=self.platform.device)
+            bad, pending = tokens.bool(), None
+            if self.network.spec.is_last:  # only a model's last stage has logits
+                logits = self.network.logits(hidden)
+                bad = logits.isnan().any(dim=-1)
+                tokens, pending = self.sampler.draw(logits, step, masks)
+            if self.agree is not None:
+                tokens = self.agree(tokens)
             self.slots.last_token[step.slots] = tokens
             return Drawn(step.rows, self.sampler.to_host(tokens), self.sampler.to_host(bad), pending)
 
-        if self.network.num_ranks > 1:
+        if self.agree is not None:  # ranks that draw together cannot repeat a part alone
             return [work()]
         found = attempt(work, self._release)
         if found is not None:
@@ -219,4 +230,4 @@ class TorchRunner:
             logits = self.network.logits(hidden)
             return self.sampler.rank(logits, target, list(range(size)), [limit] * size)
 
-        return work() if self.network.num_ranks > 1 else attempt(work, self._release)
+        return work() if self.agree is not None else attempt(work, self._release)

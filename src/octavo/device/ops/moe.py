@@ -70,19 +70,21 @@ def experts(
     limit: float = 0.0,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    partial: bool = False,
 ) -> Tensor:
     """Sum over k of weights[t, k] * expert ids[t, k] of x[t].
 
     x [T, H]; ids [T, K] int64, weights [T, K] float32; gate_up [E, 2 I, H] (gate rows first), down [E, H, I]; biases
-    [E, 2 I] and [E, H]. Returns [T, H] in x's type.
+    [E, 2 I] and [E, H]. With ``partial`` ids may be E: an expert that is not here and gives nothing. Returns [T, H] in
+    x's type.
     """
     tokens, top_k = ids.shape
     flat = ids.flatten()
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
-    out = x.new_empty((tokens * top_k, x.shape[1]))
+    out = (x.new_zeros if partial else x.new_empty)((tokens * top_k, x.shape[1]))
     start = 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(counts[: gate_up.shape[0]]):
         if count == 0:
             continue
         rows = order[start : start + count]

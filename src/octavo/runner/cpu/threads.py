@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from octavo.device.kernels.numba import team
 from octavo.device.kernels.numba.library import KernelLibrary
+from octavo.runner.cpu.program import Tape
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
@@ -81,6 +82,9 @@ def _address(function: Callable[..., object]) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
 
 
+Watch = Callable[[Tape, NDArray[np.int64], float], None]  # times as in ``team``, seconds in all
+
+
 class Team:
     """``threads`` - 1 helpers that wait for tapes; the calling thread is the first member.
 
@@ -97,10 +101,13 @@ class Team:
     def __init__(self, threads: int, library: KernelLibrary) -> None:
         self.threads = self.active = min(threads, team.MEMBERS - 1)
         self._retry_in = 0
+        self.watch: Watch | None = None
         self._run, self._work = library.execute()
-        self._lines = np.zeros((team.BASE + 1) * 8 + 8, np.int64)
+        self._lines = np.zeros((team.TICKS + 1) * 8 + 8, np.int64)
         self._control = -(-self._lines.ctypes.data // team.LINE) * team.LINE
+        self._first = (self._control - self._lines.ctypes.data) // 8
         self._system = system_calls()
+        self._calls = int(self._system.ctypes.data)
         self._helpers = [
             threading.Thread(
                 target=self._work,
@@ -116,10 +123,17 @@ class Team:
             self, _stop, self._helpers, self._run, self._lines, self._control, self._system
         )
 
-    def run(self, tape: NDArray[np.int64]) -> None:
-        """Execute a tape [instructions, 3] (kernel, arguments, barrier) on all threads."""
+    def run(self, tape: Tape) -> None:
+        """Execute a tape on all threads; ``watch`` is told the times of every instruction."""
+        times = None
+        if self.watch is not None:
+            times = np.zeros((self.active, 1 + 2 * len(tape)), np.int64)
+            self._lines[self._line(team.TICKS)] = times.ctypes.data
         naps, start = self.naps, time.perf_counter()
-        self._run(self._control, self._system.ctypes.data, tape.ctypes.data, len(tape), self.active)
+        self._run(self._control, self._calls, tape.address, len(tape), self.active)
+        if self.watch is not None and times is not None:
+            self._lines[self._line(team.TICKS)] = 0
+            self.watch(tape, times, time.perf_counter() - start)
         self._adapt((self.naps - naps) * self.NAP_S / max(self.active, 1), time.perf_counter() - start)
 
     def _adapt(self, napped_s: float, elapsed_s: float) -> None:
@@ -135,7 +149,10 @@ class Team:
     @property
     def naps(self) -> int:
         """How often a waiting thread had to sleep: high where there are more threads than free cores."""
-        return int(self._lines[(self._control - self._lines.ctypes.data) // 8 + team.NAPS * 8])
+        return int(self._lines[self._first + team.NAPS * 8])
+
+    def _line(self, entry: int) -> int:
+        return self._first + entry * 8
 
     def close(self) -> None:
         """End the helpers; the team is unusable afterwards."""

@@ -30,11 +30,12 @@ class Panels:
     in_features: int
     out_features: int
     bias: NDArray[np.float32] | None = None
+    lower: NDArray[np.uint8] | None = None  # the second plane of a split matrix [panels, bytes]
 
     @property
     def nbytes(self) -> int:
         """Bytes that a pass over the matrix reads."""
-        return self.weights.nbytes + self.scales.nbytes
+        return self.weights.nbytes + self.scales.nbytes + (0 if self.lower is None else self.lower.nbytes)
 
 
 def stored_as(dtype: str, quantization: str | None) -> str:
@@ -42,9 +43,22 @@ def stored_as(dtype: str, quantization: str | None) -> str:
     return quantization if quantization and dtype in formats.DENSE_CODES else dtype
 
 
-def kernel_of(stored: str) -> str:
-    """The kernel that multiplies a stored type."""
+def form_of(stored: str, splits: bool = False) -> formats.PanelFormat | None:
+    """How a stored type is packed, None for plain numbers; ``splits``: in two planes where the type has that form."""
     form = formats.BY_DTYPE.get(stored)
+    return formats.SPLIT8 if splits and form is formats.ZERO8 else form
+
+
+def head_names(spec: DecoderSpec, files: ModelFiles) -> set[str]:
+    """The tensors of the output matrix."""
+    gguf = files.format == "gguf"
+    parts = spec.head.parts if spec.head is not None else (spec.embedding,)
+    return {(part.gguf if gguf else part.hf) + ".weight" for part in parts}
+
+
+def kernel_of(stored: str, splits: bool = False) -> str:
+    """The kernel that multiplies a stored type."""
+    form = form_of(stored, splits)
     return f"linear_{form.name}" if form else f"dense_{stored.lower()}"
 
 
@@ -69,6 +83,7 @@ class WeightReader:
         self.done = 0
         self.used: set[str] = set()
         self.arena = Arena()
+        self.heads = head_names(spec, files)
         self.quantization = quantization
 
     def prefix(self, layer: int) -> str:
@@ -150,8 +165,13 @@ class WeightReader:
         stored = stored_as(dtype, self.quantization and (coarsest or self.quantization))
         outputs = sum(part.out_features for part in parts)
         panels = -(-outputs // formats.ROWS)
-        form = formats.BY_DTYPE.get(stored)
-        if form is not None:
+        form = form_of(stored, self._name(prefix, parts[0]) + ".weight" in self.heads)
+        lower = None
+        if form is not None and form.split:
+            size = inputs // formats.BLOCK
+            shape = (panels, size * form.planes[0]), (panels, form.scale_bytes(inputs))
+            lower = self.arena.take((panels, size * form.planes[1]))
+        elif form is not None:
             shape = (panels, form.panel_bytes(inputs)), (panels, form.scale_bytes(inputs))
         else:
             shape = (panels, inputs * formats.ROWS * formats.DENSE_BYTES[stored]), (panels, 0)
@@ -163,15 +183,16 @@ class WeightReader:
             name = self._name(prefix, part)
             raw = self._read(name + ".weight").reshape(part.out_features, -1)
             order = self._order(part)
-            target = weights[first // formats.ROWS :], scales[first // formats.ROWS :]
+            panel = first // formats.ROWS
+            target = weights[panel:], scales[panel:], None if lower is None else lower[panel:]
             self._fill((dtype, stored), raw, order, inputs, *target)
             if bias is not None:
                 values = self._floats(name + ".bias", part.out_features)
                 bias[first : first + part.out_features] = values if order is None else values[order]
             first += part.out_features
-        kernel = kernel_of(stored)
+        kernel = f"linear_{form.name}" if form else kernel_of(stored)
         code = form.code if form else formats.DENSE_CODES[stored]
-        return Panels(kernel, code, form is not None, weights, scales, inputs, outputs, bias)
+        return Panels(kernel, code, form is not None, weights, scales, inputs, outputs, bias, lower)
 
     def _check(self, prefix: str, part: Part, inputs: int) -> None:
         info = self._info(prefix, part)
@@ -195,6 +216,7 @@ class WeightReader:
         inputs: int,
         weights: NDArray[np.uint8],
         scales: NDArray[np.uint8],
+        lower: NDArray[np.uint8] | None,
     ) -> None:
         """Pack rows piece by piece, so that temporaries stay small; ``dtypes``: of the file, of the panels."""
         dtype, stored = dtypes
@@ -209,7 +231,11 @@ class WeightReader:
                 piece = np.concatenate([piece, padding])
             panel = start // formats.ROWS
             body = weights[panel : panel + len(piece) // formats.ROWS]
-            if stored in formats.BY_DTYPE:
+            if lower is not None:
+                whole = np.empty((len(body), formats.ZERO8.panel_bytes(inputs)), np.uint8)
+                formats.pack(stored, piece, inputs, whole, scales[panel : panel + len(body)])
+                formats.split_planes(whole, inputs // formats.BLOCK, body, lower[panel : panel + len(body)])
+            elif stored in formats.BY_DTYPE:
                 formats.pack(stored, piece, inputs, body, scales[panel : panel + len(body)])
             else:
                 formats.pack_dense(stored, piece, body)

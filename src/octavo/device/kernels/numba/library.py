@@ -33,7 +33,7 @@ KEPT = 3
 KERNELS = {
     **{
         f"linear_{name}": ("linear", f"linear_{name}")
-        for name in ("zero4", "min4", "zero5", "min5", "zero8", "super4", "super5", "super6")
+        for name in ("zero4", "min4", "zero5", "min5", "zero8", "super4", "super5", "super6", "split8")
     },
     **{f"dense_{name}": ("dense", f"dense_{name}") for name in ("f32", "f16", "bf16")},
     "embed": ("rows", "embed"),
@@ -43,7 +43,11 @@ KERNELS = {
     "rope_store": ("rope", "rope_store"),
     "attend": ("attention", "attend"),
     "combine": ("attention", "combine"),
+    "scan": ("scan", "scan"),
+    "refine": ("scan", "refine"),
     "draw": ("draw", "draw"),
+    "probe_read": ("probe", "probe_read"),
+    "probe_dot": ("probe", "probe_dot"),
 }
 
 

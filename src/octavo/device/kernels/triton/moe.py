@@ -252,6 +252,7 @@ class GroupedExperts:
         limit: float = 0.0,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
+        partial: bool = False,
     ) -> Tensor:
         if ids.numel() == 0:
             return torch.zeros_like(x)
@@ -259,9 +260,9 @@ class GroupedExperts:
         matrices = (gate_up, down, gate_up_bias, down_bias)
         if not self.ready:
             for block in BLOCKS:
-                _two_products(block, x[:1], ids[:1], weights[:1], matrices, options)
+                _two_products(block, x[:1], ids[:1], weights[:1], matrices, options, partial)
             self.ready = True
-        return _two_products(block_rows(ids.numel(), down.shape[0]), x, ids, weights, matrices, options)
+        return _two_products(block_rows(ids.numel(), down.shape[0]), x, ids, weights, matrices, options, partial)
 
 
 def _two_products(
@@ -271,6 +272,7 @@ def _two_products(
     weights: Tensor,
     matrices: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     options: dict[str, Any],
+    partial: bool = False,
 ) -> Tensor:
     gate_up, down, gate_up_bias, down_bias = matrices
     tokens, top_k = ids.shape
@@ -278,7 +280,8 @@ def _two_products(
     count = tokens * top_k
     order = sorted_rows(ids, num_experts, block)
     middle = torch.empty((count, inner), dtype=x.dtype, device=x.device)
-    out = torch.empty((count, hidden), dtype=x.dtype, device=x.device)
+    # Choices of experts that are not here belong to no block; their rows stay as they are.
+    out = (torch.zeros if partial else torch.empty)((count, hidden), dtype=x.dtype, device=x.device)
     wide = 128 if block >= 64 else 64
     launch = {"num_warps": 8 if block >= 128 else 4, "num_stages": 3 if block >= 64 else 4}
     blocks = order[1].numel()

@@ -233,7 +233,7 @@ def packed_products(
                 part = tl.dot(codes.to(KIND), operand, part, input_precision="ieee")
                 if SUMS:
                     total = tl.dot(ones, operand, total, input_precision="ieee")
-                if GROUP > 0:
+                if GROUP > 0:  # noqa: SIM102 (constants of the compiler, one at a time)
                     if place == 32 // BITS - 1 or (place + 1) * W % GROUP == 0:
                         acc += _scaled(part, total, s, z, base, SCALES, CODE)
             else:
