@@ -15,6 +15,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
+from typing import Any
 
 import msgspec
 
@@ -109,7 +111,13 @@ def together(infos: list[EngineInfo]) -> EngineInfo:
 
 def add_up(stats: list[EngineStats]) -> EngineStats:
     """Sums; the share of the cache in use is the mean, the size of a step the largest."""
-    values = {name: sum(getattr(each, name) for each in stats) for name in EngineStats.__struct_fields__}
+    values: dict[str, Any] = {}
+    for name in EngineStats.__struct_fields__:
+        each_value = [getattr(each, name) for each in stats]
+        if isinstance(each_value[0], list):  # counts by place; engines may know different numbers of places
+            values[name] = [sum(places) for places in zip_longest(*each_value, fillvalue=0)]
+        else:
+            values[name] = sum(each_value)
     values["kv_cache_usage"] /= len(stats)
     values["step_tokens"] = max(each.step_tokens for each in stats)
     return EngineStats(**values)
