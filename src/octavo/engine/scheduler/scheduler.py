@@ -203,13 +203,16 @@ class Scheduler:
         Only places of sequences that were let in before this call: what a plan brings in it does not throw out again.
         """
         wanted = n
-        while (n := self._admit(seq, wanted)) == 0:
+        if (n := self._admit(seq, wanted)) or not self.waiting.charges:
+            return n
+        while not n:
             old = [other for other in self.running() if other.id not in step.admitted]
             victim = self.waiting.victim(seq, old)
             if victim is None:
                 break
             self._preempt(victim, step)
             step.swapped.add(victim.id)
+            n = self._admit(seq, wanted)
         else:
             self._preempted = False  # the place is taken by the one it was made for
         return n
