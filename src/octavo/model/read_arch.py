@@ -272,7 +272,7 @@ def _gguf_latent(keys: Keys) -> dict[str, Any]:
     if key <= rope_dim:
         raise ModelFileError(f"{keys.where}: keys of {key} values cannot hold {rope_dim} that rotate.")
     groups = keys.integer("expert_group_count", 0, least=0)
-    found = {
+    found: dict[str, Any] = {
         "q_lora_rank": keys.integer("attention.q_lora_rank", 0, least=0),
         "kv_lora_rank": keys.integer("attention.kv_lora_rank"),
         "qk_rope_head_dim": rope_dim,
