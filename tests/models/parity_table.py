@@ -1,6 +1,6 @@
 """The table of what is compared for each family, made from the tests' own parameters.
 
-    python tests/models/parity_table.py            # rewrites the table in docs/models.md
+python tests/models/parity_table.py            # rewrites the table in docs/models.md
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ import test_shard
 from octavo.model.describe import supported
 
 PAGE = TESTS.parent / "docs" / "models.md"
-BEGIN, END = "<!-- parity table: made by tests/models/parity_table.py -->\n", "<!-- end of the parity table -->\n"
+BEGIN, END = (
+    "<!-- parity table: made by tests/models/parity_table.py -->\n",
+    "<!-- end of the parity table -->\n",
+)
 # A column and the test whose parameters are the rows it holds for.
 COLUMNS: dict[str, Callable[..., None]] = {
     "Prefill": test_parity.test_logits,
@@ -49,7 +52,9 @@ def gpu_families() -> set[str]:
         for node in ast.walk(ast.parse((TESTS / "gpu" / name).read_text())):
             named = isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "FAMILIES"
             if named and isinstance(node.value, ast.Dict):
-                found |= {key.value.partition("-")[0] for key in node.value.keys if isinstance(key, ast.Constant)}
+                found |= {
+                    key.value.partition("-")[0] for key in node.value.keys if isinstance(key, ast.Constant)
+                }
     return found
 
 
