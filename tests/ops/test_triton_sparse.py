@@ -67,7 +67,7 @@ def test_attention(
 ) -> None:
     monkeypatch.setattr(kernels, "TARGET_PROGRAMS", target)
     latent, rope, top_k = 32, 8, 70
-    pages, table, starts, lens = paged([(1, 90), (2, 40)], latent + rope, dtype)
+    pages, table, _, _ = paged([(1, 90), (2, 40)], latent + rope, dtype)
     q = draw(4, heads, latent + rope, dtype=dtype)
     chosen = torch.full((4, top_k), -1, device=DEVICE)
     counts = torch.tensor(
