@@ -81,7 +81,7 @@ def graph_bytes(runner: TorchRunner, max_model_len: int) -> int:
         return 0  # a device without graphs
     first = max(0, marks[0] - marks[1])
     growth = max(0, marks[1] - marks[-1]) / max(1, len(marks) - 2)
-    element = runner.network.embedding
+    hidden = runner.network.spec.embedding.hidden * runner.network.dtype.itemsize
     outputs = sum(map(graphs.mixed.rows_of, mixed)) + sum(decode)
     records = int(growth * (len(mixed) + len(decode)))
-    return first + records + outputs * element.shape[1] * element.element_size() + SLACK_BYTES
+    return first + records + outputs * hidden + SLACK_BYTES

@@ -26,7 +26,7 @@ from octavo.runner.slots import PROMPT_LOGPROBS, Slots
 
 
 class MixedGraphs:
-    """Graphs by number of tokens; every graph has room for ``min(T, num_slots, MOST_ROWS)`` rows."""
+    """Graphs by number of tokens; every graph has room for ``sizes.rows_of`` rows."""
 
     def __init__(
         self, network: Network, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
