@@ -88,7 +88,7 @@ def _unknown(block: Any) -> str | None:
 
 
 QUANTIZATIONS = ("Q4_0", "Q4_1", "Q8_0")
-ALWAYS = ("embed", "norm", "gate", "rope_store", "attend", "combine", "draw")
+ALWAYS = ("pack_blocks", "embed", "norm", "gate", "rope_store", "attend", "combine", "draw")
 
 
 def kernels_for(spec: DecoderSpec, files: ModelFiles, quantization: str | None = None) -> list[str]:

@@ -13,6 +13,7 @@ from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles, TensorInfo
 from octavo.model.blocks import DecoderSpec, Embedding, Linear, Norm, Part
 from octavo.model.quantization.gguf_blocks import dequantize_blocks, quantize_blocks
+from octavo.runner.cpu.packing import Packer
 from octavo.runner.cpu.program import Arena
 
 PACK_BYTES = 8 << 20  # raw bytes repacked at a time: bounds the temporary copies
@@ -72,10 +73,12 @@ class WeightReader:
         self,
         files: ModelFiles,
         spec: DecoderSpec,
+        packer: Packer,
         progress: Callable[[int, int], None] | None = None,
         quantization: str | None = None,
     ) -> None:
         self.files = files
+        self.packer = packer
         self.spec = spec
         self.gguf = files.format == "gguf"
         self.progress = progress
@@ -231,11 +234,9 @@ class WeightReader:
                 piece = np.concatenate([piece, padding])
             panel = start // formats.ROWS
             body = weights[panel : panel + len(piece) // formats.ROWS]
-            if lower is not None:
-                whole = np.empty((len(body), formats.ZERO8.panel_bytes(inputs)), np.uint8)
-                formats.pack(stored, piece, inputs, whole, scales[panel : panel + len(body)])
-                formats.split_planes(whole, inputs // formats.BLOCK, body, lower[panel : panel + len(body)])
-            elif stored in formats.BY_DTYPE:
-                formats.pack(stored, piece, inputs, body, scales[panel : panel + len(body)])
+            count = len(body)
+            if stored in formats.BY_DTYPE:
+                second = None if lower is None else lower[panel : panel + count]
+                self.packer.pack(stored, piece, inputs, body, scales[panel : panel + count], second)
             else:
                 formats.pack_dense(stored, piece, body)

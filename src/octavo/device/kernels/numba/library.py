@@ -43,6 +43,7 @@ KERNELS = {
     "rope_store": ("rope", "rope_store"),
     "attend": ("attention", "attend"),
     "combine": ("attention", "combine"),
+    "pack_blocks": ("packing", "pack_blocks"),
     "scan": ("scan", "scan"),
     "refine": ("scan", "refine"),
     "draw": ("draw", "draw"),
