@@ -23,7 +23,6 @@ from octavo.engine.client.base import EngineClient
 from octavo.engine.client.inprocess import InProcessClient
 from octavo.engine.client.socket import SocketClient
 from octavo.engine.core import EngineCore
-from octavo.engine.executor.base import Executor
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.settings import EngineSettings
 from octavo.engine.structured.compiler import GrammarCompiler
@@ -36,6 +35,7 @@ from octavo.host.choose import choose_backend
 from octavo.host.implementation import architecture
 from octavo.host.replicas import launch_replicas
 from octavo.host.spread import Facts, launch
+from octavo.model.arch import ArchConfig
 
 BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.compiled_engine:build"}
 
@@ -99,17 +99,33 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
             "Use octavo serve, or one LLM object a device.",
         )
     arch = architecture(options.model, files)
-    executor: Executor
+    grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
     if options.parallel.ranks > 1:
         executor, facts = launch(options, arch, progress)
-    else:
-        timeline = Timeline.start()
-        built = build_runner(options, files, progress, timeline)
-        executor = InlineExecutor(built.runner)
+        return EngineCore(executor, settings_of(options, files, arch, facts), grammars)
+    timeline = Timeline.start()
+
+    def describe(built: Built) -> EngineSettings:
         facts = Facts(
             built.resolved, built.device, built.kernels, timeline.phases, memory_bytes=built.memory_use
         )
-    settings = EngineSettings.of(
+        return settings_of(options, files, arch, facts)
+
+    both = None
+    if options.device.kernel_warm_up == "background" and choose_backend(options, files, arch) == "compiled":
+        start = import_module("octavo.host.standby").start
+        both = start(options, files, arch, timeline, progress or quiet, describe)
+    if both is not None:
+        core = EngineCore(InlineExecutor(both[0].runner), describe(both[0]), grammars)
+        core.relief = both[1]
+        return core
+    built = build_runner(options, files, progress, timeline)
+    return EngineCore(InlineExecutor(built.runner), describe(built), grammars)
+
+
+def settings_of(options: EngineOptions, files: ModelFiles, arch: ArchConfig, facts: Facts) -> EngineSettings:
+    """What the engine is told."""
+    return EngineSettings.of(
         facts.resolved,
         vocab_size=arch.vocab_size,
         model=options.model.served_model_name or files.name,
@@ -119,8 +135,6 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         timeline_s=facts.phases,
         memory_bytes=facts.memory_bytes,
     )
-    grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
-    return EngineCore(executor, settings, grammars)
 
 
 def read_vocabulary(options: EngineOptions, files: ModelFiles) -> Vocabulary:
