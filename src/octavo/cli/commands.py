@@ -94,6 +94,16 @@ def _pull(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download-dir", metavar="FOLDER", help="Where to keep it.")
 
 
+def _run_batch(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="Requests, one a line.")
+    parser.add_argument(
+        "-o", "--output-file", required=True, metavar="FILE", help="Answers; what is there already is kept."
+    )
+    parser.add_argument("--max-concurrent", type=int, default=256, help="Requests under way at a time.")
+    add_engine_options(parser)
+
+
 def _plan(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     group = parser.add_argument_group("plan")
@@ -148,6 +158,11 @@ COMMANDS = {
     "chat": Command("Converse with a model or with a running server.", "octavo.cli.chat:run", _chat),
     "complete": Command(
         "Continue text with a model or a running server.", "octavo.cli.complete:run", _complete
+    ),
+    "run-batch": Command(
+        "Answer a file of requests (OpenAI's batch format); resumes where it was stopped.",
+        "octavo.cli.run_batch:run",
+        _run_batch,
     ),
     "pull": Command("Fetch a model into the cache.", "octavo.cli.pull:run", _pull),
     "plan": Command("Will it fit? Memory and concurrency before a download.", "octavo.cli.plan:run", _plan),

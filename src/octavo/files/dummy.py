@@ -44,6 +44,13 @@ LLAMA_3_1_8B: Mapping[str, Any] = {
     "bos_token_id": 128000,
     "eos_token_id": [128001, 128008, 128009],
 }
+LLAMA_3_1_70B: Mapping[str, Any] = {
+    **LLAMA_3_1_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 QWEN3_0_6B: Mapping[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -121,6 +128,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "qwen3-0.6b": QWEN3_0_6B,
     "llama-2-7b": _llama_2(4096, 11008, 32, 32, 32),
     "llama-3.1-8b": LLAMA_3_1_8B,
+    "llama-3.1-70b": LLAMA_3_1_70B,
     "qwen3.5-9b": QWEN3_5_9B,
     "llama-2-13b": _llama_2(5120, 13824, 40, 40, 40),
     "codellama-34b": _llama_2(8192, 22016, 48, 64, 8, 16384),

@@ -33,6 +33,7 @@ from octavo.files.resolve import open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
 from octavo.host.implementation import architecture
+from octavo.host.nodes import waiting_for
 from octavo.host.replicas import launch_replicas
 from octavo.host.spread import Facts, launch
 from octavo.model.arch import ArchConfig
@@ -98,17 +99,19 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
             "--data-parallel-size needs a process for each copy of the model; this is a single one.",
             "Use octavo serve, or one LLM object a device.",
         )
+    if options.parallel.node_rank > 0:
+        raise UsageError(
+            "Only machine 0 has an engine.", "Use octavo serve on the others: it computes for machine 0."
+        )
     arch = architecture(options.model, files)
     grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
     if options.parallel.ranks > 1:
-        executor, facts = launch(options, arch, progress)
+        executor, facts = launch(options, arch, progress, waiting_for(options))
         return EngineCore(executor, settings_of(options, files, arch, facts), grammars)
     timeline = Timeline.start()
 
     def describe(built: Built) -> EngineSettings:
-        facts = Facts(
-            built.resolved, built.device, built.kernels, timeline.phases, memory_bytes=built.memory_use
-        )
+        facts = Facts(built.resolved, built.device, built.kernels, timeline.phases, built.memory_use)
         return settings_of(options, files, arch, facts)
 
     both = None
@@ -133,7 +136,7 @@ def settings_of(options: EngineOptions, files: ModelFiles, arch: ArchConfig, fac
         device=facts.device,
         kernels=facts.kernels,
         timeline_s=facts.phases,
-        memory_bytes=facts.memory_bytes,
+        memory_bytes=facts.memory_use,
     )
 
 

@@ -31,7 +31,7 @@ def build(arguments: dict[str, Any], seat: Seat) -> Started:
     timeline = Timeline.start()
     built, cards = build_rank(options, seat.rank, seat.index, seat.folder, timeline, seat.report)
     device = f"{options.parallel.ranks} x {built.device}"
-    facts = Facts(built.resolved, device, built.kernels, timeline.phases, cards, built.memory_use)
+    facts = Facts(built.resolved, device, built.kernels, timeline.phases, built.memory_use, cards)
     return Started(built.runner, msgspec.json.encode(facts))
 
 
@@ -64,7 +64,8 @@ def build_rank(
     timeline.end("joining")
     options = replace(options, device=replace(options.device, threads=threads))
     files = host.open_files(options)
-    return build_torch(options, files, architecture(options.model, files), timeline, progress, platform, world), cards
+    arch = architecture(options.model, files)
+    return build_torch(options, files, arch, timeline, progress, platform, world), cards
 
 
 def compare(world: World, platform: Platform, index: int, num_local: int) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowKV
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped"]
 Scoring = Literal["softmax", "sigmoid", "softmax_top_k"]
 Stored = Literal["rows", "transposed", "per_head", "alternating", "alternating_columns"]
 
@@ -280,8 +280,7 @@ class Experts:
     Hugging Face checkpoints hold them stacked at ``hf``.gate_up_proj and .down_proj, or one by one at ``hf``.0.gate_proj
     and so on, the last names being ``hf_each`` (gate, up, down). ``gguf_each`` are the stacked names in GGUF files.
     ``interleaved``: stacked tensors are [num, in, out] and gate and up alternate (gpt-oss). ``columns``: they are [num, in,
-    out], gate before up (Llama 4).
-    ``total``: under expert parallelism, how many there are on all ranks together (0: these are all).
+    out], gate before up (Llama 4). ``total``: under expert parallelism, how many there are on all ranks (0: these).
     """
 
     hf: str

@@ -33,6 +33,8 @@ HF_RENAMED: dict[str, dict[str, str]] = {
         "rotary_emb_base": "rope_theta",
     },
     "starcoder2": {"norm_epsilon": "rms_norm_eps"},
+    "dots1": {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"},
+    "nemotron": {"norm_eps": "rms_norm_eps"},
 }
 GEMMA_DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 8,
@@ -157,6 +159,10 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.25,
         "attention_bias": True,
     },
+    "arcee": {"rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+    "dots1": {"norm_topk_prob": False},
+    "exaone4": {"rms_norm_eps": 1e-5},
+    "nemotron": {"rms_norm_eps": 1e-5, "hidden_act": "relu2", "partial_rotary_factor": 0.5},
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
     "olmoe": {"rms_norm_eps": 1e-5},
@@ -172,7 +178,7 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 # Families whose attention alternates where config.json does not list layer_types: every n-th layer is full.
-HF_PATTERN = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
+HF_PATTERN = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4, "exaone4": 4}
 # Families that look through the window in every layer once config.json gives one.
 HF_ALL_SLIDING = ("mistral", "mixtral", "phi3", "starcoder2")
 # Families that scale the rope of full layers only where config.json gives one set of parameters.

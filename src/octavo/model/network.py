@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.device.kernels.rows import Raw
 from octavo.device.ops.bind import Binder, OpSpec
+from octavo.device.ops.fp8 import settled
 from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch
 from octavo.model.blocks import DecoderSpec
@@ -58,6 +60,8 @@ class Network:
         ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections. A stage that
         is not the first or not the last needs its ``pipe``."""
         self.spec = spec
+        self.dtype = dtype
+        self.ranks = ranks
         self.pipe = pipe
         build = Build(dtype, device, binder, op_spec, max_position, ranks)
         embedding = spec.embedding
@@ -74,7 +78,7 @@ class Network:
             DecoderLayer(layer, layer_build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i))
             for i, layer in enumerate(spec.layers, spec.first_layer)
         ]
-        self.norm = make_norm(spec.norm, build)
+        self.norm = make_norm(spec.norm, layer_build)
         self.head = LinearLayer(spec.head, build, "", "") if spec.head is not None else None
         split = spec.head is not None and spec.head.shard == "column" and ranks.size > 1
         self.multiply = build.linear  # of the tied embedding, where there is no head
@@ -135,15 +139,18 @@ class Network:
     def forward(self, batch: Batch) -> Tensor:
         """Normed hidden states [S, E] of the tokens at ``batch.sample_at``; of a stage that is not the last, tensors of
         that shape, while what counts went through the pipe."""
+        branch: Tensor | Raw | None
         branch, residual = self._enter(batch)
         for layer in self.layers:
             branch = layer(branch, residual, batch)
         if branch is not None and self.pipe.send is not None:
-            self.pipe.send(torch.stack((branch, residual)))
+            self.pipe.send(torch.stack((settled(branch), residual)))
             return residual[batch.sample_at]
         if branch is None:
             return self.norm(residual[batch.sample_at])
-        return self.norm.add(branch[batch.sample_at], residual[batch.sample_at])
+        last = branch.take(batch.sample_at) if isinstance(branch, Raw) else branch[batch.sample_at]
+        normed: Tensor = self.norm.add(last, residual[batch.sample_at])
+        return normed
 
     def _enter(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """What goes into the first layer: (the branch before it, None for the model's first; the residual) [T, E]."""

@@ -17,11 +17,12 @@ FinishReason = Literal["stop", "length", "abort", "error", "deadline", "rejected
 class StructuredOutputsParams(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
-    """What an answer must look like; names are vLLM's, and exactly one of the first five says it.
+    """What an answer must look like; names are vLLM's, and exactly one of the first six says it.
 
     ``json`` is a JSON schema (an object, or its text), ``json_object`` any JSON object, ``regex`` a regular expression
     for the whole answer (no look-around, no back references), ``choice`` a list of answers, ``grammar`` a context-free
-    grammar in Lark's form with the rule ``start``. The rest changes how JSON is written: ``disable_any_whitespace``
+    grammar in Lark's form with the rule ``start``, ``structural_tag`` free text with segments that follow schemas (see
+    ``api/structural_tags.py``). The rest changes how JSON is written: ``disable_any_whitespace``
     allows none, ``whitespace_pattern`` is a regular expression for it, ``disable_additional_properties`` closes
     every object of the schema that does not say otherwise. Raises ``RequestError`` where not exactly one is given.
     """
@@ -31,6 +32,7 @@ class StructuredOutputsParams(
     regex: bounds.GrammarText | None = None
     choice: bounds.Choices | None = None
     grammar: bounds.GrammarText | None = None
+    structural_tag: bounds.GrammarText | dict[str, Any] | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: bounds.WhitespacePattern | None = None
@@ -47,7 +49,7 @@ class StructuredOutputsParams(
             )
 
 
-CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar")
+CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -68,7 +68,8 @@ class TorchRunner:
         max_model_len: int,
         agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """``agree`` replaces drawn tokens, in place, by those of the rank that speaks for all."""
+        """``agree``, where several ranks compute together, replaces drawn tokens, in place, by those of the rank that
+        speaks for all."""
         self.network = network
         self.agree = agree
         self.pages = pages
@@ -108,7 +109,7 @@ class TorchRunner:
         hidden = attempt(lambda: self.network.forward(step.batch), self._release)
         if hidden is None:
             parts = Parts(self.builder.build, lambda part: self.network.forward(part.batch), self._release)
-            hidden = parts.run(plan, self.network.embedding)
+            hidden = parts.run(plan, self.network.spec.embedding.hidden, self.network.dtype)
             self.errors = parts.errors
         return hidden
 
@@ -127,7 +128,8 @@ class TorchRunner:
         errors, self.errors = self.errors, {}
         count = len(step.rows)
         drawn = self._draw(hidden[:count], step, masks, errors) if count else []
-        prompt = self._prompt_logprobs(plan, step, hidden[count:], errors) if self.network.spec.is_last else []
+        is_last = self.network.spec.is_last
+        prompt = self._prompt_logprobs(plan, step, hidden[count:], errors) if is_last else []
         event = self.platform.event()
         event.record()
         self.in_flight.append(InFlight(plan, drawn, prompt, errors, event))

@@ -69,10 +69,13 @@ class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """OpenAI's way to ask for JSON."""
+    """OpenAI's way to ask for JSON, and vLLM's to ask for structural tags."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
+    structures: list[dict[str, Any]] | None = None  # these three: structural_tag in both of its forms
+    triggers: list[str] | None = None
+    format: dict[str, Any] | None = None
 
 
 class FunctionDefinition(msgspec.Struct, kw_only=True):

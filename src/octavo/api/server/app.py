@@ -20,6 +20,7 @@ from octavo.api.openai.context import Context, Stream
 from octavo.api.server.auth import BearerAuth
 from octavo.api.server.body import BodyDecoder, check_media_type, read_body
 from octavo.api.server.errors import ClientGoneError, ForbiddenError, ShuttingDownError, error_reply
+from octavo.api.server.hosts import HostCheck
 from octavo.api.server.keys import Caps, KeyRing, caller_of
 from octavo.api.server.limits import BodyLimit
 from octavo.api.server.metrics import RequestMetrics
@@ -139,6 +140,8 @@ def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings
     app: ASGIApp = Routing(router)
     app = BodyLimit(app, settings.max_body_bytes)
     app = BearerAuth(app, ring)
+    if settings.allowed_hosts:
+        app = HostCheck(app, settings.allowed_hosts)
     if settings.allowed_origins:
         # Outside the authentication: a browser's preflight request carries no key.
         app = CORSMiddleware(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.api.server.hosts import LOOPBACK_NAMES
 from octavo.api.server.keys import KeyEntry, read_keys
 from octavo.config import option
 from octavo.errors import UsageError
@@ -30,6 +31,11 @@ class ServerOptions:
     )
     allowed_origins: tuple[str, ...] = option(
         (), "Origins whose web pages may call the server (CORS); '*' for all. None by default."
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "Host names the server answers to, repeat for several; '*' for all (default: all, but on the loopback "
+        "interface without keys only localhost and its addresses).",
     )
     root_path: str = option("", "Path prefix under which a proxy publishes the server.")
     ssl_keyfile: str | None = option(None, "Private key file; with --ssl-certfile turns TLS on.")
@@ -110,6 +116,13 @@ class ServerOptions:
         """The entries of the keys file."""
         return () if self.api_keys_file is None else read_keys(self.api_keys_file)
 
+    def hosts(self) -> tuple[str, ...]:
+        """Names the server answers to; empty for all."""
+        if self.allowed_hosts:
+            return () if "*" in self.allowed_hosts else self.allowed_hosts
+        is_local = self.uds is None and self.host in (*LOOPBACK_NAMES, "::1")
+        return LOOPBACK_NAMES if is_local and self.is_open else ()
+
     @property
     def is_open(self) -> bool:
         """Whether anybody may use the server."""
@@ -121,7 +134,7 @@ class ServerSettings:
     """What ``build_app`` needs: decided values only.
 
     ``served_model_names``: the first is the one in replies, all are accepted. ``api_keys`` and ``key_entries``: both
-    empty means open.
+    empty means open. ``allowed_hosts``: empty means any.
     """
 
     served_model_names: tuple[str, ...]
@@ -132,6 +145,7 @@ class ServerSettings:
     max_log_len: int = 0
     otlp_traces_endpoint: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     root_path: str = ""
     max_body_bytes: int = 32 << 20
     sse_heartbeat_s: float = 15.0
@@ -151,6 +165,7 @@ class ServerSettings:
             max_log_len=options.max_log_len,
             otlp_traces_endpoint=options.otlp_traces_endpoint,
             allowed_origins=options.allowed_origins,
+            allowed_hosts=options.hosts(),
             root_path=options.root_path.rstrip("/"),
             max_body_bytes=options.max_body_bytes,
             sse_heartbeat_s=options.sse_heartbeat,

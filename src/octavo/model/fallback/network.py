@@ -148,6 +148,7 @@ class TransformersNetwork(Network):
     ) -> None:
         """Parameters are allocated on ``device``, uninitialized; ``load`` fills them."""
         spec = transformers_spec(arch)
+        self.dtype = dtype
         self.model = build_model(read_config(files), str(device), str(dtype).removeprefix("torch."))
         self.step = Step()
         self.paged = [

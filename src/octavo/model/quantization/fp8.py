@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from octavo.device.kernels.rows import Fp8Rows, Raw
 from octavo.device.ops.bind import OpSpec
-from octavo.device.ops.fp8 import FP8, LINEAR_FP8, MIN_CAPABILITY
+from octavo.device.ops.fp8 import FP8, LINEAR_FP8, MIN_CAPABILITY, takes_rows
 from octavo.errors import UsageError
 from octavo.model.blocks import DecoderSpec, MoE, Part
 from octavo.model.layers.load import Cut, LoadItem
@@ -27,11 +28,22 @@ class Fp8Weight:
         self.matrix = build.empty(out_features, in_features, dtype=FP8)
         self.scale = build.empty(out_features, dtype=torch.float32)
         self.linear = build.binder.bind(LINEAR_FP8, build.spec)
+        self.device_kind = build.spec.device
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See ``Weight``."""
+    def multiply(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
+        """See ``Weight``; rows that are quantized already are taken too."""
         out: Tensor = self.linear(x, self.matrix, self.scale, bias)
         return out
+
+    def raw(self, x: Tensor | Fp8Rows) -> Tensor | Raw:
+        """The product without its scales, where leaving them to what follows saves a pass."""
+        out: Tensor | Raw = self.linear(x, self.matrix, self.scale, None, True)
+        return out
+
+    def takes_rows(self, tokens: int) -> bool:
+        """Whether so many tokens are quantized before they are multiplied."""
+        outputs, size = self.matrix.shape
+        return takes_rows(outputs, size, tokens, self.device_kind)
 
     def item(self, hf: str, gguf: str, rows: slice, part: Part, cut: Cut | None) -> LoadItem:
         """See ``Weight``; the loader quantizes into it, some rows at a time."""
