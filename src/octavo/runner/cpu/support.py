@@ -38,7 +38,7 @@ KNOWN: dict[type, set[str]] = {
     },
     GatedMLP: {"gate_up", "down", "intermediate", "activation"},
     Linear: {"in_features", "parts", "bias", "shard"},
-    Part: {"hf", "gguf", "out_features", "heads", "copies"},
+    Part: {"hf", "gguf", "out_features", "heads", "copies", "start", "total", "hf_heads", "rotated"},
     Norm: {"hf", "gguf", "size", "eps", "offset"},
     Rope: {"dim", "inv_freq", "scale", "short", "original"},
 }  # fmt: skip
