@@ -117,6 +117,12 @@ class DeviceOptions:
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
     threads: int | None = option(None, "CPU threads (default: the cores this process may use).")
     cpu_backend: str = option("auto", "CPU kernels: auto or the plain torch reference.", ("auto", "torch"))
+    kernel_warm_up: str = option(
+        "auto",
+        "CPU kernels that are not compiled yet: wait for them, or answer on the torch path meanwhile "
+        "(background; auto: that for serve, run, chat and complete).",
+        ("auto", "wait", "background"),
+    )
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,12 @@ class EngineOptions:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+
+    def for_people(self) -> EngineOptions:
+        """For somebody who waits for the first answer: kernels that are missing are compiled meanwhile."""
+        if self.device.kernel_warm_up != "auto":
+            return self
+        return dataclasses.replace(self, device=dataclasses.replace(self.device, kernel_warm_up="background"))
 
     @classmethod
     def of(cls, **flat: Any) -> EngineOptions:

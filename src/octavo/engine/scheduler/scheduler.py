@@ -279,11 +279,19 @@ class Scheduler:
         """
         if seq in step.rows:
             self._take_back(step, step.rows.index(seq))
+        self._put_back(seq)
+        self._preempted = True
+
+    def put_back_all(self) -> None:
+        """Every running sequence back in line, to be computed from the start; only while no step is in flight."""
+        for seq in list(self.running()):
+            self._put_back(seq)
+
+    def _put_back(self, seq: Sequence) -> None:
         self._release(seq)
         seq.num_computed = seq.num_queued = seq.room = seq.num_drafts = 0
         seq.drafts = []
         self.waiting.push(seq)
-        self._preempted = True
         self.counters.num_preemptions += 1
 
     def _take_back(self, step: Step, row: int) -> None:
