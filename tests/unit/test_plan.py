@@ -20,9 +20,9 @@ from octavo.errors import OutOfMemoryError, UsageError
 from octavo.files.dummy import PRESETS, open_dummy
 from octavo.files.gguf_write import write_gguf
 from octavo.files.resolve import open_model
-from octavo.host import torch_engine
+from octavo.host import compiled_engine, torch_engine
 from octavo.host.budget import StartBudget
-from octavo.host.built import limits_of
+from octavo.host.built import Timeline, limits_of, quiet
 from octavo.host.plan import CONTEXT_BYTES, Planner, graphs_of
 from octavo.model.footprint import DENSE, FP8, INT4, RECORDING_BYTES, forward_bytes
 from octavo.runner import measure
@@ -251,6 +251,14 @@ def test_nothing_is_allocated_before_the_refusal(monkeypatch: pytest.MonkeyPatch
     options = EngineOptions.of(model="qwen3-0.6b", load_format="dummy", device="cpu")
     with pytest.raises(OutOfMemoryError, match=r"2\.22 GiB for its weights, but .* has 1\.00 GiB"):
         host.build_core(options, host.open_files(options))
+
+
+def test_the_compiled_backend_refuses_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "m.gguf", {"general.architecture": "llama"}, {"a": np.zeros(1 << 20, np.float32)})
+    monkeypatch.setattr(compiled_engine, "available_bytes", lambda: (1 << 20, 1 << 30))
+    files, arch = open_model(str(tmp_path / "m.gguf")), planner().arch
+    with pytest.raises(OutOfMemoryError, match=r"for its weights, but .* are free"):
+        compiled_engine.build(EngineOptions.of(model="m"), files, arch, Timeline.start(), quiet)
 
 
 def test_every_preset_has_a_plan() -> None:
