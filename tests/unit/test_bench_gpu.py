@@ -21,7 +21,7 @@ def test_a_profile_is_of_one_step() -> None:
     assert [(kernel.name, kernel.calls, kernel.us) for kernel in found] == [("gemm", 2, 400), ("norm", 4, 8)]
     text = gpu_profile.table("decode x1", 500.0, found, 1)
     assert text.splitlines()[0] == "decode x1: 500 us a step, 408 us in 6 kernels, 92 us between them"
-    assert "400.0 us 80.0%" in text and "8.0 us in 1 others" in text
+    assert "400.0 us  80.0%" in text and "8.0 us in 1 others" in text
 
 
 @pytest.mark.parametrize("module", [gpu_profile, gpu_attention])
