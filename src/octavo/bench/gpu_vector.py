@@ -27,10 +27,11 @@ from octavo.device.kernels.triton import fp8, linear
 from octavo.device.kernels.triton.linear import Launch
 from octavo.device.ops.fp8 import quantize_rows
 
-LAUNCHES = tuple(
-    Launch(block_n, block_k, warps)
-    for block_n, block_k, warps in product((4, 8, 16), (512, 1024), (4, 8))
-) + (Launch(8, 512, 8, 2), Launch(8, 1024, 8, 2))  # fmt: skip
+LAUNCHES = (
+    *(Launch(*sizes) for sizes in product((4, 8, 16), (512, 1024), (4, 8))),
+    Launch(8, 512, 8, 2),
+    Launch(8, 1024, 8, 2),
+)
 KINDS = ("dense", "gated", "fp8")
 
 
