@@ -13,6 +13,12 @@ from typing import Any, get_type_hints
 
 from octavo.errors import UsageError
 
+ON_LOAD = ("fp8", "int8", "int4")  # slow on CPUs, but for the compiled kernels' own types
+HELD = (
+    "awq", "gptq", "compressed-tensors", "modelopt", "bitsandbytes", "mxfp4", "gguf",
+    "awq_marlin", "gptq_marlin", "modelopt_fp4", "gpt_oss_mxfp4",
+)  # fmt: skip
+
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field that is also a command line flag."""
@@ -40,9 +46,9 @@ class ModelOptions:
     )
     quantization: str | None = option(
         None,
-        "Store weights in fewer bits, quantized while they are loaded: fp8 (GPUs of compute capability 8.9 or later; "
-        "slow on CPUs).",
-        ("fp8",),
+        "Store weights in fewer bits, quantized while they are loaded: fp8 (GPUs of compute capability 8.9 or later), int8, "
+        "int4. What files hold quantized is found without it; other names only confirm that.",
+        (*ON_LOAD, *HELD),
     )
     max_model_len: str | None = option(
         None,

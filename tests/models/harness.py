@@ -15,8 +15,9 @@ from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.describe import cache_specs, describe
 from octavo.model.layers.build import ALONE, Ranks
+from octavo.model.load import hf_renaming
 from octavo.model.network import Network
-from octavo.model.quantization.fp8 import choose_format
+from octavo.model.quantization.choose import choose_format
 from octavo.model.read_arch import read_arch
 from octavo.model.shard import shard
 from octavo.runner.pages import PageMemory
@@ -53,7 +54,9 @@ class Driver:
             op_spec=op_spec,
             max_position=512,
             ranks=ranks,
-            weight_format=choose_format(quantization, spec, op_spec),
+            weight_format=choose_format(
+                quantization, spec, op_spec, files, hf_renaming(files, spec.bare_prefix)
+            ),
         )
         self.network.load(files)
         self.layout: CacheLayout = plan_layout(cache_specs(spec, PAGE, dtype.itemsize))

@@ -30,8 +30,10 @@ from octavo.model.layers import load
 from octavo.model.layers.build import ALONE, Ranks
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.network import Network
+from octavo.model.quantization import fp8
+from octavo.model.quantization.choose import choose_format
 from octavo.model.quantization.dense import DENSE, DenseWeight
-from octavo.model.quantization.fp8 import Fp8Weight, choose_format
+from octavo.model.quantization.fp8 import Fp8Weight
 from octavo.model.read_arch import read_arch
 
 
@@ -72,7 +74,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(values.numel())
         return quantize_rows(values)
 
-    monkeypatch.setattr(load, "quantize_rows", recording)
+    monkeypatch.setattr(fp8, "quantize_rows", recording)
     return sizes
 
 

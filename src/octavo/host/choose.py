@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from octavo.config import EngineOptions
+from octavo.config import ON_LOAD, EngineOptions
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
 from octavo.model.describe import describe
@@ -21,7 +21,7 @@ def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) 
         return "torch"
     if device.cpu_backend == "torch" or options.model.dtype not in ("auto",):
         return "torch"
-    if options.model.quantization == "fp8":  # whole bytes of a float are no type of the compiled kernels
+    if options.model.quantization in ON_LOAD:  # none is a type of the compiled kernels
         return "torch"
     return "torch" if supports(describe(arch), files) else "compiled"
 

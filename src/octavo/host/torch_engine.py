@@ -16,8 +16,9 @@ from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
+from octavo.model.load import hf_renaming
 from octavo.model.network import Network
-from octavo.model.quantization.fp8 import choose_format
+from octavo.model.quantization.choose import choose_format
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import SlotInit, StepPlan
 from octavo.runner.graphs import StepGraphs
@@ -40,7 +41,9 @@ def build(
     spec = describe(arch)
     binder = Binder()
     op_spec = platform.op_spec(dtype)
-    weight_format = choose_format(options.model.quantization, spec, op_spec)
+    weight_format = choose_format(
+        options.model.quantization, spec, op_spec, files, hf_renaming(files, spec.bare_prefix)
+    )
     timeline.end("imports")
     network = Network(
         spec,

@@ -29,6 +29,4 @@ class CachePlace:
         strides = [1]
         for size in reversed(shape[1:]):
             strides.insert(0, strides[0] * size)
-        return typed.as_strided(
-            (typed.shape[0], *shape), (typed.stride(0), *strides), typed.storage_offset()
-        )
+        return typed.as_strided((typed.shape[0], *shape), (typed.stride(0), *strides), typed.storage_offset())

@@ -37,7 +37,11 @@ GEMMA_DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
-QWEN_HYBRID: dict[str, Any] = {"head_dim": 256, "partial_rotary_factor": 0.25, "max_position_embeddings": 32768}
+QWEN_HYBRID: dict[str, Any] = {
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "max_position_embeddings": 32768,
+}
 # Families with recurrent layers, and every how many layers one has attention (0 = the configuration lists them).
 HF_HYBRID = {"qwen3_next": 4, "qwen3_5_text": 4, "qwen3_5_moe_text": 4, "bamba": 0, "granitemoehybrid": 0}
 HF_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -57,7 +57,9 @@ class Network:
             for i, layer in enumerate(spec.layers)
         ]
         self.norm = make_norm(spec.norm, build)
-        self.head = LinearLayer(spec.head, build, "", "") if spec.head is not None else None
+        # Quantizing on load leaves the head alone; files may hold it quantized.
+        head_build = layer_build if weight_format.covers_head else build
+        self.head = LinearLayer(spec.head, head_build, "", "") if spec.head is not None else None
         split = spec.head is not None and spec.head.shard == "column" and ranks.size > 1
         self.gather = ranks.gather if split else None
         self.multiply = build.linear  # of the tied embedding, where there is no head
@@ -84,8 +86,10 @@ class Network:
     def matrix_elements(self) -> dict[torch.dtype, int]:
         """Weights in the matrices that every decode step reads, by the type they are stored in."""
         counts: dict[torch.dtype, int] = {}
-        for matrix in [item.target for item in self.items() if item.target.dim() >= 2]:
-            counts[matrix.dtype] = counts.get(matrix.dtype, 0) + matrix.numel()
+        for item in self.items():
+            if item.target.dim() >= 2:
+                dtype = item.target.dtype if item.home is None else item.home.dtype
+                counts[dtype] = counts.get(dtype, 0) + item.target.numel()
         for table in (self.embedding if self.head is not None else None, self.positions):
             if table is not None:
                 counts[table.dtype] -= table.numel()
@@ -93,7 +97,9 @@ class Network:
 
     def matrix_bytes(self) -> int:
         """Bytes of those matrices (the floor of a step)."""
-        return sum(count * dtype.itemsize for dtype, count in self.matrix_elements().items())
+        tables = (self.embedding if self.head is not None else None, self.positions)
+        unread = sum(table.numel() * table.element_size() for table in tables if table is not None)
+        return sum(item.num_bytes for item in self.items() if item.target.dim() >= 2) - unread
 
     def bind_cache(self, places: dict[int, CachePlace]) -> None:
         """Give every layer that keeps something its place in the cache."""

@@ -58,9 +58,7 @@ def _recurrent(block: Recurrent, size: int) -> Recurrent:
     copies = (max(1, size // key_heads),) * 2 + (1, 1)  # q, k; v, gate
     return replace(
         block,
-        project=replace(
-            block.project, parts=tuple(map(_part, block.project.parts, (size,) * 4, copies))
-        ),
+        project=replace(block.project, parts=tuple(map(_part, block.project.parts, (size,) * 4, copies))),
         small=_linear(block.small, size),
         output=_linear(block.output, size),
         conv=tuple(map(_part, block.conv, (size,) * 3, copies)),

@@ -194,7 +194,8 @@ def unpack_codes(packed: Packed) -> Tensor:
         codes |= (packed.high.unsqueeze(-1).to(torch.int64) >> at & (2**layout.high_bits - 1)) << layout.bits
     runs, outputs, width, places = codes.shape
     flat = codes.permute(1, 0, 3, 2).reshape(outputs, runs * places * width)
-    return flat[:, : packed.inputs].to(torch.uint8)
+    inside: Tensor = flat[:, : packed.inputs].to(torch.uint8)
+    return inside
 
 
 def join_fields(fields: Tensor, rows: int) -> Tensor:
@@ -207,12 +208,14 @@ def join_fields(fields: Tensor, rows: int) -> Tensor:
     count = 4 // flat.element_size()
     padded = flat.new_zeros((outputs, rows * count))
     padded[:, : flat.shape[1]] = flat
-    return padded.view(torch.int32).t().contiguous()
+    words: Tensor = padded.view(torch.int32).t().contiguous()
+    return words
 
 
 def split_fields(words: Tensor, dtype: torch.dtype) -> Tensor:
     """The reverse of ``join_fields``: words [rows, N] as numbers [N, fields]."""
-    return words.t().contiguous().view(dtype)
+    fields: Tensor = words.t().clone(memory_format=torch.contiguous_format).view(dtype)
+    return fields
 
 
 def _by_input(per_group: Tensor, group: int, inputs: int) -> Tensor:

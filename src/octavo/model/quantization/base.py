@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from octavo.model.blocks import Part
+from octavo.model.blocks import Linear, Part
 from octavo.model.layers.load import Cut, LoadItem
 
 if TYPE_CHECKING:
@@ -24,7 +24,11 @@ class Weight(Protocol):
 
 
 class WeightFormat(Protocol):
-    """Allocates matrices."""
+    """Allocates matrices. ``covers_head``: of the output head too, not of the layers alone."""
 
-    def allocate(self, out_features: int, in_features: int, build: Build) -> Weight:
-        """A matrix, uninitialized."""
+    @property
+    def covers_head(self) -> bool:
+        """See above."""
+
+    def allocate(self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = "") -> Weight:
+        """The matrix of all parts, uninitialized; the prefixes come before the parts' names."""
