@@ -43,8 +43,11 @@ TORCH_FREE_FILES = (
     "model/rope.py",
     "model/shard.py",
     "model/decoder.py",
+    "model/latent.py",
     "model/describe.py",
     "model/quantization/describe.py",
+    "model/stage.py",
+    "host/spread.py",
 )
 
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_ARGUMENTS, MAX_METHODS = 600, 60, 150, 12, 6

@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo.config import EngineOptions as EngineOptions
     from octavo.llm import LLM as LLM
+    from octavo.protocol.generate import BeamSearchParams as BeamSearchParams
     from octavo.protocol.generate import SamplingParams as SamplingParams
     from octavo.protocol.generate import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineOptions", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "EngineOptions",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 _HOMES = {
     "LLM": "octavo.llm",
     "EngineOptions": "octavo.config",
+    "BeamSearchParams": "octavo.protocol.generate",
     "SamplingParams": "octavo.protocol.generate",
     "StructuredOutputsParams": "octavo.protocol.generate",
 }

@@ -20,9 +20,9 @@ HELD = (
 )  # fmt: skip
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that is also a command line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, short: str | None = None) -> Any:
+    """A dataclass field that is also a command line flag; ``short`` is a second name like "-tp"."""
+    return field(default=default, metadata={"help": help, "choices": choices, "short": short})
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ class ModelOptions:
     )
     load_format: str = option(
         "auto", "auto: what the files are; dummy: random weights.", ("auto", "safetensors", "gguf", "dummy")
+    )
+    model_impl: str = option(
+        "auto",
+        "Whose model code runs: octavo's families, transformers' modules over Octavo's cache and kernels (needs the extra "
+        "[hf]), or auto: transformers where Octavo has no family.",
+        ("auto", "octavo", "transformers"),
     )
     dtype: str = option(
         "auto",
@@ -60,6 +66,9 @@ class ModelOptions:
         "Sampling defaults: auto takes the model's generation_config.json, vllm ignores it, or a folder.",
     )
     chat_template: str | None = option(None, "Jinja file to use instead of the model's chat template.")
+    hf_overrides: str | None = option(
+        None, 'Values that replace those of config.json, as JSON, like {"num_hidden_layers": 20}.'
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class SchedulerOptions:
 
     max_num_seqs: int | None = option(None, "Most sequences in one step (default: by device).")
     max_num_batched_tokens: int | None = option(None, "Most tokens in one step (default: by device).")
-    scheduling_policy: str = option("fcfs", "Order of the queue.", ("fcfs", "priority"))
+    scheduling_policy: str = option("fcfs", "Order of the queue; fair: by what each API key was served.", ("fcfs", "priority", "fair"))
     max_queue_len: int = option(4096, "Requests that may wait; beyond it clients get 429.")
     max_step_ms: float | None = option(
         None,
@@ -102,6 +111,59 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
+class ParallelOptions:
+    """How one model is spread over devices, and how many copies of it run."""
+
+    tensor_parallel_size: int = option(1, "Devices that share every layer.", short="-tp")
+    pipeline_parallel_size: int = option(1, "Stages of layers, each on devices of its own.", short="-pp")
+    data_parallel_size: int = option(1, "Copies of the model, each with its own devices.", short="-dp")
+    enable_expert_parallel: bool = option(
+        False, "Give each tensor parallel device whole experts instead of a slice of every expert."
+    )
+    nnodes: int = option(1, "Machines that run one model together.", short="-n")
+    node_rank: int = option(
+        0, "Which of them this is; 0 answers requests, the others only compute.", short="-r"
+    )
+    master_addr: str = option("127.0.0.1", "Address of machine 0.")
+    master_port: int = option(29501, "Port of machine 0 where the others join; the next one carries plans.")
+    distributed_executor_backend: str | None = option(
+        None, "How the processes of one machine are started.", ("mp",)
+    )
+    disable_custom_all_reduce: bool = option(
+        False, "Sum over devices by NCCL alone, without the one-shot kernel for small messages."
+    )
+    distributed_timeout_seconds: float = option(
+        300.0, "A rank that gives no sign of life for so long while it starts or computes has failed."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.ranks % self.nnodes:
+            raise UsageError(
+                f"{self.ranks} ranks (tensor x pipeline parallel) cannot be shared by {self.nnodes} machines.",
+                "Choose sizes whose product is a multiple of --nnodes.",
+            )
+        if not 0 <= self.node_rank < self.nnodes:
+            raise UsageError(f"--node-rank must be from 0 to {self.nnodes - 1}, got {self.node_rank}.")
+        if self.nnodes > 1 and self.data_parallel_size > 1:
+            raise UsageError(
+                "--data-parallel-size counts copies on one machine; it does not go with --nnodes.",
+                "Start one server a group of machines and balance between them.",
+            )
+        if not 0 < self.master_port < 65535:
+            raise UsageError(f"--master-port must be from 1 to 65534, got {self.master_port}.")
+        if self.distributed_timeout_seconds <= 0:
+            raise UsageError("--distributed-timeout-seconds must be above 0.")
+
+    @property
+    def ranks(self) -> int:
+        """Devices that run one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """Everything an engine is built from; each part gets its own group, never the whole."""
 
@@ -109,6 +171,7 @@ class EngineOptions:
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
     @classmethod
     def of(cls, **flat: Any) -> EngineOptions:

@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self, TypedDict
 import msgspec
 
 from octavo import host
+from octavo.api.beam import BeamSearch, candidates
 from octavo.api.chat.request import ChatPrompt, ChatRequest
 from octavo.api.frontend import Frontend
 from octavo.api.generation import Choice, TextDelta
@@ -27,7 +28,7 @@ from octavo.config import EngineOptions
 from octavo.engine.client.base import Sink
 from octavo.errors import EngineDeadError, OctavoError, QueueFullError, RequestError, UsageError
 from octavo.protocol.control import Control, ControlReply, EngineInfo, ResetPrefixCache
-from octavo.protocol.generate import GenerateRequest, SamplingParams, TokenDelta
+from octavo.protocol.generate import BeamSearchParams, GenerateRequest, SamplingParams, TokenDelta
 from octavo.protocol.generate import Logprob as DrawnLogprob
 
 
@@ -87,6 +88,23 @@ class RequestOutput:
     finished: bool = False
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass
+class BeamSearchSequence:
+    """One beam: ``tokens`` and ``text`` begin with the prompt, ``cum_logprob`` counts what was generated."""
+
+    tokens: list[int]
+    cum_logprob: float
+    text: str
+    finish_reason: str | None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """The beams of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
 
 
 @dataclass(frozen=True)
@@ -189,6 +207,10 @@ class _Request:
             self.output.prompt_logprobs = [None]  # the engine has nothing to say about a lone first token
         self.fresh: list[TextDelta] = []
         self.open: dict[int, Choice] = {}
+        self.keeps_rows = False  # as the engine gives them, without texts
+        self.rows: list[list[DrawnLogprob]] = []
+        self.leader: int | None = None  # the id of the choice that computes the prompt for all
+        self.bad_words = llm.frontend.bad_words(sampling)
         self.error: str | None = None
         self.num_submitted = 0
 
@@ -204,6 +226,8 @@ class _Request:
                 prompt_token_ids=self.output.prompt_token_ids,
                 sampling=sampling,
                 grammar=grammar,
+                bad_words=self.bad_words,
+                leader=self.leader,
                 eos_token_ids=list(self.llm.frontend.tokenizer.eos_token_ids),
                 arrival_s=time.time(),
             )
@@ -213,6 +237,7 @@ class _Request:
                 if not self.llm.client.busy:
                     raise
                 return False
+            self.leader = self.leader or request.id
             self.open[request.id] = Choice(index, request, self.llm.frontend.tokenizer)
             self.num_submitted += 1
         return True
@@ -226,7 +251,9 @@ class _Request:
         answer = self.output.outputs[choice.index]
         answer.text += made.text
         answer.token_ids += made.token_ids
-        if delta.logprobs is not None:
+        if delta.logprobs is not None and self.keeps_rows:
+            self.rows = delta.logprobs
+        elif delta.logprobs is not None:
             self._add_logprobs(answer, delta.logprobs)
         if delta.prompt_logprobs is not None and self.output.prompt_logprobs is None:
             self.output.prompt_logprobs = [None, *(self._logprobs(row) for row in delta.prompt_logprobs)]
@@ -358,6 +385,44 @@ class LLM:
         )
         prompt = ChatPrompt(self.frontend.tokenizer, self.frontend.template)
         return {"prompt_token_ids": prompt.token_ids(request)}
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The ``params.beam_width`` likeliest answers to every prompt, best first."""
+        items: list[Prompt] = [prompts] if _is_single(prompts) else list(prompts)  # type: ignore[arg-type, list-item]
+        asked = SamplingParams(max_tokens=params.max_tokens)
+        prepared = [self._prepare(item, asked) for item in items]
+        eos = self.frontend.tokenizer.eos_token_ids
+        searches = [BeamSearch(params, eos, p.sampling.max_tokens or 1) for p in prepared]
+        while any(search.beams for search in searches):
+            asking = [
+                _Request(self, None, [*p.output.prompt_token_ids, *beam.tokens], search.sampling)
+                for p, search in zip(prepared, searches)
+                for beam in search.beams
+            ]
+            for request in asking:
+                request.keeps_rows = True
+            self._run(asking, use_tqdm=False)
+            rows = iter([candidates(request.rows) for request in asking])
+            for search in searches:
+                if search.beams:
+                    search.advance([next(rows) for _ in search.beams])
+        decode = self.frontend.tokenizer.decode
+        return [
+            BeamSearchOutput(
+                [
+                    BeamSearchSequence(
+                        [*p.output.prompt_token_ids, *beam.tokens],
+                        beam.logprob,
+                        decode([*p.output.prompt_token_ids, *beam.tokens]),
+                        beam.reason,
+                    )
+                    for beam in search.answers()
+                ]
+            )
+            for p, search in zip(prepared, searches)
+        ]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None

@@ -12,6 +12,7 @@ from octavo.engine.cache.layout import plan_layout
 from octavo.engine.cache.spec import ChunkedKV, FullKV, StateKV, WindowKV
 from octavo.engine.client.serve import ProgressCall, run_engine
 from octavo.engine.core import EngineCore
+from octavo.engine.executor.base import Seat, Started
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.executor.null import NullRunner, null_token
 from octavo.engine.settings import EngineSettings
@@ -69,8 +70,10 @@ def expected(req: GenerateRequest) -> list[int]:
     return [null_token(seed, first + i, VOCAB) for i in range(req.sampling.max_tokens or 0)]
 
 
-def make_runner(arguments: dict[str, Any], rank: int, num_workers: int) -> FailingRunner:
+def make_runner(arguments: dict[str, Any], seat: Seat) -> Started:
     """Factory for worker processes; each rank has its own number of pages."""
+    rank = seat.rank
+    seat.report("waking up", 1, 1)
     if arguments.get("fail_start_of") == rank:
         raise ModelNotFoundError("There is no model 'x'.", "Name another.")
     while arguments.get("hang_start_of") == rank:
@@ -85,7 +88,7 @@ def make_runner(arguments: dict[str, Any], rank: int, num_workers: int) -> Faili
     )
     if arguments.get("fail_rank", 0) == rank:
         runner.fail_at = arguments.get("fail_at", -1)
-    return runner
+    return Started(runner, b"facts of the null engine")
 
 
 def build(options: bytes, progress: ProgressCall) -> EngineCore:

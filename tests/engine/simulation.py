@@ -21,7 +21,7 @@ from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowK
 from octavo.engine.core import EngineCore
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.settings import EngineSettings
-from octavo.protocol.generate import GenerateRequest, SamplingParams
+from octavo.protocol.generate import GenerateRequest, SamplingParams, Terms
 from octavo.protocol.plan import GrammarMask, SlotInit, StepPlan, StepResult, ZeroPage
 
 VOCAB = 23
@@ -348,7 +348,7 @@ def run(seed: int) -> Outcome:
         max_num_batched_tokens=rng.choice([1, 3, 8, 20, 64]),
         vocab_size=VOCAB,
         enable_prefix_caching=rng.random() < 0.85,
-        scheduling_policy=rng.choice(["fcfs", "priority"]),
+        scheduling_policy=rng.choice(["fcfs", "priority", "fair"]),
         overlap=rng.random() < 0.6,
     )
     core = EngineCore(InlineExecutor(runner), settings)
@@ -400,6 +400,8 @@ def _requests(rng: random.Random, max_model_len: int) -> list[Asked]:
             priority=rng.randint(0, 2),
             arrival_s=float(arrival),
             cache_salt=rng.choice([None, None, "tenant"]),
+            terms=Terms(tenant=rng.choice("abc"), weight=rng.choice([0.5, 1.0, 3.0])),
+            leader=rng.choice([None, None, id - 1]),
         )
         requests.append(
             Asked(

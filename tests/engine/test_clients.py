@@ -15,8 +15,9 @@ import pytest
 from engines import VOCAB, build, expected, null_core, request
 
 from octavo.engine.client.base import EngineClient
-from octavo.engine.client.fake import FakeClient
+from octavo.engine.client.fake import FakeClient, fake_info
 from octavo.engine.client.inprocess import InProcessClient
+from octavo.engine.client.sinks import Sinks
 from octavo.engine.client.socket import SocketClient
 from octavo.errors import EngineDeadError, ModelNotFoundError, OctavoError, QueueFullError, RequestError
 from octavo.protocol.control import CheckPool, EngineInfo, EngineStats, GetInfo, GetStats, Shutdown
@@ -351,3 +352,19 @@ def test_fake_client_scripts_stops_and_dies() -> None:
             client.submit(request(6), Collected())
 
     asyncio.run(main())
+
+
+def test_retry_after_is_the_time_that_the_line_takes() -> None:
+    now = [0.0]
+    sinks = Sinks(fake_info(max_num_seqs=2, max_queue_len=6), clock=lambda: now[0])
+    for id in range(8):
+        sinks.add(request(id), lambda delta: None)
+    with pytest.raises(QueueFullError) as caught:
+        sinks.add(request(8), lambda delta: None)
+    assert caught.value.retry_after_s == 1  # nothing measured yet
+    for id in range(100, 140):  # one request every half second
+        now[0] += 0.5
+        sinks.deliver([TokenDelta(id, [], "stop")])
+    with pytest.raises(QueueFullError) as caught:
+        sinks.add(request(8), lambda delta: None)
+    assert caught.value.retry_after_s == 3

@@ -15,7 +15,7 @@ import pytest
 from engines import VOCAB, expected, make_runner, request
 
 from octavo.engine.core import EngineCore
-from octavo.engine.executor.base import Executor
+from octavo.engine.executor.base import Executor, Seat
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.executor.multiproc import MultiprocExecutor
 from octavo.engine.executor.null import NullRunner
@@ -25,11 +25,12 @@ from octavo.protocol.generate import GenerateRequest, SamplingParams
 from octavo.protocol.plan import SlotInit
 
 HERE = str(Path(__file__).parent)
+SEAT = Seat(0, 1, 0, "", lambda phase, done, total: None)
 
 
 @pytest.fixture(autouse=True)
 def helpers_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", HERE)
+    monkeypatch.setenv("PYTHONPATH", HERE, prepend=os.pathsep)
 
 
 def multiproc(num_workers: int = 1, **arguments: Any) -> MultiprocExecutor:
@@ -74,7 +75,7 @@ def test_two_workers_answer_like_one_inline(overlap: bool) -> None:
     executor = multiproc(2)
     pids = executor.pids
     core = core_over(executor, overlap)
-    inline = core_over(InlineExecutor(make_runner({}, 0, 1)), overlap)
+    inline = core_over(InlineExecutor(make_runner({}, SEAT).runner), overlap)
     assert executor.layout == inline.executor.layout
     assert executor.num_pages == 64  # the least of 64 and 65
     answers = finish(core, requests)
@@ -108,8 +109,9 @@ def test_a_killed_worker_is_an_engine_dead_error(rank: int) -> None:
         core.step()
     os.kill(executor.pids[rank], signal.SIGKILL)
     with pytest.raises(EngineDeadError, match=f"Worker {rank} has ended with status -9"):
-        for _ in range(50):
+        for _ in range(150):
             core.step()
+            time.sleep(0.01)  # null workers run apart; those that compute together cannot
     pids = executor.pids
     core.close()
     wait_gone(pids)
@@ -121,8 +123,9 @@ def test_a_failing_worker_says_why(rank: int) -> None:
     core = core_over(executor)
     core.submit(request(1, max_tokens=200))
     with pytest.raises(EngineDeadError, match=f"Worker {rank} failed: RuntimeError: the device fell over"):
-        for _ in range(50):
+        for _ in range(150):
             core.step()
+            time.sleep(0.01)  # null workers run apart; those that compute together cannot
     core.close()
 
 
@@ -132,6 +135,39 @@ def test_a_failed_start_keeps_its_error_and_leaves_nobody() -> None:
         multiproc(2, fail_start_of=1, hang_start_of=0)
     with pytest.raises(OctavoError, match="names no runner factory"):
         MultiprocExecutor("engines:nothing", {})
+
+
+def test_what_a_worker_tells_reaches_the_owner() -> None:
+    told: list[tuple[str, int, int]] = []
+    executor = MultiprocExecutor(
+        "engines:make_runner", {}, num_workers=2, progress=lambda *report: told.append(report)
+    )
+    folder = Path(executor._crew.folder)
+    assert executor.facts == b"facts of the null engine"
+    assert ("waking up", 1, 1) in told
+    assert folder.stat().st_mode & 0o777 == 0o700
+    executor.close()
+    assert not folder.exists()
+
+
+def test_a_rank_that_hangs_at_start_is_named() -> None:
+    with pytest.raises(EngineDeadError, match=r"nothing was heard for 2 s \(rank 1 since waking up\)"):
+        MultiprocExecutor("engines:make_runner", {"hang_start_of": 1}, num_workers=2, silence_s=2.0)
+
+
+def test_a_rank_that_hangs_in_service_is_not_waited_for() -> None:
+    executor = MultiprocExecutor("engines:make_runner", {}, num_workers=2, silence_s=2.0)
+    core = core_over(executor)
+    core.submit(request(1, max_tokens=200))
+    core.step()
+    os.kill(executor.pids[0], signal.SIGSTOP)
+    pids = executor.pids
+    with pytest.raises(EngineDeadError, match="No worker has answered for 2 s"):
+        for _ in range(150):
+            core.step()
+            time.sleep(0.01)  # null workers run apart; those that compute together cannot
+    core.close()
+    wait_gone(pids)
 
 
 def test_workers_die_with_their_parent() -> None:
@@ -152,7 +188,7 @@ def test_workers_die_with_their_parent() -> None:
 
 def test_null_runner_ends_sequences_at_the_eos_rate() -> None:
     runner = NullRunner(
-        make_runner({}, 0, 1).layout, num_pages=64, num_slots=8, vocab_size=VOCAB, eos_rate=0.1
+        make_runner({}, SEAT).runner.layout, num_pages=64, num_slots=8, vocab_size=VOCAB, eos_rate=0.1
     )
     core = core_over(InlineExecutor(runner))
     requests = [
@@ -172,7 +208,7 @@ def test_null_runner_ends_sequences_at_the_eos_rate() -> None:
 
 def test_null_runner_with_drafts_and_a_script() -> None:
     runner = NullRunner(
-        make_runner({}, 0, 1).layout,
+        make_runner({}, SEAT).runner.layout,
         num_pages=64,
         num_slots=8,
         vocab_size=VOCAB,

@@ -78,7 +78,7 @@ def test_keys() -> None:
     assert order_key("fcfs", request, 7) == (7,)
     assert order_key("priority", request, 7) == (5, 2.0, 7)
     with pytest.raises(UsageError, match="fair"):
-        order_key("fair", request, 7)
+        order_key("lottery", request, 7)
 
 
 @pytest.mark.parametrize(

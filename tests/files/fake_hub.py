@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ class Hub:
     status: int = 200  # of the repository itself
     error_code: str = ""
     served: list[str] = field(default_factory=list)
+    sent_bytes: int = 0  # of files
+    ranges: bool = True  # whether range requests are understood
 
 
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -50,9 +53,20 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif name in hub.files:
                 if body:
                     hub.served.append(name)
-                self.reply(200, hub.files[name], body, {"ETag": f'"{oid(hub.files[name])}"'})
+                self.file(hub.files[name], body)
             else:
                 self.reply(404, b"", body, {"X-Error-Code": "RevisionNotFound"})
+
+        def file(self, content: bytes, body: bool) -> None:
+            headers = {"ETag": f'"{oid(content)}"'}
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            status = 200
+            if asked and hub.ranges:
+                start, stop = int(asked[1]), min(int(asked[2]) + 1, len(content))
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+                status, content = 206, content[start:stop]
+            hub.sent_bytes += len(content) if body else 0
+            self.reply(status, content, body, headers)
 
         def json(self, value: object, body: bool) -> None:
             self.reply(200, json.dumps(value).encode(), body, {"Content-Type": "application/json"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +16,12 @@ from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.describe import cache_specs, describe
 from octavo.model.layers.build import ALONE, Ranks
-from octavo.model.load import hf_renaming
+from octavo.model.load import renaming
 from octavo.model.network import Network
 from octavo.model.quantization.choose import choose_format
 from octavo.model.read_arch import read_arch
 from octavo.model.shard import shard
+from octavo.runner.batch import prompts
 from octavo.runner.pages import PageMemory
 
 PAGE, NUM_PAGES, WIDTH = 4, 512, 64
@@ -54,9 +56,7 @@ class Driver:
             op_spec=op_spec,
             max_position=512,
             ranks=ranks,
-            weight_format=choose_format(
-                quantization, spec, op_spec, files, hf_renaming(files, spec.bare_prefix)
-            ),
+            weight_format=choose_format(quantization, spec, op_spec, files, renaming(files, spec)),
         )
         self.network.load(files)
         self.layout: CacheLayout = plan_layout(cache_specs(spec, PAGE, dtype.itemsize))
@@ -95,6 +95,9 @@ class Driver:
             groups.append(GroupTables(table, torch.tensor(slots)))
         for row, count in zip(rows, counts):
             row.computed += count
+        ends = np.array([row.computed for row in rows])
+        given = np.array(counts)
+        longer = given > 1
         batch = Batch(
             token_ids=torch.tensor([token for ids in tokens for token in ids]),
             positions=positions,
@@ -104,6 +107,14 @@ class Driver:
             sample_at=torch.arange(sum(counts)),
             max_query=max(counts),
             max_kv=max(row.computed for row in rows),
+            prompts=prompts(
+                given[longer],
+                ends[longer],
+                torch.from_numpy(np.flatnonzero(given == 1)),
+                torch.from_numpy(np.flatnonzero(longer)),
+            )
+            if longer.any()
+            else None,
         )
         with torch.inference_mode():
             logits = self.network.logits(self.network.forward(batch))

@@ -59,6 +59,25 @@ DELTA = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
          "linear_value_head_dim": 24}  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 24}
 HEADS = {"GPT2": "GPT2LMHeadModel", "Qwen3_5Text": "Qwen3_5ForCausalLM", "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM"}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    **GLM,
+}
+YARN_LATENT = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 32, "beta_slow": 1}
+LLAMA4 = {  # chunks, and positions whose queries are sharpened, well within the prompts
+    "head_dim": 16,
+    "num_hidden_layers": 5,
+    "num_local_experts": 4,
+    "intermediate_size_mlp": 80,
+    "attention_chunk_size": 12,
+    "floor_scale": 6,
+    "attn_scale": 0.4,
+}
 FOREIGN = {  # keys of BASE that a family does not have
     "GPT2": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "max_position_embeddings"),
@@ -218,6 +237,41 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 0.4,
         },
     ),
+    "deepseek_v2": (  # V2-Lite: queries without a latent, the best experts of all
+        "DeepseekV2",
+        {**MLA, "q_lora_rank": None, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
+    ),
+    "deepseek_v2-groups": (
+        "DeepseekV2",
+        {
+            **MLA,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": YARN_LATENT,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {**MLA, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "rope_parameters": YARN_LATENT},
+    ),
+    "deepseek_v3-halves": (  # one group, as Kimi-K2
+        "DeepseekV3",
+        {
+            **MLA,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "first_k_dense_replace": 0,
+        },
+    ),
+    "glm4_moe_lite": ("Glm4MoeLite", MLA),
+    "llama4_text": ("Llama4", LLAMA4),  # Scout
+    "llama4_text-dense": (  # Maverick: every second layer is dense, no norm of queries and keys
+        "Llama4",
+        {**LLAMA4, "interleave_moe_layer_step": 2, "use_qk_norm": False, "rope_parameters": LLAMA3},
+    ),
     "gpt_oss": ("GptOss", GPT_OSS),
     "gpt_oss-limits": (  # low enough to clamp often
         "GptOss",
@@ -226,10 +280,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+TEXT = ("Gemma3", "Llama4")  # whose configuration is the text part's
+
+
 def oracle(name: str, folder: Path) -> Any:
     """A tiny random transformers model, saved to ``folder``."""
     family, extra = ROWS[name]
-    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    config_class = getattr(transformers, f"{family}TextConfig" if family in TEXT else f"{family}Config")
     torch.manual_seed(5)
     base = {key: value for key, value in BASE.items() if key not in FOREIGN.get(family, ())}
     model_class = HEADS.get(family, f"{family}ForCausalLM")

@@ -113,6 +113,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "sigmoid": {"scoring": "sigmoid", "correction": True},
     "groups": {"scoring": "sigmoid", "groups": 4, "top_groups": 2, "correction": True},
     "groups of one": {"groups": 24, "top_groups": 5},
+    "best of a group": {"renormalize": False, "scale": 16.0, "groups": 4, "top_groups": 2, "group_best": 1},
 }
 
 
@@ -144,6 +145,7 @@ def test_routing() -> None:
     # Groups {0, 1} and {2, 3}: alone, expert 1 is best, but the second group has the better pair.
     grouped = moe.route(logits, 1, scoring="sigmoid", groups=2, top_groups=1)[0]
     assert grouped.tolist() == [[3]]
+    assert moe.route(logits, 1, groups=2, top_groups=1, group_best=1)[0].tolist() == [[1]]
     corrected, weights = moe.route(
         logits, 1, scoring="sigmoid", renormalize=False, correction=torch.tensor([9.0, 0, 0, 0])
     )

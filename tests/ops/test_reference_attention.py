@@ -70,19 +70,21 @@ def test_equals_naive(page_size: int, window: int, softcap: float, sink: bool) -
         torch.testing.assert_close(got[part], want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [0, 6])
-def test_equals_sdpa(window: int) -> None:
+@pytest.mark.parametrize(("window", "chunk"), [(0, 0), (6, 0), (0, 7)])
+def test_equals_sdpa(window: int, chunk: int) -> None:
     """A whole prompt against torch.nn.functional.scaled_dot_product_attention."""
     pages, table, keys, values = paged([40], 8)
     q = torch.randn(40, HEADS, DIM)
     got = paged_attention(
         q, pages, table, torch.tensor([0, 40], dtype=torch.int32), torch.tensor([40], dtype=torch.int32), 40, 40,
-        DIM**-0.5, window,
+        DIM**-0.5, window, chunk=chunk,
     )  # fmt: skip
     at = torch.arange(40)
     seen = at[None] <= at[:, None]
     if window:
         seen &= at[None] > at[:, None] - window
+    if chunk:
+        seen &= at[None] // chunk == at[:, None] // chunk
     want = F.scaled_dot_product_attention(
         q.transpose(0, 1), keys[0].transpose(0, 1), values[0].transpose(0, 1), attn_mask=seen, enable_gqa=True
     )

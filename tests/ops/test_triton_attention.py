@@ -103,6 +103,16 @@ def test_windows_never_read_pages_before_them(rows: list[tuple[int, int]], windo
 
 
 @pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("chunk", [1, 16, 30, 4096])
+def test_chunks_never_read_pages_before_them(rows: list[tuple[int, int]], chunk: int) -> None:
+    inputs = make(rows)
+    table: Tensor = inputs["page_table"]  # type: ignore[assignment]
+    for row, (new, length) in enumerate(rows):
+        table[row, : (length - new) // chunk * chunk // 16] = -(10**6)
+    check(inputs, chunk=chunk)
+
+
+@pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
 def test_softcap_and_sinks(rows: list[tuple[int, int]]) -> None:
     inputs = make(rows)
     check(inputs, softcap=0.5)

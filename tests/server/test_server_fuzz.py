@@ -95,6 +95,8 @@ def test_documented_bounds_are_the_enforced_ones(
         body["echo"] = True
     if name == "min_tokens" and value > 16:
         body["max_tokens"] = min(value, 2**31 - 1)
+    if name == "length_penalty":
+        body |= {"use_beam_search": True, "max_tokens": 2}
     if name == "thinking_token_budget":  # only for models that think aloud
         client = make_client(FakeEngine(rule=says("ab")), template=TEMPLATE + "{# </think> #}")
     reply = client.post(path, json=body)

@@ -21,7 +21,7 @@ from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.base import EngineClient
 from octavo.errors import EngineDeadError, ModelFileError, RequestError
-from octavo.protocol.generate import GenerateRequest, SamplingParams, Thinking
+from octavo.protocol.generate import GenerateRequest, SamplingParams, Terms, Thinking
 
 __all__ = ["Frontend", "Generation", "TextDelta"]
 
@@ -31,6 +31,7 @@ LARGE_TEXT = (
 )
 _DEFAULT_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _SEED_SPAN = 2**64
+ANY_TERMS = Terms()
 
 
 class Frontend:
@@ -140,17 +141,20 @@ class Frontend:
         priority: int = 0,
         cache_salt: str | None = None,
         thinking: Thinking | None = None,
+        terms: Terms = ANY_TERMS,
     ) -> Generation:
         """Hand a prepared request to the engine at once and return its stream of ``TextDelta``.
 
-        With ``n > 1`` the engine gets n requests (seeds ``seed``, ``seed + 1``, ...) and the stream is merged by
-        ``index``. Closing, cancelling or dropping the stream aborts what still runs. Raises ``QueueFullError`` or
+        With ``n > 1`` the engine gets n requests (seeds ``seed``, ``seed + 1``, ...), of which the first computes the
+        prompt, and the stream is merged by ``index``. Closing, cancelling or dropping the stream aborts what still runs. Raises ``QueueFullError`` or
         ``EngineDeadError`` before anything is queued.
         """
         if not self.client.alive:
             raise EngineDeadError("The engine has stopped.", "Restart the server; its log names the cause.")
         ids = list(prompt_ids)
         sampling, grammar = self.grammars.split(sampling)
+        bad_words = self.bad_words(sampling)
+        leader: int | None = None
         generation = Generation(self.client, request_id)
         arrival_s = time.time()
         try:
@@ -168,12 +172,28 @@ class Frontend:
                     cache_salt=cache_salt,
                     grammar=grammar,
                     thinking=thinking,
+                    bad_words=bad_words,
+                    leader=leader,
+                    terms=terms,
                 )
+                leader = leader or request.id
                 generation.submit(request, Choice(index, request, self.tokenizer))
         except BaseException:
             generation.abort()
             raise
         return generation
+
+    def bad_words(self, sampling: SamplingParams) -> list[list[int]]:
+        """The tokens of ``bad_words``, each word at the beginning of a text and behind a space."""
+        found: list[list[int]] = []
+        for word in sampling.bad_words:
+            for text in (word, " " + word.lstrip()):
+                ids = self.tokenizer.encode(text, False)
+                if ids and ids not in found:
+                    found.append(ids)
+        if sampling.bad_words and not found:
+            raise RequestError("bad_words have no tokens.", param="bad_words")
+        return found
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # A text that cannot fit is not tokenized just to find out by how much.
@@ -193,6 +213,8 @@ class Frontend:
         check_token_ids(sampling.stop_token_ids, vocab_size, "stop_token_ids")
         if sampling.logit_bias:
             check_token_ids(list(sampling.logit_bias), vocab_size, "logit_bias")
+        if sampling.allowed_token_ids is not None:
+            check_token_ids(sampling.allowed_token_ids, vocab_size, "allowed_token_ids")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(sampling, name)
             if count is not None and not 0 <= count <= self.max_logprobs:

@@ -12,8 +12,8 @@ from octavo.api.text.detokenizer import Detokenizer
 from octavo.api.text.stop_strings import StopMatcher
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.base import EngineClient
-from octavo.errors import EngineDeadError, OctavoError
-from octavo.protocol.generate import GenerateRequest, Logprob, TokenDelta
+from octavo.errors import EngineDeadError, OctavoError, QueueFullError
+from octavo.protocol.generate import GenerateRequest, Logprob, Times, TokenDelta
 
 
 class TextDelta(msgspec.Struct, gc=False):
@@ -21,18 +21,19 @@ class TextDelta(msgspec.Struct, gc=False):
 
     ``text`` may be empty while a character or a possible stop string is incomplete. ``stop_reason`` is the stop string,
     or the token id out of ``stop_token_ids``, that ended it; None for an end-of-sequence token.
-    ``logprobs`` has one list a token in ``token_ids`` (the drawn token first); ``prompt_logprobs`` comes once.
+    ``logprobs`` has one list a token in ``token_ids`` (the drawn token first); ``prompt_logprobs`` and ``times`` come once.
     """
 
     text: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort"] | None = None
+    finish_reason: Literal["stop", "length", "abort", "deadline"] | None = None
     stop_reason: str | int | None = None
     logprobs: list[list[Logprob]] | None = None
     prompt_logprobs: list[list[Logprob]] | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     index: int = 0
+    times: Times | None = None
 
 
 class Choice:
@@ -63,13 +64,14 @@ class Choice:
         made = TextDelta(
             "",
             delta.tokens,
-            None if reason == "error" else reason,
+            None if reason == "error" or reason == "rejected" else reason,
             None,
             delta.logprobs,
             delta.prompt_logprobs,
             self.num_prompt_tokens,
             self._num_cached_tokens,
             self.index,
+            delta.times,
         )
         if reason == "stop" and self._is_asked_stop(delta.stop_token):
             made.stop_reason = delta.stop_token
@@ -123,6 +125,10 @@ class _Mailbox:
             del self.open[delta.id]
             if delta.finish_reason == "error":
                 self.fail(delta.error or "The engine could not finish this request.")
+                return
+            if delta.finish_reason == "rejected":
+                self.error = QueueFullError(delta.error or "The request waited too long.")
+                self.abort()
                 return
         elif made.finish_reason is not None:
             del self.open[delta.id]

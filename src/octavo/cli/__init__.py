@@ -72,7 +72,9 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def split(arguments: list[str]) -> tuple[str, list[str]]:
-    """The command's name (two words for ``bench``) and what follows it."""
+    """The command's name (one or two words) and what follows it."""
+    if " ".join(arguments[:2]) in COMMANDS:
+        return " ".join(arguments[:2]), arguments[2:]
     if arguments[0] == "bench" and len(arguments) > 1 and not arguments[1].startswith("-"):
         return f"bench {arguments[1]}", arguments[2:]
     return arguments[0], arguments[1:]

@@ -94,6 +94,25 @@ def _pull(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download-dir", metavar="FOLDER", help="Where to keep it.")
 
 
+def _plan(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--gpu",
+        action="append",
+        metavar="NAME",
+        help="Card to plan for, like h100 or rtx4090; repeat for several.",
+    )
+    group.add_argument(
+        "--gpu-memory-gib", type=float, metavar="GIB", help="A card with that much memory instead."
+    )
+    group.add_argument(
+        "--table", action="store_true", help="Common model sizes and the card that each needs."
+    )
+    group.add_argument("--json", action="store_true", help="Machine-readable output.")
+    add_engine_options(parser, skip=("model",))
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("--json", action="store_true", help="Machine-readable output.")
@@ -119,7 +138,11 @@ COMMANDS = {
         "Continue text with a model or a running server.", "octavo.cli.complete:run", _complete
     ),
     "pull": Command("Fetch a model into the cache.", "octavo.cli.pull:run", _pull),
+    "plan": Command("Will it fit? Memory and concurrency before a download.", "octavo.cli.plan:run", _plan),
     "doctor": Command("Show device, versions, caches and chosen kernels.", "octavo.cli.doctor:run", _doctor),
+    "doctor model": Command(
+        "Check a model's files, names, template and tool format.", "octavo.cli.doctor_model:run", _doctor
+    ),
     "bench serve": Command(
         "Load a running server and measure it.", "octavo.bench.serve:main", bench.add_serve_arguments
     ),
@@ -129,9 +152,21 @@ COMMANDS = {
     "bench step": Command(
         "Cost of scheduling alone, without a model.", "octavo.bench.step:main", _nothing, passes_rest=True
     ),
+    "bench fairness": Command(
+        "A quiet tenant beside a flood, by queue policy, on a simulated clock.",
+        "octavo.bench.fairness:main",
+        _nothing,
+        passes_rest=True,
+    ),
     "bench gpu": Command(
         "What the runner reaches on this GPU, beside its ceilings.",
         "octavo.bench.gpu:main",
+        _nothing,
+        passes_rest=True,
+    ),
+    "bench table": Command(
+        "Proofs and every row of the one-GPU table, beside the peer's.",
+        "octavo.bench.table:main",
         _nothing,
         passes_rest=True,
     ),

@@ -100,6 +100,10 @@ def check_model(args: argparse.Namespace) -> dict[str, Any]:
                 "context": info.max_model_len,
                 "pages": f"{info.num_pages} of {info.page_size} tokens",
                 "kernels": dict(info.kernels),
+                "memory": {
+                    part: f"{measured / 2**30:.2f} GiB, planned {planned / 2**30:.2f}"
+                    for part, (planned, measured) in info.memory_bytes.items()
+                },
                 "start_s": {name: round(seconds, 3) for name, seconds in info.timeline_s.items()},
                 "generates": f"{len(output.token_ids)} tokens ({output.finish_reason})",
             }

@@ -97,7 +97,9 @@ def collect_engine(args: argparse.Namespace) -> EngineOptions:
 
 
 def _add(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
-    flag = "--" + field.name.replace("_", "-")
+    flags = ["--" + field.name.replace("_", "-")]
+    if field.metadata.get("short"):
+        flags.insert(0, field.metadata["short"])
     kind, many = _kind(hint)
     help_text = str(field.metadata.get("help", "")).replace("%", "%%")
     default = field.default
@@ -105,11 +107,11 @@ def _add(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         help_text += f" [{default}]"
     if kind is bool:
         group.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
+            *flags, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
         )
         return
     group.add_argument(
-        flag,
+        *flags,
         type=kind,
         action="append" if many else "store",
         choices=field.metadata.get("choices"),

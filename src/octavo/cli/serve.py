@@ -16,6 +16,7 @@ from octavo.api.server.serve import run_server
 from octavo.cli.flags import collect
 from octavo.cli.progress import Reporter
 from octavo.cli.talk import engine_options
+from octavo.config import GIB
 from octavo.engine.client.base import EngineClient
 from octavo.protocol.control import EngineInfo
 
@@ -55,9 +56,13 @@ def timeline(info: EngineInfo, total_s: float) -> str:
     """What the start spent its time on, and what was decided."""
     parts = [f"{name} {seconds:.2f} s" for name, seconds in info.timeline_s.items()]
     parts.append(f"rest {max(0.0, total_s - sum(info.timeline_s.values())):.2f} s")
+    memory = [
+        f"{name} {measured / GIB:.2f} GiB (planned {planned / GIB:.2f})"
+        for name, (planned, measured) in info.memory_bytes.items()
+    ]
     return (
         f"Ready in {total_s:.2f} s: {', '.join(parts)}.\n"
         f"{info.architecture} on {info.device}, {info.dtype}; context {info.max_model_len}, "
         f"{info.num_pages} pages of {info.page_size} tokens, at most {info.max_num_seqs} sequences and "
-        f"{info.max_num_batched_tokens} tokens a step."
+        f"{info.max_num_batched_tokens} tokens a step." + (f"\nMemory: {', '.join(memory)}." if memory else "")
     )

@@ -12,19 +12,23 @@ import random
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 from octavo.engine.cache.layout import CacheLayout
 from octavo.engine.executor.base import Executor
+from octavo.engine.scheduler.expiry import Expiry
 from octavo.engine.scheduler.pace import Pace
-from octavo.engine.scheduler.queue import order_key
+from octavo.engine.scheduler.queue import make_queue, order_key
 from octavo.engine.scheduler.resources import Pages, Slots
 from octavo.engine.scheduler.scheduler import Scheduler, Step
 from octavo.engine.scheduler.sequence import Constraint, Sequence
+from octavo.engine.scheduler.siblings import Siblings
 from octavo.engine.settings import EngineSettings
 from octavo.engine.structured.compiler import GrammarCompiler
 from octavo.engine.structured.grammar import GrammarError
 from octavo.engine.structured.lobby import Lobby
+from octavo.engine.structured.rules import TokenRules
 from octavo.engine.structured.thinking import ThinkingConstraint
 from octavo.engine.validate import check_request
 from octavo.errors import OutOfMemoryError, QueueFullError, RequestError
@@ -39,7 +43,7 @@ from octavo.protocol.control import (
     ResetPrefixCache,
     Shutdown,
 )
-from octavo.protocol.generate import GenerateRequest, TokenDelta
+from octavo.protocol.generate import FinishReason, GenerateRequest, TokenDelta
 from octavo.protocol.plan import GrammarMask
 
 
@@ -48,11 +52,17 @@ class EngineCore:
 
     ``info.max_model_len`` is the asked length or what the page pool holds for one sequence, whichever is less, so
     a request that passes ``submit`` can always run to its end. Raises ``OutOfMemoryError`` where the pool holds not
-    even two tokens. Without ``grammars`` requests that bring a grammar are refused.
+    even two tokens. Without ``grammars`` requests that bring a grammar are refused. ``clock`` (seconds) is what
+    deadlines, waiting times and the pace of steps are measured by.
     """
 
     def __init__(
-        self, executor: Executor, settings: EngineSettings, grammars: GrammarCompiler | None = None
+        self,
+        executor: Executor,
+        settings: EngineSettings,
+        grammars: GrammarCompiler | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.executor = executor
         self.settings = settings
@@ -62,11 +72,17 @@ class EngineCore:
             root_key=secrets.token_bytes(32),
             prefix_caching=settings.enable_prefix_caching,
         )
+        self.pace = Pace(settings.max_step_ms / 1e3, settings.max_num_batched_tokens)
         self.scheduler = Scheduler(
             [Slots(min(settings.max_num_seqs, executor.num_slots)), self.pages],
             max_num_batched_tokens=settings.max_num_batched_tokens,
+            pace=self.pace,
+            waiting=make_queue(settings.scheduling_policy),
         )
-        self.pace = Pace(settings.max_step_ms / 1e3, settings.max_num_batched_tokens)
+        self._clock = clock
+        self.expiry = Expiry()
+        self.siblings = Siblings()
+        self._num_rejected = self._num_deadlines = 0
         self._last_done_s = 0.0
         self.stopping = False
         self._depth = 1 if settings.overlap else 0
@@ -94,6 +110,7 @@ class EngineCore:
             device=settings.device,
             kernels=settings.kernels,
             timeline_s=settings.timeline_s,
+            memory_bytes=settings.memory_bytes,
             max_queue_len=settings.max_queue_len,
         )
 
@@ -107,6 +124,7 @@ class EngineCore:
         if request.grammar is not None and self.lobby is None:
             raise RequestError("This engine serves no grammars.", "structured_outputs")
         if self.num_waiting >= self.settings.max_queue_len + self._idle_slots():
+            self._num_rejected += 1
             raise QueueFullError(f"{self.num_waiting} requests are waiting already.")
         self._arrivals += 1
         seq = Sequence(
@@ -116,35 +134,57 @@ class EngineCore:
             seed=self._seeds.getrandbits(63),
             table=self.pages.table(),
             constraint=constraint,
+            arrived_s=self._clock(),
         )
         self._live[request.id] = seq
+        self.expiry.add(seq, request.terms)
         if request.grammar is not None and self.lobby is not None:
             self.lobby.add(seq, request.grammar, partial(self._constrain, request))
         else:
             self._constrain(request, seq, constraint)
+            self._enqueue(seq)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        """Put a sequence in line, or beside it while another computes the prompt that both share."""
+        leader = None if seq.leader is None else self._live.get(seq.leader)
+        shares = self.pages.prefix_caching and seq.sampling.prompt_logprobs is None
+        if shares and leader is not None and len(leader.tokens) == leader.num_prompt:
+            self.siblings.hold(leader.id, seq)
+        else:
             self.scheduler.waiting.push(seq)
 
     def _constrain(self, request: GenerateRequest, seq: Sequence, grammar: Constraint | None) -> None:
-        """Bind a sequence to its grammar, which begins behind the thoughts, if there are any."""
+        """Bind a sequence to its grammar, which begins behind the thoughts, if there are any, and to its token rules."""
         if request.thinking is not None:
             grammar = ThinkingConstraint(
                 request.thinking, grammar, vocab_size=self.info.vocab_size, stop_ids=seq.stop_ids
             )
+        allowed = seq.sampling.allowed_token_ids
+        if allowed is not None or request.bad_words:
+            grammar = TokenRules(allowed, request.bad_words, grammar, vocab_size=self.info.vocab_size)
         seq.constraint = grammar
         seq.is_simple = grammar is None and seq.is_simple
 
     def abort(self, ids: list[int]) -> None:
         """End requests now; unknown ids are ignored. No delta follows."""
         for id in ids:
-            seq = self._live.pop(id, None)
+            seq = self._live.get(id)
             if seq is not None:
                 self._end(seq)
 
     def _end(self, seq: Sequence) -> None:
-        if self.lobby is not None and self.lobby.remove(seq):
+        """End a sequence wherever it is: beside the line, in it, or running."""
+        if (self.lobby is not None and self.lobby.remove(seq)) or self.siblings.remove(seq):
             seq.finished = True
         else:
             self.scheduler.finish(seq)
+        self._forget(seq.id)
+
+    def _forget(self, id: int) -> None:
+        """A request is over: nobody needs to wait for it any more."""
+        del self._live[id]
+        for seq in self.siblings.leave(id):
+            self.scheduler.waiting.push(seq)
 
     @property
     def has_work(self) -> bool:
@@ -153,19 +193,26 @@ class EngineCore:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences in the queue and those whose grammar is being compiled."""
-        return len(self.scheduler.waiting) + (0 if self.lobby is None else len(self.lobby))
+        """Sequences in the queue and beside it."""
+        return len(self.scheduler.waiting) + self._num_deferred
+
+    @property
+    def _num_deferred(self) -> int:
+        """Those beside the queue: their grammar is being compiled, or another computes their prompt."""
+        return len(self.siblings) + (0 if self.lobby is None else len(self.lobby))
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenDelta]:
         """Run one step; returns what it (with overlap: the one before) brought."""
+        now = self.scheduler.now_s = self._clock()
+        for seq in self.expiry.due(now):
+            self._expire(seq)
         if self.lobby is not None:
             self._leave_lobby(self.lobby)
-        self.scheduler.mixed_budget = self.pace.budget()
         step = self.scheduler.schedule()
         if step is not None:
-            step.launched_s = time.perf_counter()
+            step.launched_s = self._clock()
             self.executor.forward(step.plan)
         deltas = self._collect() if self._depth else []
         if step is not None:
@@ -183,10 +230,10 @@ class EngineCore:
         """Sequences whose grammar is there now go to the queue."""
         ready, failed = lobby.leave()
         for seq in ready:
-            self.scheduler.waiting.push(seq)
+            self._enqueue(seq)
         for seq, message in failed:
             seq.finished = True
-            del self._live[seq.id]
+            self._forget(seq.id)
             self._failed.append(TokenDelta(seq.id, [], "error", None, message))
 
     def _collect(self) -> list[TokenDelta]:
@@ -195,15 +242,32 @@ class EngineCore:
             return []
         step = self._in_flight.popleft()
         result = self.executor.collect()
-        now = time.perf_counter()
+        now = self.scheduler.now_s = self._clock()
         # With overlap a step begins when the one before it is done, not when it was queued.
         self.pace.observe(sum(step.plan.num_tokens), now - max(step.launched_s, self._last_done_s))
         self._last_done_s = now
         deltas = self.scheduler.apply(step, result)
         for delta in deltas:
             if delta.finish_reason is not None:
-                del self._live[delta.id]
+                self._forget(delta.id)
+            elif delta.times is not None:  # the prompt is computed
+                for seq in self.siblings.leave(delta.id):
+                    self.scheduler.waiting.push(seq)
         return deltas
+
+    def _expire(self, seq: Sequence) -> None:
+        """End a sequence whose time is over; one that has not begun can be tried again later."""
+        waited = f"after {self.scheduler.now_s - seq.arrived_s:.2f} s"
+        reason: FinishReason = "rejected" if seq.admitted_s < 0 else "deadline"
+        if reason == "rejected":
+            self._num_rejected += 1
+        else:
+            self._num_deadlines += 1
+        self._end(seq)
+        message = (
+            f"The request had not begun {waited}, and its time was over." if reason == "rejected" else None
+        )
+        self._failed.append(TokenDelta(seq.id, [], reason, None, message, max(0, seq.num_cached)))
 
     def _masks(self, step: Step) -> list[GrammarMask]:
         """Masks of the rows under a grammar: one for the next token and one after each draft it would accept."""
@@ -217,7 +281,7 @@ class EngineCore:
                 words = _words(constraint, drafts)
             except GrammarError as error:
                 self._failed.append(self.scheduler.fail(seq, str(error)))
-                del self._live[seq.id]
+                self._forget(seq.id)
                 continue
             # Positions behind a forbidden draft are never reached; the runner still expects a mask for each.
             words += [words[-1]] * (1 + step.plan.num_drafts[row] - len(words))
@@ -259,6 +323,14 @@ class EngineCore:
             num_draft_tokens=counters.num_draft_tokens,
             num_accepted_tokens=counters.num_accepted_tokens,
             step_tokens=counters.step_tokens,
+            num_deferred=self._num_deferred,
+            num_rejected=self._num_rejected,
+            num_deadlines=self._num_deadlines,
+            num_failed=counters.num_failed,
+            num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
+            num_step_tokens=counters.num_step_tokens,
+            accepted_at=counters.accepted_at,
+            iteration_tokens=counters.iteration_tokens,
         )
 
     def check(self) -> None:

@@ -27,6 +27,11 @@ class Failed(msgspec.Struct, tag="failed"):
             return cls(type(error).__name__, error.cause, error.cure)
         return cls(type(error).__name__, f"{type(error).__name__}: {error}")
 
+    @property
+    def deliberate(self) -> bool:
+        """Whether it was raised on purpose, with a cause and a cure."""
+        return hasattr(errors, self.kind)
+
     def error(self) -> OctavoError:
         """As an error here: the same class where that takes a cause and a cure, else the base class."""
         kind = getattr(errors, self.kind, OctavoError)

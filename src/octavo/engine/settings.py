@@ -28,6 +28,7 @@ class EngineSettings:
     device: str = ""
     kernels: dict[str, str] = field(default_factory=dict)
     timeline_s: dict[str, float] = field(default_factory=dict)
+    memory_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "vocab_size"):
@@ -48,6 +49,7 @@ class EngineSettings:
         device: str = "",
         kernels: dict[str, str] | None = None,
         timeline_s: dict[str, float] | None = None,
+        memory_bytes: dict[str, tuple[int, int]] | None = None,
     ) -> EngineSettings:
         """From resolved options and what the host knows of model and device."""
         return cls(
@@ -67,4 +69,5 @@ class EngineSettings:
             device=device,
             kernels=kernels or {},
             timeline_s=timeline_s or {},
+            memory_bytes=memory_bytes or {},
         )

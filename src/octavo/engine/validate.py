@@ -23,6 +23,18 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab)
     if sampling.logit_bias:
         _check_ids("logit_bias", list(sampling.logit_bias), vocab)
+    if sampling.allowed_token_ids is not None:
+        _check_ids("allowed_token_ids", sampling.allowed_token_ids, vocab)
+        ends = {*request.eos_token_ids, *sampling.stop_token_ids}
+        if sampling.min_tokens and ends.issuperset(sampling.allowed_token_ids):
+            raise RequestError(
+                "allowed_token_ids allows only tokens that end the answer, which min_tokens forbids.",
+                "allowed_token_ids",
+            )
+    for word in request.bad_words:
+        _check_ids("bad_words", word, vocab)
+    if sampling.bad_words and not request.bad_words:
+        raise RequestError("bad_words must reach the engine as tokens.", "bad_words")
     if request.thinking is not None:
         _check_ids("thinking", [request.thinking.start_id, request.thinking.end_id], vocab)
     if sampling.structured_outputs is not None and request.grammar is None:

@@ -91,10 +91,40 @@ QWEN3_5_9B: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+
+
+def _llama_2(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, positions: int = 4096
+) -> Any:
+    """Llama 2 in one of its sizes."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0 if positions == 4096 else 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "llama-3.1-8b": LLAMA_3_1_8B,
     "qwen3-0.6b": QWEN3_0_6B,
+    "llama-2-7b": _llama_2(4096, 11008, 32, 32, 32),
+    "llama-3.1-8b": LLAMA_3_1_8B,
     "qwen3.5-9b": QWEN3_5_9B,
+    "llama-2-13b": _llama_2(5120, 13824, 40, 40, 40),
+    "codellama-34b": _llama_2(8192, 22016, 48, 64, 8, 16384),
+    "llama-2-70b": _llama_2(8192, 28672, 80, 64, 8),
 }
 
 

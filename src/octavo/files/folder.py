@@ -61,6 +61,14 @@ class ModelFolder:
             )
         return path
 
+    def names(self) -> list[str]:
+        """What lies in the folder, in order."""
+        return sorted(entry.name for entry in self.path.iterdir())
+
+    def shard(self, name: str, named_by: str) -> SafetensorsFile:
+        """The opened weight file ``name``."""
+        return SafetensorsFile(self.locate(name, named_by))
+
     def read(self, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         """The whole content of a small file."""
         file = MappedFile(self.locate(name, str(self.path)))
@@ -104,8 +112,8 @@ class ModelFolder:
 class FolderFiles:
     """An opened Hugging Face folder (see ``ModelFiles``)."""
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        folder = ModelFolder(path)
+    def __init__(self, path: Path, name: str | None = None, folder: ModelFolder | None = None) -> None:
+        folder = folder or ModelFolder(path)
         self.path = path
         self.name = name or path.name
         self.format = "safetensors"
@@ -134,7 +142,7 @@ class FolderFiles:
         weight_map, named_by = _weight_map(folder)
         shards = sorted(set(weight_map.values())) if weight_map else _plain_shards(folder)
         for shard_name in shards:
-            shard = SafetensorsFile(folder.locate(shard_name, named_by))
+            shard = folder.shard(shard_name, named_by)
             self._shards.append(shard)
             for tensor in shard.tensors:
                 if weight_map and weight_map.get(tensor, shard_name) != shard_name:
@@ -184,7 +192,7 @@ def _plain_shards(folder: ModelFolder) -> list[str]:
     """The safetensors files of a folder without an index, or the reason why there are none."""
     if folder.has("model.safetensors"):
         return ["model.safetensors"]
-    names = sorted(entry.name for entry in folder.path.iterdir())
+    names = folder.names()
     # consolidated*.safetensors hold the same weights once more, under the names of their maker.
     shards = [
         n for n in names if n.endswith(".safetensors") and not n.startswith(("consolidated", "adapter_"))

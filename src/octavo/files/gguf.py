@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from octavo.errors import ModelFileError
 from octavo.files.base import TensorInfo
 from octavo.files.dtypes import GGUF_TYPES, UNSUPPORTED_GGUF_TYPES, BlockType
-from octavo.files.mapped import MappedFile
+from octavo.files.mapped import MappedFile, Source
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -66,11 +66,11 @@ SAMPLING = {
 class GGUFFile:
     """An opened GGUF file (see ``ModelFiles``); raises ``ModelFileError`` with what is wrong and where."""
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
+    def __init__(self, path: Path, name: str | None = None, source: Source | None = None) -> None:
         self.path = path
         self.name = name or path.stem
         self.format = "gguf"
-        self._file = MappedFile(path)
+        self._file = source or MappedFile(path)
         try:
             reader = _Reader(self._file)
             num_tensors, num_pairs = reader.header()
@@ -118,7 +118,7 @@ class GGUFFile:
 class _Reader:
     """A cursor over the head of the file; every method moves it on or raises ``ModelFileError``."""
 
-    def __init__(self, file: MappedFile) -> None:
+    def __init__(self, file: Source) -> None:
         self.path = file.path
         self.data = file.data
         self.size = file.size

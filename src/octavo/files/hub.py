@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 from octavo.errors import ModelFileError, ModelNotFoundError
 
@@ -19,6 +19,7 @@ WEIGHT_FILES = ("*.safetensors",)
 IGNORED = ("original/*", "consolidated*", "onnx/*", "openvino/*", "coreml/*", "tensorrt/*")
 
 Snapshot = Callable[..., Any]
+FilePath = TypeVar("FilePath", bound=PurePath)
 
 
 def parse_hub_name(name: str) -> tuple[str, str | None] | None:
@@ -42,6 +43,47 @@ def fetch_snapshot(
     cache without asking the hub, so that a start needs no network. ``snapshot`` replaces
     ``huggingface_hub.snapshot_download`` in tests. Raises ``ModelNotFoundError`` or ``ModelFileError``.
     """
+    if use_cached:
+        found = cached_snapshot(name, revision, download_dir, weights, snapshot)
+        if found:
+            return found
+    repo, quantization, arguments = _request(name, revision, download_dir, weights)
+    call = snapshot or _library_snapshot()
+    try:
+        folder = Path(call(**arguments))
+    except Exception as error:
+        explained = explain(error, repo, revision)
+        if explained is None:
+            raise
+        raise explained from None
+    found = _choose(folder, name, quantization, weights)
+    if found is None:
+        raise _nothing_usable(folder, repo, quantization)
+    return found
+
+
+def cached_snapshot(
+    name: str,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    weights: bool = True,
+    snapshot: Snapshot | None = None,
+) -> Path | None:
+    """What ``fetch_snapshot`` would return where that is complete in the hub cache, else None; asks no network."""
+    _, quantization, arguments = _request(name, revision, download_dir, weights)
+    call = snapshot or _library_snapshot()
+    try:
+        return _choose(Path(call(**arguments, local_files_only=True)), name, quantization, weights)
+    except Exception as error:
+        if not is_hub_error(error):
+            raise
+    return None
+
+
+def _request(
+    name: str, revision: str | None, download_dir: str | None, weights: bool
+) -> tuple[str, str | None, dict[str, Any]]:
+    """(repository, quantization, arguments of the library's call)."""
     parsed = parse_hub_name(name)
     if parsed is None:
         raise ModelNotFoundError(f"{name!r} is no hub id.", "Hub ids look like org/name or org/name:Q4_K_M.")
@@ -53,26 +95,7 @@ def fetch_snapshot(
         "allow_patterns": _patterns(quantization, weights),
         "ignore_patterns": list(IGNORED),
     }
-    call = snapshot or _library_snapshot()
-    if use_cached:
-        try:
-            found = _choose(Path(call(**arguments, local_files_only=True)), name, quantization, weights)
-            if found:
-                return found
-        except Exception as error:
-            if not _is_hub_error(error):
-                raise
-    try:
-        folder = Path(call(**arguments))
-    except Exception as error:
-        explained = _explain(error, repo, revision)
-        if explained is None:
-            raise
-        raise explained from None
-    found = _choose(folder, name, quantization, weights)
-    if found is None:
-        raise _nothing_usable(folder, repo, quantization)
-    return found
+    return repo, quantization, arguments
 
 
 def _library_snapshot() -> Snapshot:
@@ -103,7 +126,12 @@ def _choose(folder: Path, name: str, quantization: str | None, weights: bool) ->
             (folder / "config.json").exists() and (has_weights or not weights) and _has_all_shards(folder)
         )
         return folder if complete or (not weights and (folder / "config.json").exists()) else None
-    files = sorted(p for p in folder.rglob("*.gguf") if quantization.lower() in p.name.lower())
+    return pick_gguf(sorted(folder.rglob("*.gguf")), name, quantization)
+
+
+def pick_gguf(files: Sequence[FilePath], name: str, quantization: str) -> FilePath | None:
+    """The one file whose name has the quantization, or None; raises ``ModelFileError`` where several have."""
+    files = [p for p in files if quantization.lower() in p.name.lower()]
     # "Q4_K" must not be ambiguous with Q4_K_M and Q4_K_S: the exact word wins.
     exact = [p for p in files if re.split(r"[-.]", p.stem.lower())[-1] == quantization.lower()]
     files = exact or files
@@ -133,7 +161,7 @@ def _nothing_usable(folder: Path, repo: str, quantization: str | None) -> ModelF
     )
 
 
-def _is_hub_error(error: Exception) -> bool:
+def is_hub_error(error: Exception) -> bool:
     """Errors of huggingface_hub and of the HTTP clients under it, told by where their classes live."""
     modules = {base.__module__.split(".")[0] for base in type(error).__mro__}
     return bool(modules & {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests"}) or isinstance(
@@ -141,7 +169,7 @@ def _is_hub_error(error: Exception) -> bool:
     )
 
 
-def _explain(error: Exception, repo: str, revision: str | None) -> ModelFileError | None:
+def explain(error: Exception, repo: str, revision: str | None) -> ModelFileError | None:
     """The library's error as one sentence with a cure; None for what is no hub error."""
     names = {base.__name__ for base in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -159,7 +187,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> ModelFileErro
         )
     if "RepositoryNotFoundError" in names or status == 404:
         return ModelNotFoundError(f"{repo} does not exist on the hub.", "Check the spelling.")
-    if _is_hub_error(error) or isinstance(error, OSError):
+    if is_hub_error(error) or isinstance(error, OSError):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         return ModelFileError(
             f"{repo} could not be fetched from the hub, and it is not in the hub cache ({reason}).",

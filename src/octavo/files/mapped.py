@@ -1,16 +1,37 @@
-"""A read-only mapping of one regular file; the single place where model files are opened."""
+"""A read-only mapping of one regular file; the single place where model files are opened.
+
+``RemoteHead`` is the same face for a file that lies elsewhere and of which only the beginning is wanted.
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo.errors import ModelFileError
+
+MAX_REMOTE_BYTES = 1 << 20  # of one tensor: what describes a model is small, its weights are not wanted
+
+
+class Source(Protocol):
+    """The bytes of a model file; ``size`` is the whole file's."""
+
+    path: Path
+    size: int
+    data: mmap.mmap | bytes
+
+    def view(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Bytes ``[offset, offset + nbytes)`` as a flat uint8 array; both already checked."""
+
+    def close(self) -> None:
+        """Let go of the file."""
 
 
 class MappedFile:
@@ -31,7 +52,7 @@ class MappedFile:
                 raise ModelFileError(f"{path} is not a regular file.")
             if status.st_size == 0:
                 raise ModelFileError(f"{path} is empty.", "Download it again.")
-            self.data = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
+            self.data: mmap.mmap | bytes = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
         finally:
             os.close(descriptor)
         self.size = status.st_size
@@ -43,6 +64,26 @@ class MappedFile:
     def close(self) -> None:
         """Unmap now, or with the last array that still looks into the file."""
         try:
-            self.data.close()
+            if isinstance(self.data, mmap.mmap):
+                self.data.close()
         except BufferError:
             pass  # a view is alive: unmapping under it would crash, so the last view does it
+
+
+class RemoteHead:
+    """The first bytes of a file elsewhere; ``fetch(start, stop)`` gives any others."""
+
+    def __init__(self, path: Path, size: int, data: bytes, fetch: Callable[[int, int], bytes]) -> None:
+        self.path = path
+        self.size = size
+        self.data: mmap.mmap | bytes = data
+        self.fetch = fetch
+
+    def view(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """See ``Source``; only small tensors are fetched."""
+        if nbytes > MAX_REMOTE_BYTES:
+            raise ModelFileError(f"{self.path}: only headers were fetched, not the weights.")
+        return np.frombuffer(self.fetch(offset, offset + nbytes), np.uint8)
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -14,7 +14,8 @@ from octavo.files.dummy import PRESETS, open_dummy
 from octavo.files.fetch import Progress, cache_folder, cached_file, fetch
 from octavo.files.folder import FolderFiles
 from octavo.files.gguf import GGUFFile
-from octavo.files.hub import fetch_snapshot, parse_hub_name
+from octavo.files.headers import open_headers
+from octavo.files.hub import cached_snapshot, fetch_snapshot, parse_hub_name
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
@@ -46,6 +47,30 @@ def open_model(
             f"{name} is a {files.format} model, not {load_format}.", "Leave --load-format at auto."
         )
     return files
+
+
+def open_description(
+    name: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    endpoint: str | None = None,
+    progress: Progress | None = None,
+) -> ModelFiles:
+    """What describes the model called ``name``: its configuration and, where they can be had, its tensors' headers.
+
+    Like ``open_model``, but no weights are downloaded from the hub, a folder may hold a config.json alone, and
+    presets go by their name. Catalogue models are fetched: they are small.
+    """
+    if name.lower() in PRESETS and not Path(name).exists():
+        return open_dummy(name.lower(), name)
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "config.json").exists() and not any(path.glob("*.safetensors")):
+        return open_dummy(path, name)
+    if path.exists() or find_entry(name) or not parse_hub_name(name) or name.endswith(".gguf"):
+        return open_model(name, revision=revision, download_dir=download_dir, progress=progress)
+    found = cached_snapshot(name, revision, download_dir)
+    return _open_path(found, name) if found else open_headers(name, revision, endpoint)
 
 
 def pull(

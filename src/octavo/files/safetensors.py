@@ -20,7 +20,7 @@ from octavo.errors import ModelFileError
 from octavo.files.base import TensorInfo
 from octavo.files.dtypes import SAFETENSORS_BITS
 from octavo.files.jsonfile import parse_json
-from octavo.files.mapped import MappedFile
+from octavo.files.mapped import MappedFile, Source
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 MAX_DIMS = 8
@@ -28,11 +28,11 @@ AGAIN = "The file is damaged or incomplete: download it again."
 
 
 class SafetensorsFile:
-    """One opened safetensors file; raises ``ModelFileError`` with what is wrong and where."""
+    """One opened safetensors file (or the ``source`` of one); raises ``ModelFileError`` with what is wrong and where."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source: Source | None = None) -> None:
         self.path = path
-        self._file = MappedFile(path)
+        self._file = source or MappedFile(path)
         try:
             self.tensors: Mapping[str, TensorInfo]
             self.tensors, self._offsets = self._parse()

@@ -23,6 +23,7 @@ from octavo.engine.client.base import EngineClient
 from octavo.engine.client.inprocess import InProcessClient
 from octavo.engine.client.socket import SocketClient
 from octavo.engine.core import EngineCore
+from octavo.engine.executor.base import Executor
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.settings import EngineSettings
 from octavo.engine.structured.compiler import GrammarCompiler
@@ -32,7 +33,9 @@ from octavo.files.base import ModelFiles
 from octavo.files.resolve import open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
-from octavo.model.read_arch import read_arch
+from octavo.host.implementation import architecture
+from octavo.host.replicas import launch_replicas
+from octavo.host.spread import Facts, launch
 
 BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.compiled_engine:build"}
 
@@ -40,13 +43,28 @@ BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.
 def open_files(options: EngineOptions, progress: Progress | None = None) -> ModelFiles:
     """Find and open the model the options name, fetching it where that is needed."""
     model = options.model
-    return open_model(
+    files = open_model(
         model.model,
         revision=model.revision,
         download_dir=model.download_dir,
         load_format=model.load_format,
         progress=progress,
     )
+    return files if model.hf_overrides is None else override(files, model.hf_overrides)
+
+
+def override(files: ModelFiles, overrides: str) -> ModelFiles:
+    """The same files with values of config.json replaced by those of a JSON object."""
+    try:
+        values = msgspec.json.decode(overrides, type=dict[str, object])
+    except msgspec.DecodeError as error:
+        raise UsageError(f"--hf-overrides is not a JSON object: {error}.") from None
+    if files.format == "gguf":
+        raise UsageError(
+            "--hf-overrides is for models with a config.json; this is a GGUF file.", "Leave it out."
+        )
+    files.config = {**files.config, **values}
+    return files
 
 
 def build_runner(
@@ -56,7 +74,7 @@ def build_runner(
     timeline: Timeline | None = None,
 ) -> Built:
     """Load the model with the backend that fits model and device, and size its cache."""
-    arch = read_arch(files)
+    arch = architecture(options.model, files)
     backend = choose_backend(options, files, arch)
     module, _, attribute = BACKENDS[backend].partition(":")
     timeline = timeline or Timeline.start()
@@ -68,26 +86,41 @@ def build_runner(
 
 def prepare(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> None:
     """Compile and keep what the first start would have to: the kernels of the compiled CPU path, where it is chosen."""
-    arch = read_arch(files)
+    arch = architecture(options.model, files)
     if choose_backend(options, files, arch) == "compiled":
         import_module("octavo.host.compiled_engine").prepare(files, arch, progress or quiet)
 
 
 def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | None = None) -> EngineCore:
-    """An engine in this process and thread."""
-    timeline = Timeline.start()
-    built = build_runner(options, files, progress, timeline)
+    """An engine in this process and thread; a model on several devices has a worker process for each."""
+    if options.parallel.data_parallel_size > 1:
+        raise UsageError(
+            "--data-parallel-size needs a process for each copy of the model; this is a single one.",
+            "Use octavo serve, or one LLM object a device.",
+        )
+    arch = architecture(options.model, files)
+    executor: Executor
+    if options.parallel.ranks > 1:
+        executor, facts = launch(options, arch, progress)
+    else:
+        timeline = Timeline.start()
+        built = build_runner(options, files, progress, timeline)
+        executor = InlineExecutor(built.runner)
+        facts = Facts(
+            built.resolved, built.device, built.kernels, timeline.phases, memory_bytes=built.memory_use
+        )
     settings = EngineSettings.of(
-        built.resolved,
-        vocab_size=built.arch.vocab_size,
+        facts.resolved,
+        vocab_size=arch.vocab_size,
         model=options.model.served_model_name or files.name,
-        architecture=built.arch.model_type,
-        device=built.device,
-        kernels=built.kernels,
-        timeline_s=timeline.phases,
+        architecture=arch.label,
+        device=facts.device,
+        kernels=facts.kernels,
+        timeline_s=facts.phases,
+        memory_bytes=facts.memory_bytes,
     )
-    grammars = GrammarCompiler(partial(read_vocabulary, options, files), built.arch.vocab_size)
-    return EngineCore(InlineExecutor(built.runner), settings, grammars)
+    grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
+    return EngineCore(executor, settings, grammars)
 
 
 def read_vocabulary(options: EngineOptions, files: ModelFiles) -> Vocabulary:
@@ -108,9 +141,11 @@ def connect(
     in_process: bool = False,
     progress: Progress | None = None,
 ) -> EngineClient:
-    """An engine in its own process (or in a thread of this one), ready to serve."""
+    """An engine in its own process (or in a thread of this one), or several copies of one, ready to serve."""
     if in_process:
         return InProcessClient(build_core(options, files, progress))
+    if options.parallel.data_parallel_size > 1:
+        return launch_replicas(options, encode_options, progress)
     return SocketClient.launch(
         [sys.executable, "-m", "octavo.host"], encode_options(options), progress or quiet
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from octavo.config import ModelLimits, Resolved
 from octavo.engine.executor.base import Runner
@@ -44,7 +44,7 @@ class Timeline:
 
 @dataclass
 class Built:
-    """A runner and the decisions behind it."""
+    """A runner and the decisions behind it; ``memory_use``: part -> (planned, measured) bytes."""
 
     runner: Runner
     arch: ArchConfig
@@ -52,3 +52,4 @@ class Built:
     memory: MemoryPlan
     device: str
     kernels: dict[str, str]
+    memory_use: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -17,6 +17,10 @@ NVIDIA_SIGNS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
 def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) -> str:
     """ "compiled" where the device is a CPU, the user did not ask for torch, and the kernels cover the model."""
     device = options.device
+    if arch.implementation != "octavo":  # transformers' modules
+        return "torch"
+    if options.parallel.ranks > 1:  # the compiled program knows one process
+        return "torch"
     if device.device == "cuda" or (device.device == "auto" and gpu_in_sight()):
         return "torch"
     if device.cpu_backend == "torch" or options.model.dtype not in ("auto",):

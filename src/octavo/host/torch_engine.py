@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from octavo.config import EngineOptions, Resolved, resolve
-from octavo.device.ops.bind import Binder
+from octavo.device.distributed.world import World
+from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.files.base import ModelFiles
+from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
+from octavo.host.place import Place, take_place
+from octavo.host.spread import part_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
-from octavo.model.load import hf_renaming
+from octavo.model.fallback.network import TransformersNetwork
+from octavo.model.load import renaming
 from octavo.model.network import Network
+from octavo.model.quantization.base import WeightFormat
 from octavo.model.quantization.choose import choose_format
-from octavo.protocol.generate import SamplingParams
-from octavo.protocol.plan import SlotInit, StepPlan
+from octavo.model.stage import cut
 from octavo.runner.graphs import StepGraphs
-from octavo.runner.memory import plan_pages
+from octavo.runner.measure import Peak, graph_bytes, run_largest_step
+from octavo.runner.memory import MemoryPlan, plan_pages
 from octavo.runner.pages import PageMemory
 from octavo.runner.runner import TorchRunner
 from octavo.runner.warm import warm
@@ -31,71 +40,134 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def build(
-    options: EngineOptions, files: ModelFiles, arch: ArchConfig, timeline: Timeline, progress: Progress
+    options: EngineOptions,
+    files: ModelFiles,
+    arch: ArchConfig,
+    timeline: Timeline,
+    progress: Progress,
+    platform: Platform | None = None,
+    world: World | None = None,
 ) -> Built:
-    """Load the network on the platform, measure, size the cache, capture graphs."""
-    platform = open_platform(options.device.device, threads=options.device.threads)
+    """Load the network on the platform, measure, size the cache, capture graphs; with a ``world`` this rank's part, in
+    step with the others."""
+    platform = platform or open_platform(options.device.device, threads=options.device.threads)
     hardware = platform.hardware()
     resolved = resolve(options, hardware, limits_of(arch))
     dtype = DTYPES[resolved.dtype]
-    spec = describe(arch)
+    place = Place() if world is None else take_place(world, options.parallel, dtype)
+    whole = part_of(describe(arch), options)
+    spec = cut(whole, place.stage, place.num_stages)
     binder = Binder()
     op_spec = platform.op_spec(dtype)
     weight_format = choose_format(
-        options.model.quantization, spec, op_spec, files, hf_renaming(files, spec.bare_prefix)
+        options.model.quantization, spec, op_spec, files, renaming(files, spec)
     )
+    layout = plan_layout(cache_specs(whole, resolved.page_size, dtype.itemsize))
+    if place.num_stages > 1:
+        layout = layout.part(range(spec.first_layer, spec.first_layer + len(spec.layers)))
+    budget = StartBudget(options, resolved, arch, spec, layout, hardware, platform, op_spec.capability, files)
+    budget.require_room()
     timeline.end("imports")
-    network = Network(
+    network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format, place)
+    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
+    budget.weights_loaded()
+    timeline.end("weights")
+    make = partial(torch_runner, network, layout, platform, binder, place.agree)
+    graphs = platform.kind == "cuda" and not options.device.enforce_eager and network.recordable
+    progress("measuring the largest step", 0, 1)
+    peak = measure_peak(make, platform, resolved, graphs)
+    budget.step_measured(peak.step_bytes)
+    timeline.end("profile")
+    memory = size_cache(options, layout, platform, resolved, peak, place)
+    resolved = replace(resolved, max_model_len=memory.max_model_len)
+    runner = make(resolved, memory.num_pages)
+    budget.cache_allocated()
+    timeline.end("cache")
+    if graphs:
+        record_graphs(runner, resolved, progress)
+        budget.graphs_captured()
+        timeline.end("graphs")
+    if platform.kind == "cuda":
+        progress("warming up", 0, 1)
+        warm(runner, resolved.max_model_len)
+        timeline.end("warm")
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
+
+
+def make_network(
+    arch: ArchConfig,
+    files: ModelFiles,
+    spec: DecoderSpec,
+    binder: Binder,
+    op_spec: OpSpec,
+    platform: Platform,
+    resolved: Resolved,
+    weight_format: WeightFormat,
+    place: Place,
+) -> Network:
+    """The model's modules on the device, not loaded yet: ours, or those of transformers."""
+    dtype, device = DTYPES[resolved.dtype], platform.device
+    if arch.implementation != "octavo":
+        return TransformersNetwork(arch, files, dtype=dtype, device=device, binder=binder, op_spec=op_spec)
+    return Network(
         spec,
         dtype=dtype,
-        device=platform.device,
+        device=device,
         binder=binder,
         op_spec=op_spec,
         max_position=resolved.max_model_len,
         weight_format=weight_format,
+        ranks=place.ranks,
+        pipe=place.pipe,
     )
-    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
-    platform.synchronize()
-    timeline.end("weights")
-    layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize))
-    peak = measure_peak(network, spec, layout, platform, binder, resolved)
-    timeline.end("profile")
+
+
+def size_cache(
+    options: EngineOptions,
+    layout: CacheLayout,
+    platform: Platform,
+    resolved: Resolved,
+    peak: Peak,
+    place: Place,
+) -> MemoryPlan:
+    """Pages and context length that fit on every rank; ranks on CPUs share one memory."""
+    sharers = place.ranks.size * place.num_stages if platform.kind == "cpu" else 1
     memory = plan_pages(
         layout,
         options.cache,
         kind=platform.kind,
-        free_bytes=platform.free_bytes(),
-        total_bytes=hardware.total_memory_bytes,
-        peak_bytes=peak,
+        free_bytes=platform.free_bytes() // sharers,
+        total_bytes=platform.hardware().total_memory_bytes,
+        peak_bytes=peak.step_bytes,
+        graph_bytes=peak.graph_bytes,
         max_model_len=resolved.max_model_len,
         length_is_fixed=options.model.max_model_len not in (None, "auto", "-1"),
         max_num_seqs=resolved.max_num_seqs,
         step_tokens=resolved.max_num_batched_tokens,
     )
-    resolved = replace(resolved, max_model_len=memory.max_model_len)
-    runner = torch_runner(network, spec, layout, platform, binder, resolved, memory.num_pages)
-    timeline.end("cache")
-    if platform.kind == "cuda" and not options.device.enforce_eager:
-        graphs = StepGraphs(network, runner.slots, runner.builder, platform, resolved.max_model_len)
-        graphs.capture(
-            resolved.max_num_seqs,
-            resolved.max_num_batched_tokens,
-            lambda done, total: progress("capturing graphs", done, total),
-        )
-        runner.graphs = graphs
-        timeline.end("graphs")
-    if platform.kind == "cuda":
-        warm(runner, resolved.max_model_len)
-        timeline.end("warm")
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain())
+    num_pages, max_model_len = place.least([memory.num_pages, memory.max_model_len])
+    return replace(memory, num_pages=num_pages, max_model_len=max_model_len)
+
+
+def record_graphs(runner: TorchRunner, resolved: Resolved, progress: Progress) -> None:
+    """Record all sizes of steps."""
+    graphs = StepGraphs(
+        runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len
+    )
+    graphs.capture(
+        resolved.max_num_seqs,
+        resolved.max_num_batched_tokens,
+        lambda done, total: progress("capturing graphs", done, total),
+    )
+    runner.graphs = graphs
 
 
 def torch_runner(
     network: Network,
-    spec: DecoderSpec,
     layout: CacheLayout,
     platform: Platform,
     binder: Binder,
+    agree: Callable[[Tensor], Tensor] | None,
     resolved: Resolved,
     num_pages: int,
 ) -> TorchRunner:
@@ -105,39 +177,23 @@ def torch_runner(
         PageMemory(layout, num_pages, platform.device),
         platform,
         binder,
-        vocab_size=spec.embedding.vocab_size,
+        vocab_size=network.spec.embedding.vocab_size,
         num_slots=resolved.max_num_seqs,
         max_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
+        agree=agree,
     )
 
 
 def measure_peak(
-    network: Network,
-    spec: DecoderSpec,
-    layout: CacheLayout,
-    platform: Platform,
-    binder: Binder,
-    resolved: Resolved,
-) -> int:
-    """Bytes that the largest step holds above weights and cache: full token budget, every row sampling at random
-    with penalties and log probabilities; run through the real runner on one-page memory."""
+    make: Callable[[Resolved, int], TorchRunner], platform: Platform, resolved: Resolved, graphs: bool
+) -> Peak:
+    """What the largest step holds above weights and cache, and what the recordings will; run through a runner over
+    two pages."""
     if platform.kind == "cpu":
-        return 0
-    rows = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
-    tokens = resolved.max_num_batched_tokens
-    share = [tokens // rows + (1 if i < tokens % rows else 0) for i in range(rows)]
-    share = [min(count, resolved.max_model_len) for count in share]
-    sampling = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, repetition_penalty=1.1)
-    runner = torch_runner(network, spec, layout, platform, binder, resolved, 2)
-    admits = [SlotInit(i, [0] * share[i], share[i], sampling, 0, []) for i in range(rows)]
-    plan = StepPlan(0, list(range(rows)), [0] * rows, share, [0] * rows, [True] * rows, admits, [], [])
-
-    def work() -> None:
-        runner.forward(plan)
-        runner.sample([])
-        runner.collect()
-
-    peak = platform.peak_bytes(work)
+        return Peak()
+    runner = make(resolved, 2)
+    step = platform.peak_bytes(partial(run_largest_step, runner, resolved.max_model_len))
+    recorded = graph_bytes(runner, resolved.max_model_len) if graphs else 0
     runner.close()
-    return peak
+    return Peak(step, recorded)

@@ -17,6 +17,8 @@ class ArchConfig:
     ("full_attention", "sliding_attention") to its rope parameters (rope_type, rope_theta, factor, ...).
     ``layer_types`` has one entry a layer. ``sliding_window`` 0 = none. ``quantized`` is True where matrices are
     stored in blocks or with scales. ``from_gguf`` says which name table and conventions the weights follow.
+    ``implementation`` says whose modules compute it: "octavo", or transformers and its version, which then counted
+    ``num_parameters``.
     """
 
     model_type: str
@@ -44,4 +46,11 @@ class ArchConfig:
     from_gguf: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    implementation: str = "octavo"
+    num_parameters: int = 0
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def label(self) -> str:
+        """The architecture, and whose modules compute it where they are not ours."""
+        return self.model_type if self.implementation == "octavo" else f"{self.model_type} ({self.implementation})"

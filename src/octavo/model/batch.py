@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -16,12 +17,27 @@ class GroupTables:
 
 
 @dataclass
+class Prompts:
+    """A step's rows by kind, where the host knows them: ``singles`` [S] int64 have one query, ``longer`` [L] int64 more.
+
+    ``num_queries`` and ``num_keys`` count those of the longer rows, ``num_pairs`` which query of them sees which key.
+    """
+
+    singles: Tensor
+    longer: Tensor
+    num_queries: int
+    num_keys: int
+    num_pairs: int
+
+
+@dataclass
 class Batch:
     """R rows with T tokens in all.
 
     token_ids, positions [T] int64; query_start [R + 1] int32; kv_lens [R] int32 (keys after this step);
     ``sample_at`` [S] int64: the tokens whose hidden states become logits; ``max_query`` and ``max_kv`` are host
-    bounds. Padded captures have zero-length rows and -1 slots at the end.
+    bounds. Padded captures have zero-length rows and -1 slots at the end. ``prompts`` is None where there are none or
+    where a step is recorded, whose rows change; ``derived`` keeps what layers compute once a step.
     """
 
     token_ids: Tensor
@@ -32,3 +48,5 @@ class Batch:
     sample_at: Tensor
     max_query: int
     max_kv: int
+    prompts: Prompts | None = None
+    derived: dict[str, Any] = field(default_factory=dict)

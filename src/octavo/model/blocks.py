@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from octavo.engine.cache.spec import FullKV, KVSpec, StateKV, WindowKV
+from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowKV
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_clamped"]
 Scoring = Literal["softmax", "sigmoid", "softmax_top_k"]
@@ -26,7 +26,8 @@ class Part:
 
     ``hf`` and ``gguf`` are names below the layer's prefix without ".weight"/".bias". ``heads`` > 0 marks rows that
     GGUF's llama architecture stores with each head's two rotary halves interleaved, ``hf_heads`` > 0 rows that Hugging
-    Face checkpoints store so; the loader restores them. Of each such head the first ``rotated`` rows are meant (0 = all).
+    Face checkpoints store so; the loader restores them. Of each such head ``rotated`` rows (0 = all) from ``turns_at`` on
+    are meant.
     ``copies``: so many neighbouring ranks hold the same rows (see ``model.shard``).
 
     Parts may share a stored tensor of ``total`` rows (0 = it is this part alone), in which this one begins at
@@ -43,6 +44,7 @@ class Part:
     copies: int = 1
     hf_heads: int = 0
     rotated: int = 0
+    turns_at: int = 0
     start: int = 0
     total: int = 0
     stored: Stored = "rows"
@@ -113,6 +115,10 @@ class Attention:
     ``rope`` None = no position encoding in this layer. A q/k norm of size ``head_dim`` works on each head, of another
     size on the whole projection. ``sinks`` names a logit a head that takes probability but has no value (gpt-oss).
     The sigmoid of ``gate`` [heads * head_dim] multiplies what goes into ``output`` (Qwen3-Next).
+
+    Llama 4: ``chunk`` > 0: a query sees keys of its own chunk of so many positions. ``unit_norm`` > 0: rotated queries and
+    keys are divided by their root mean square, this being its epsilon. ``temperature`` (f, a): the query at position p is
+    multiplied by 1 + a log(1 + floor((p + 1) / f)).
     """
 
     qkv: Linear
@@ -128,12 +134,17 @@ class Attention:
     k_norm: Norm | None = None
     sinks: Part | None = None
     gate: Linear | None = None
+    chunk: int = 0
+    unit_norm: float = 0.0
+    temperature: tuple[float, float] | None = None
 
     def cache(self, page_size: int, element_bytes: int) -> KVSpec:
         """What this layer keeps, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
         token_bytes = 2 * self.num_kv_heads * self.head_dim * element_bytes
         if self.window:
             return WindowKV(page_size, token_bytes, self.window)
+        if self.chunk:
+            return ChunkedKV(page_size, token_bytes, self.chunk)
         return FullKV(page_size, token_bytes)
 
 
@@ -182,9 +193,42 @@ class Recurrent:
         return StateKV(page_size * CHECKPOINT_PAGES, self.input_bytes(element_bytes) + padded)
 
 
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention: of a token, one small latent is kept for all heads (DeepSeek-AI 2024).
+
+        x ─ down ─┬─ (queries ─ query_norm ─) query ──► q_h = [nope | rope]      without query_norm, query reads x
+                  ├─ latent ─ latent_norm ────────────► c          kept
+                  └─ key ─ rope ──────────────────────► r          kept
+        k_h = [K_h c | r]     v_h = V_h c     ``up`` holds K_h [nope_dim, latent_dim], V_h [value_dim, latent_dim] by head
+
+    ``down``'s parts are the queries (where there is a ``query_norm``), the latent and the key. ``scale`` multiplies q·k.
+    ``split_up`` names K and V where GGUF files hold them apart ([H, latent, nope] and [H, value, latent]).
+    """
+
+    down: Linear
+    query_norm: Norm | None
+    query: Linear
+    latent_norm: Norm
+    up: Linear
+    output: Linear
+    num_heads: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    latent_dim: int
+    scale: float
+    rope: Rope
+    split_up: tuple[str, str] = ("attn_k_b", "attn_v_b")
+
+    def cache(self, page_size: int, element_bytes: int) -> KVSpec:
+        """What this layer keeps, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
+        return FullKV(page_size, (self.latent_dim + self.rope_dim) * element_bytes)
+
+
 # What mixes a layer's tokens with those before them. Each states what it keeps of them (``cache``); the torch form is
 # built by ``layers.decoder.make_mixer``.
-Mixer = Attention | Recurrent
+Mixer = Attention | LatentAttention | Recurrent
 
 
 @dataclass(frozen=True)
@@ -213,8 +257,8 @@ class Router:
 
     ``scoring``: the softmax over all experts, the sigmoid of each, or the softmax over the chosen ones. With
     ``renormalize`` the chosen weights sum to 1; then ``scale`` multiplies them. With ``groups`` > 1 only experts of the
-    ``top_groups`` best groups are chosen (a group is as good as its two best experts together). ``correction`` names a
-    bias, below the layer's prefix, that is added for the choice but not for the weights.
+    ``top_groups`` best groups are chosen (a group is as good as its ``group_best`` best experts together, 1 or 2).
+    ``correction`` names a bias, below the layer's prefix, that is added for the choice but not for the weights.
     """
 
     linear: Linear
@@ -224,6 +268,7 @@ class Router:
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
     correction: str = ""
     gguf_correction: str = ""
 
@@ -234,7 +279,9 @@ class Experts:
 
     Hugging Face checkpoints hold them stacked at ``hf``.gate_up_proj and .down_proj, or one by one at ``hf``.0.gate_proj
     and so on, the last names being ``hf_each`` (gate, up, down). ``gguf_each`` are the stacked names in GGUF files.
-    ``interleaved``: stacked tensors are [num, in, out] and gate and up alternate (gpt-oss).
+    ``interleaved``: stacked tensors are [num, in, out] and gate and up alternate (gpt-oss). ``columns``: they are [num, in,
+    out], gate before up (Llama 4).
+    ``total``: under expert parallelism, how many there are on all ranks together (0: these are all).
     """
 
     hf: str
@@ -245,13 +292,16 @@ class Experts:
     hf_each: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     gguf_each: tuple[str, str, str] = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
     interleaved: bool = False
+    columns: bool = False
+    total: int = 0
 
 
 @dataclass(frozen=True)
 class MoE:
     """Sum over the chosen experts of weight * expert(x), plus a shared MLP, which ``shared_gate`` may weigh.
 
-    ``alpha`` and ``limit`` belong to the activation "swiglu_clamped".
+    ``alpha`` and ``limit`` belong to the activation "swiglu_clamped". ``weigh_input``: the one chosen expert sees weight * x
+    and its answer is taken as it is (Llama 4).
     """
 
     router: Router
@@ -261,6 +311,7 @@ class MoE:
     limit: float = 0.0
     shared: GatedMLP | None = None
     shared_gate: Linear | None = None
+    weigh_input: bool = False
 
 
 FeedForward = GatedMLP | PlainMLP | MoE
@@ -283,13 +334,6 @@ class Layer:
     residual_scale: float = 1.0
     parallel: bool = False
 
-    @property
-    def plain_attention(self) -> Attention:
-        """The mixer where it is attention over keys and values; raises ``TypeError`` where it is not."""
-        if not isinstance(self.attention, Attention):
-            raise TypeError(f"{type(self.attention).__name__} is not plain attention")
-        return self.attention
-
 
 @dataclass(frozen=True)
 class Embedding:
@@ -310,7 +354,8 @@ class DecoderSpec:
     is None where the embedding is the output matrix too. ``logit_softcap`` 0 = none, ``logit_scale`` multiplies.
     Tensors whose names end with one of ``ignored``, or begin with one of ``ignored_prefixes``, are of no use.
     ``positions`` is a learned embedding of positions, added to the tokens'. ``bare_prefix`` is what some checkpoints
-    leave out before all Hugging Face names.
+    leave out before all Hugging Face names. A stage of a pipeline begins at ``first_layer``; only the first has the
+    embedding before its layers, only the last norm and head behind them.
     """
 
     embedding: Embedding
@@ -332,3 +377,6 @@ class DecoderSpec:
         )
     )
     ignored_prefixes: tuple[str, ...] = ()
+    first_layer: int = 0
+    is_first: bool = True
+    is_last: bool = True

@@ -17,6 +17,7 @@ from octavo.model.blocks import (
     Layer,
     Linear,
     Mixer,
+    MoE,
     Norm,
     Part,
     PlainMLP,
@@ -107,7 +108,7 @@ class Decoder:
         ]
 
     def mixer(self, i: int) -> Mixer:
-        """What mixes tokens in layer i: attention, but for hybrids."""
+        """What mixes layer i's tokens with those before them."""
         return self.attention(i)
 
     def attention(self, i: int) -> Attention:
@@ -207,6 +208,41 @@ class Decoder:
         part = Part(hf, "ffn_gate_inp", num)
         linear = Linear(self.arch.hidden_size, (part,), bias)
         return Router(linear, top_k, renormalize=renormalize)
+
+    def corrected_router(self) -> Router:
+        """DeepSeek-V3's router: sigmoid scores; groups and a correction guide the choice."""
+        keys = self.keys
+        num, groups = keys.integer("num_experts"), keys.integer("n_group", 1)
+        top_groups, top_k = keys.integer("topk_group", 1), keys.integer("num_experts_per_tok")
+        if num % groups or top_groups > groups or top_k > top_groups * (num // groups):
+            raise ModelFileError(
+                f"config.json: {top_k} of {num} experts in {top_groups} of {groups} groups cannot be chosen."
+            )
+        return replace(
+            self.router(num, top_k, renormalize=keys.flag("norm_topk_prob", True)),
+            scoring="sigmoid",
+            scale=keys.number("routed_scaling_factor", 1.0),
+            groups=groups,
+            top_groups=top_groups,
+            correction="mlp.gate.e_score_correction_bias",
+            gguf_correction="exp_probs_b.bias",
+        )
+
+    def shared_experts(self, router: Router, inner: int) -> MoE:
+        """Experts of ``inner`` channels and shared ones, which every token visits."""
+        keys = self.keys
+        shared = keys.integer("n_shared_experts", 1)
+        return MoE(
+            router,
+            self.experts(keys.integer("num_experts"), inner),
+            self.arch.activation,
+            shared=self.gated_mlp("mlp.shared_experts", shared * inner, "_shexp"),
+        )
+
+    def drafting_layers(self, default: int) -> tuple[str, ...]:
+        """Prefixes of the layers behind the last, which predict further tokens: they are not loaded."""
+        count, more = self.arch.num_layers, self.keys.integer("num_nextn_predict_layers", default, least=0)
+        return tuple(f"model.layers.{count + i}." for i in range(more))
 
     def is_sparse(self, i: int) -> bool:
         """Whether layer i has experts, in Qwen's way of saying so."""

@@ -12,8 +12,10 @@ from octavo.model import families
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.decoder import Decoder
+from octavo.model.fallback.describe import transformers_spec
 
-ALIASES = {"gemma3": "gemma3_text"}
+ALIASES = {"gemma3": "gemma3_text", "llama4": "llama4_text", "kimi_k2": "deepseek_v3"}
+FALLBACK = "Or let transformers compute it: pip install 'octavo[hf]', then octavo serve MODEL --model-impl transformers."
 
 
 def supported() -> list[str]:
@@ -23,14 +25,21 @@ def supported() -> list[str]:
 
 def describe(arch: ArchConfig) -> DecoderSpec:
     """The model as blocks; raises ``UnsupportedModelError`` that names the nearest supported types."""
+    if arch.implementation != "octavo":
+        return transformers_spec(arch)
     name = ALIASES.get(arch.model_type, arch.model_type)
     if name not in supported():
-        near = difflib.get_close_matches(name, supported(), n=3, cutoff=0.4)
-        hint = f"Nearest supported: {', '.join(near)}." if near else f"Supported: {', '.join(supported())}."
-        raise UnsupportedModelError(f"The architecture {arch.model_type!r} is not supported.", hint)
+        raise unknown_architecture(arch.model_type)
     module = import_module(f"octavo.model.families.{name}")
     family: type[Decoder] = module.FAMILY
     return family(arch).spec()
+
+
+def unknown_architecture(model_type: str) -> UnsupportedModelError:
+    """The error that names the nearest supported types, and the way around."""
+    near = difflib.get_close_matches(model_type, supported(), n=3, cutoff=0.4)
+    hint = f"Nearest supported: {', '.join(near)}." if near else f"Supported: {', '.join(supported())}."
+    return UnsupportedModelError(f"The architecture {model_type!r} is not supported.", f"{hint} {FALLBACK}")
 
 
 def cache_specs(spec: DecoderSpec, page_size: int, element_bytes: int) -> dict[int, KVSpec]:

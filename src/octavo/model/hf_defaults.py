@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+DEEPSEEK_RENAMED = {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"}
 # Spelling of a family -> the common spelling.
 HF_RENAMED: dict[str, dict[str, str]] = {
     "cohere": {"layer_norm_eps": "rms_norm_eps"},
     "cohere2": {"layer_norm_eps": "rms_norm_eps"},
-    "glm4_moe": {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"},
+    "deepseek_v2": DEEPSEEK_RENAMED,
+    "deepseek_v3": DEEPSEEK_RENAMED,
+    "kimi_k2": DEEPSEEK_RENAMED,
+    "glm4_moe": DEEPSEEK_RENAMED,
+    "glm4_moe_lite": DEEPSEEK_RENAMED,
     "gpt_oss": {"num_local_experts": "num_experts"},
+    "llama4_text": {"num_local_experts": "num_experts"},
     "mixtral": {"num_local_experts": "num_experts"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "gpt2": {
@@ -44,6 +50,20 @@ QWEN_HYBRID: dict[str, Any] = {
 }
 # Families with recurrent layers, and every how many layers one has attention (0 = the configuration lists them).
 HF_HYBRID = {"qwen3_next": 4, "qwen3_5_text": 4, "qwen3_5_moe_text": 4, "bamba": 0, "granitemoehybrid": 0}
+DEEPSEEK_V3_DEFAULTS: dict[str, Any] = {
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "routed_scaling_factor": 2.5,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 3,
+    "num_nextn_predict_layers": 1,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
 HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "bamba": {"rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "max_position_embeddings": 262144},
     "qwen3_next": QWEN_HYBRID,
@@ -56,6 +76,16 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "tie_word_embeddings": True,
     },
+    "deepseek_v2": {
+        "num_experts": 64,
+        "n_shared_experts": 2,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+    },
+    "deepseek_v3": DEEPSEEK_V3_DEFAULTS,
+    "kimi_k2": DEEPSEEK_V3_DEFAULTS,
     "ernie4_5": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "head_dim": 128, "tie_word_embeddings": True},
     "gemma": {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "gemma2": {**GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -73,12 +103,39 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts": 128,
         "num_experts_per_tok": 8,
     },
+    "glm4_moe_lite": {
+        "rms_norm_eps": 1e-5,
+        "num_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1536,
+        "routed_scaling_factor": 1.8,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+    },
     "gpt_oss": {
         "rms_norm_eps": 1e-5,
         "rope_theta": 150000.0,
         "sliding_window": 128,
         "attention_bias": True,
         "num_experts_per_tok": 4,
+    },
+    "llama4_text": {
+        "vocab_size": 202048,
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "num_experts": 16,
+        "attention_chunk_size": 8192,
     },
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {

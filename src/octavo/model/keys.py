@@ -60,6 +60,16 @@ class Keys:
             raise ModelFileError(f"{self.where}: {key} must be an object, got {value!r}.")
         return value or {}
 
+    def rope_layers(self, layers: int) -> list[int]:
+        """For each layer, whether it rotates: ``no_rope_layers`` (0 = it does not) or every n-th does not."""
+        every = self.integer("no_rope_layer_interval", 4)
+        listed = self.source.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
+        if not isinstance(listed, list) or len(listed) != layers:
+            raise ModelFileError(
+                f"{self.where}: no_rope_layers must list 0 or 1 for each of {layers} layers."
+            )
+        return listed
+
     def heads(self, total: str, shared: str, default: int | None = None) -> tuple[int, int]:
         """(query heads, key heads), the second a divisor of the first."""
         queries = self.integer(total, most=MAX_HEADS)

@@ -48,29 +48,45 @@ def fill(
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Fill every item from ``files``; see ``Network.load``."""
-    gguf = files.format == "gguf"
-    rename = (lambda name: name) if gguf else hf_renaming(files, spec.bare_prefix)
+    gguf, rename = files.format == "gguf", renaming(files, spec)
+    found, ignored = match(items, files, spec)
+    total = sum(files.tensors[name].nbytes for name in {name for names, _ in found for name in names})
+    done = 0
+    seen: set[str] = set()
+    for names, item in found:
+        if isinstance(item, StoredMatrix):
+            take_matrix(item, files, gguf, rename)
+        elif item.scales:
+            read_mxfp4(item, files, *names)
+        else:
+            read_into(item, files, names[0], gguf)
+        done += sum(files.tensors[name].nbytes for name in set(names) - seen)  # several items may share a tensor
+        seen.update(names)
+        if progress:
+            progress(done, total)
+    return LoadReport(len(found), total, ignored)
+
+
+def match(
+    items: list[LoadItem], files: ModelFiles, spec: DecoderSpec
+) -> tuple[list[tuple[tuple[str, ...], LoadItem]], tuple[str, ...]]:
+    """(stored names, item) of all that must be read, and the names that are known to be of no use.
+
+    Raises ``ModelFileError`` for what is missing, left over, or of another shape; reads headers only.
+    """
+    gguf, rename = files.format == "gguf", renaming(files, spec)
     items = found_in(items, set(files.tensors), gguf, rename)
     names = [wanted_names(item, files, gguf, rename) for item in items]
     ignored = check_names([name for group in names for name in group], files, spec, rename)
-    total = sum(files.tensors[name].nbytes for name in {name for group in names for name in group})
-    done = 0
-    seen: set[str] = set()
     for group, item in zip(names, items):
-        if isinstance(item, StoredMatrix):
-            take_matrix(item, files, gguf, rename)
-        else:
+        if not isinstance(item, StoredMatrix):
             check_shape(item, files, group[0], gguf)
-            if item.scales:
-                read_mxfp4(item, files, *group)
-            else:
-                read_into(item, files, group[0], gguf)
-        for name in set(group) - seen:  # several items may share a tensor
-            done += files.tensors[name].nbytes
-            seen.add(name)
-        if progress:
-            progress(done, total)
-    return LoadReport(len(items), total, ignored)
+    return list(zip(names, items)), ignored
+
+
+def renaming(files: ModelFiles, spec: DecoderSpec) -> Callable[[str], str]:
+    """From a block's name of a tensor to the file's."""
+    return (lambda name: name) if files.format == "gguf" else hf_renaming(files, spec.bare_prefix)
 
 
 def wanted_names(
@@ -208,7 +224,7 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
     if item.cut is not None:
         stored = stored.narrow(item.cut.dim, item.cut.start, item.cut.size)
     if heads:
-        stored = untangle(stored, heads, part.rotated)
+        stored = untangle(stored, heads, part.rotated, part.turns_at)
     if item.offset and not gguf:
         stored = stored.to(torch.float32) + item.offset
     item.fill(stored)
@@ -245,6 +261,33 @@ def read_mxfp4(item: LoadItem, files: ModelFiles, name: str, scales_name: str) -
     decode_mxfp4(blocks, scales, item.target)
 
 
+<<<<<<< HEAD
+=======
+def gate_then_up(rows: Tensor) -> Tensor:
+    """[E, 2 I, ...] with gate and up rows taking turns -> all gates, then all ups."""
+    return torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1)
+
+
+def untangle(rows: Tensor, heads: int, rotated: int = 0, start: int = 0) -> Tensor:
+    """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves: ``rotated`` of them (0 = all) from
+    row ``start`` of the head on."""
+    shape = rows.shape
+    by_head = rows.reshape(heads, -1, *shape[1:])
+    end = start + (rotated or by_head.shape[1] - start)
+    turned = by_head[:, start:end].reshape(heads, -1, 2, *shape[1:]).transpose(1, 2)
+    parts = (by_head[:, :start], turned.reshape(heads, end - start, *shape[1:]), by_head[:, end:])
+    return torch.cat(parts, dim=1).reshape(shape)
+
+
+def by_piece(rows: Tensor, heads: int, pieces: tuple[int, ...]) -> Tensor:
+    """Rows ordered (head, piece, d) to (piece, head, d); pieces of these sizes, or three of the same."""
+    shape = rows.shape
+    by_head = rows.reshape(heads, -1, *shape[1:])
+    split = torch.split(by_head, list(pieces) or by_head.shape[1] // QKV, dim=1)
+    return torch.cat([piece.reshape(-1, *shape[1:]) for piece in split])
+
+
+>>>>>>> main
 def fill_random(
     items: list[LoadItem], progress: Callable[[int, int], None] | None = None, seed: int = 0
 ) -> LoadReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,28 @@ from octavo.model.layers.build import ALONE, Build, Ranks
 from octavo.model.layers.decoder import DecoderLayer
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import LoadItem
+from octavo.model.layers.moe import MoELayer
 from octavo.model.layers.norm import make_norm
 from octavo.model.load import LoadReport, fill, fill_random
 from octavo.model.quantization.base import WeightFormat
 from octavo.model.quantization.dense import DENSE
 
 
+@dataclass(frozen=True)
+class Pipe:
+    """The neighbours of a pipeline stage: ``receive`` fills a tensor [2, T, E], ``send`` passes one on."""
+
+    receive: Callable[[Tensor], Tensor] | None = None
+    send: Callable[[Tensor], None] | None = None
+
+
+NO_PIPE = Pipe()
+
+
 class Network:
     """embed -> layers -> norm -> head, for any ``DecoderSpec``."""
+
+    recordable = True  # a forward pass never asks the device for a value, so that it can become a graph
 
     def __init__(
         self,
@@ -38,14 +52,18 @@ class Network:
         max_position: int,
         ranks: Ranks = ALONE,
         weight_format: WeightFormat = DENSE,
+        pipe: Pipe = NO_PIPE,
     ) -> None:
         """Parameters are allocated on ``device``, uninitialized; ``load`` fills them. Where ``ranks.size`` > 1,
-        ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections."""
+        ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections. A stage that
+        is not the first or not the last needs its ``pipe``."""
         self.spec = spec
+        self.pipe = pipe
         build = Build(dtype, device, binder, op_spec, max_position, ranks)
         embedding = spec.embedding
-        self.embedding = build.empty(embedding.vocab_size, embedding.hidden)
-        positions = spec.positions
+        tied = spec.head is None and spec.is_last
+        self.embedding = build.empty(embedding.vocab_size if spec.is_first or tied else 0, embedding.hidden)
+        positions = spec.positions if spec.is_first else None
         self.positions = (
             build.empty(positions.vocab_size, positions.hidden) if positions is not None else None
         )
@@ -54,26 +72,33 @@ class Network:
         layer_build = replace(build, weight_format=weight_format)
         self.layers = [
             DecoderLayer(layer, layer_build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i))
-            for i, layer in enumerate(spec.layers)
+            for i, layer in enumerate(spec.layers, spec.first_layer)
         ]
         self.norm = make_norm(spec.norm, build)
         # Quantizing on load leaves the head alone; files may hold it quantized.
         head_build = layer_build if weight_format.covers_head else build
         self.head = LinearLayer(spec.head, head_build, "", "") if spec.head is not None else None
         split = spec.head is not None and spec.head.shard == "column" and ranks.size > 1
-        self.gather = ranks.gather if split else None
         self.multiply = build.linear  # of the tied embedding, where there is no head
+        self.tied = self.embedding
+        if tied and ranks.size > 1 and embedding.vocab_size % ranks.size == 0:
+            split = True  # every rank has all of it, but multiplies its share
+            self.tied = self.embedding.chunk(ranks.size)[ranks.rank]
+        self.gather = ranks.gather if split else None
 
     def items(self) -> list[LoadItem]:
         """Every tensor the loader must fill."""
         embedding = self.spec.embedding
-        found = [LoadItem(f"{embedding.hf}.weight", f"{embedding.gguf}.weight", self.embedding)]
+        found = []
+        if len(self.embedding):
+            found.append(LoadItem(f"{embedding.hf}.weight", f"{embedding.gguf}.weight", self.embedding))
         if self.spec.positions is not None and self.positions is not None:
             names = self.spec.positions
             found.append(LoadItem(f"{names.hf}.weight", f"{names.gguf}.weight", self.positions))
         for layer in self.layers:
             found += layer.items()
-        found += self.norm.items()
+        if self.spec.is_last:
+            found += self.norm.items()
         return found + (self.head.items() if self.head is not None else [])
 
     def load(self, files: ModelFiles, progress: Callable[[int, int], None] | None = None) -> LoadReport:
@@ -81,7 +106,14 @@ class Network:
         of another shape, or left over."""
         if files.format == "dummy":
             return fill_random(self.items(), progress)
-        return fill(self.items(), files, self.spec, progress)
+        elsewhere = [
+            name
+            for layer in self.layers
+            if isinstance(layer.mlp, MoELayer)
+            for name in layer.mlp.experts.elsewhere()
+        ]
+        spec = replace(self.spec, ignored_prefixes=(*self.spec.ignored_prefixes, *elsewhere))
+        return fill(self.items(), files, spec, progress)
 
     def matrix_elements(self) -> dict[torch.dtype, int]:
         """Weights in the matrices that every decode step reads, by the type they are stored in."""
@@ -104,25 +136,37 @@ class Network:
     def bind_cache(self, places: dict[int, CachePlace]) -> None:
         """Give every layer that keeps something its place in the cache."""
         for i, place in places.items():
-            self.layers[i].attention.bind(place)
+            self.layers[i - self.spec.first_layer].attention.bind(place)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Normed hidden states [S, E] of the tokens at ``batch.sample_at``."""
+        """Normed hidden states [S, E] of the tokens at ``batch.sample_at``; of a stage that is not the last, tensors of
+        that shape, while what counts went through the pipe."""
+        branch, residual = self._enter(batch)
+        for layer in self.layers:
+            branch = layer(branch, residual, batch)
+        if branch is not None and self.pipe.send is not None:
+            self.pipe.send(torch.stack((branch, residual)))
+            return residual[batch.sample_at]
+        if branch is None:
+            return self.norm(residual[batch.sample_at])
+        return self.norm.add(branch[batch.sample_at], residual[batch.sample_at])
+
+    def _enter(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        """What goes into the first layer: (the branch before it, None for the model's first; the residual) [T, E]."""
+        if self.pipe.receive is not None:
+            shape = (2, batch.token_ids.shape[0], self.spec.embedding.hidden)
+            received = self.pipe.receive(self.embedding.new_empty(shape))
+            return received[0], received[1]
         residual = F.embedding(batch.token_ids, self.embedding)
         if self.embedding_scale != 1.0:
             residual = residual * self.embedding_scale
         if self.positions is not None:
             residual = residual + F.embedding(batch.positions, self.positions)
-        branch: Tensor | None = None
-        for layer in self.layers:
-            branch = layer(branch, residual, batch)
-        if branch is None:
-            return self.norm(residual[batch.sample_at])
-        return self.norm.add(branch[batch.sample_at], residual[batch.sample_at])
+        return None, residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, V] float32 for hidden states [S, E]."""
-        out = self.head(hidden) if self.head is not None else self.multiply(hidden, self.embedding, None)
+        out = self.head(hidden) if self.head is not None else self.multiply(hidden, self.tied, None)
         if self.gather is not None:
             out = self.gather(out)
         out = out.float()

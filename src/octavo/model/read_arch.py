@@ -22,7 +22,15 @@ from octavo.model.hf_defaults import (
 from octavo.model.keys import Keys
 from octavo.model.quantization.describe import describe_quantization
 
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+LINEAR = "linear_attention"
+MULTIMODAL = {  # whose text part has a family
+    "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+OLD_KINDS = {"attention": FULL, "mamba": LINEAR}  # how hybrids spell their layer types
 GGUF_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -42,7 +50,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
 }
 # Keys that a multimodal config.json may hold beside its text_config.
-HF_NESTED = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 OUTER_KEYS = (
     "bos_token_id",
     "eos_token_id",
@@ -52,6 +59,7 @@ OUTER_KEYS = (
     "quantization_config",
 )
 MAX_LAYERS = 4096
+KINDS = {"llama4_text": {FULL, CHUNKED}}  # of attention, where they are not the usual ones
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:
@@ -67,8 +75,8 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     if not isinstance(model_type, str):
         raise ModelFileError("config.json has no model_type.")
     nested = config.get("text_config")
-    if model_type in HF_NESTED and isinstance(nested, Mapping):
-        model_type = HF_NESTED[model_type]
+    if model_type in MULTIMODAL and isinstance(nested, Mapping):
+        model_type = MULTIMODAL[model_type]
         config = {**{key: config[key] for key in OUTER_KEYS if key in config}, **nested}
     renamed = HF_RENAMED.get(model_type, {})
     present = {renamed.get(key, key): value for key, value in config.items() if value is not None}
@@ -104,12 +112,12 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         quantized=describe_quantization(config) is not None,
         bos_token_id=bos if isinstance(bos, int) else None,
-        eos_token_ids=_token_ids(keys.source.get("eos_token_id")),
+        eos_token_ids=token_ids(keys.source.get("eos_token_id")),
         raw=keys.source,
     )
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def token_ids(value: Any) -> tuple[int, ...]:
     """One id or a list of ids as a tuple; anything else as none."""
     values = value if isinstance(value, list) else [value]
     return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
@@ -139,9 +147,8 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
     if listed is not None:
         if not isinstance(listed, list) or len(listed) != layers:
             raise ModelFileError(f"config.json: layer_types must list one type for each of {layers} layers.")
-        listed = ["full_attention" if kind == "attention" else "linear_attention" if kind == "mamba" else kind
-                  for kind in listed]  # fmt: skip
-        unknown = sorted({str(kind) for kind in listed} - {FULL, SLIDING, LINEAR})
+        listed = [OLD_KINDS.get(kind, kind) if isinstance(kind, str) else kind for kind in listed]
+        unknown = sorted({str(kind) for kind in listed} - KINDS.get(model_type, {FULL, SLIDING, LINEAR}))
         if unknown:
             raise UnsupportedModelError(
                 f"config.json: layers of type {', '.join(unknown)} are not supported."
@@ -151,6 +158,9 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
         every = keys.integer("full_attention_interval", HF_HYBRID[model_type], least=0)
         full = keys.source.get("attn_layer_indices") or (range(every - 1, layers, every) if every else ())
         return tuple(FULL if i in full else LINEAR for i in range(layers))
+    if model_type == "llama4_text":
+        chunked = keys.source.get("attention_chunk_size")
+        return tuple(CHUNKED if chunked and rotated else FULL for rotated in keys.rope_layers(layers))
     if not keys.source.get("sliding_window"):
         return (FULL,) * layers
     if model_type in HF_PATTERN:
@@ -240,7 +250,7 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         quantized=any(tensor.dtype in QUANTIZED_TYPES for tensor in files.tensors.values()),
         from_gguf=True,
         bos_token_id=bos if isinstance(bos, int) else None,
-        eos_token_ids=_token_ids(meta.get("tokenizer.ggml.eos_token_id")),
+        eos_token_ids=token_ids(meta.get("tokenizer.ggml.eos_token_id")),
         raw={**meta, **experts},
     )
 

@@ -16,6 +16,7 @@ from octavo.model.blocks import (
     DecoderSpec,
     FeedForward,
     GatedMLP,
+    LatentAttention,
     Layer,
     Linear,
     Mixer,
@@ -26,10 +27,11 @@ from octavo.model.blocks import (
 )
 
 
-def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
+def shard(spec: DecoderSpec, size: int, *, expert_parallel: bool = False) -> DecoderSpec:
     """The local model of any of ``size`` ranks; its shapes are the same on all of them.
 
-    The output head stays whole where the vocabulary does not divide. Raises ``UnsupportedModelError`` where heads or
+    The output head stays whole where the vocabulary does not divide. With ``expert_parallel`` a rank holds some experts
+    whole instead of a slice of each. Raises ``UnsupportedModelError`` where heads or
     channels do not.
     """
     if size == 1:
@@ -37,15 +39,26 @@ def shard(spec: DecoderSpec, size: int) -> DecoderSpec:
     head = spec.head
     if head is not None:
         head = replace(head, shard="none") if head.out_features % size else _linear(head, size)
-    return replace(spec, layers=tuple(_layer(layer, size) for layer in spec.layers), head=head)
+    return replace(
+        spec, layers=tuple(_layer(layer, size, expert_parallel) for layer in spec.layers), head=head
+    )
 
 
-def _layer(layer: Layer, size: int) -> Layer:
-    return replace(layer, attention=_mixer(layer.attention, size), mlp=_mlp(layer.mlp, size))
+def _layer(layer: Layer, size: int, expert_parallel: bool) -> Layer:
+    mlp = layer.mlp
+    return replace(
+        layer,
+        attention=_mixer(layer.attention, size),
+        mlp=_whole_experts(mlp, size) if expert_parallel and isinstance(mlp, MoE) else _mlp(mlp, size),
+    )
 
 
 def _mixer(block: Mixer, size: int) -> Mixer:
-    return _recurrent(block, size) if isinstance(block, Recurrent) else _attention(block, size)
+    if isinstance(block, Recurrent):
+        return _recurrent(block, size)
+    if isinstance(block, LatentAttention):
+        return _latent(block, size)
+    return _attention(block, size)
 
 
 def _recurrent(block: Recurrent, size: int) -> Recurrent:
@@ -67,6 +80,22 @@ def _recurrent(block: Recurrent, size: int) -> Recurrent:
         dt_bias=_part(block.dt_bias, size, 1),
         a_log=_part(block.a_log, size, 1),
         skip=_part(block.skip, size, 1) if block.skip is not None else None,
+    )
+
+
+def _latent(block: LatentAttention, size: int) -> LatentAttention:
+    """Heads are split; every rank keeps all latents, which belong to all heads."""
+    if block.num_heads % size:
+        raise UnsupportedModelError(
+            f"{block.num_heads} attention heads cannot be split over {size} devices.",
+            "Choose a tensor parallel size that divides them.",
+        )
+    return replace(
+        block,
+        query=_linear(block.query, size),
+        up=_linear(block.up, size),
+        output=_linear(block.output, size),
+        num_heads=block.num_heads // size,
     )
 
 
@@ -111,6 +140,17 @@ def _mlp(block: FeedForward, size: int) -> FeedForward:
             intermediate=block.intermediate // size,
         )
     return _gated(block, size)
+
+
+def _whole_experts(block: MoE, size: int) -> MoE:
+    num = block.experts.num
+    if num % size:
+        raise UnsupportedModelError(
+            f"{num} experts cannot be dealt to {size} devices.",
+            "Choose a tensor parallel size that divides them, or leave out --enable-expert-parallel.",
+        )
+    shared = _gated(block.shared, size) if block.shared is not None else None
+    return replace(block, experts=replace(block.experts, num=num // size, total=num), shared=shared)
 
 
 def _gated(block: GatedMLP, size: int) -> GatedMLP:

@@ -27,6 +27,9 @@ NumLogprobs = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # -1 = whole vocabulary
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 StopStrings = Annotated[list[StopString], Meta(max_length=64)]
 StopTokenIds = Annotated[list[TokenId], Meta(max_length=1024)]
+AllowedTokenIds = Annotated[list[TokenId], Meta(min_length=1, max_length=131_072)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
+BadWords = Annotated[list[BadWord], Meta(max_length=128)]
 BiasValue = Annotated[float, Meta(ge=-100.0, le=100.0)]
 LogitBias = Annotated[dict[int, BiasValue], Meta(max_length=1024)]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
@@ -39,4 +42,9 @@ Choices = Annotated[
     list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(min_length=1, max_length=4096)
 ]
 WhitespacePattern = Annotated[str, Meta(min_length=1, max_length=256)]
+Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]  # deadlines: at most a day
+TenantName = Annotated[str, Meta(max_length=256)]
+Weight = Annotated[float, Meta(gt=0.0, le=1000.0)]  # share of a tenant under fair scheduling
+BeamWidth = Annotated[int, Meta(ge=1, le=64)]
+LengthPenalty = Annotated[float, Meta(ge=-10.0, le=10.0)]  # exponent of the length in a beam's score
 ThinkingBudget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # tokens; -1 = no bound

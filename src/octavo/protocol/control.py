@@ -6,7 +6,10 @@ import msgspec
 
 
 class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
-    """What the front half must know of a running engine; constant while it runs."""
+    """What the front half must know of a running engine; constant while it runs.
+
+    ``memory_bytes``: part of the device's memory -> (planned before the start, measured).
+    """
 
     model: str
     architecture: str
@@ -20,11 +23,18 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     device: str
     kernels: dict[str, str] = {}
     timeline_s: dict[str, float] = {}
+    memory_bytes: dict[str, tuple[int, int]] = {}
     max_queue_len: int = 4096
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
-    """Gauges at this moment and counters since the start; the metrics endpoint maps them to names."""
+    """Gauges at this moment and counters since the start; the metrics endpoint maps them to names.
+
+    ``num_deferred`` of the ``num_waiting`` wait for a grammar or for the prompt of another choice, not for room.
+    ``num_rejected`` were given up before they began, ``num_deadlines`` ended by their deadline, ``num_failed`` by an
+    error of their own. ``accepted_at[i]`` counts drafts accepted at position i. ``iteration_tokens[i]`` counts steps
+    with less than 2**i tokens that i - 1 does not count.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -39,6 +49,14 @@ class EngineStats(msgspec.Struct, kw_only=True):
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     step_tokens: int = 0
+    num_deferred: int = 0
+    num_rejected: int = 0
+    num_deadlines: int = 0
+    num_failed: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_step_tokens: int = 0
+    accepted_at: list[int] = []
+    iteration_tokens: list[int] = []
 
 
 class GetInfo(msgspec.Struct, tag="info"):

@@ -10,7 +10,8 @@ import msgspec
 from octavo.errors import RequestError
 from octavo.protocol import bounds
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+# "deadline": its time was over, what was generated is valid. "rejected": given up before it began; try again later.
+FinishReason = Literal["stop", "length", "abort", "error", "deadline", "rejected"]
 
 
 class StructuredOutputsParams(
@@ -53,7 +54,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How to draw tokens; names, meanings and defaults are vLLM's.
 
     Construction checks every range (``RequestError`` names the field), so an instance is always valid.
-    ``stop`` strings are matched by the front half, which has the text; the engine knows only tokens.
+    ``stop`` strings are matched by the front half, which has the text; the engine knows only tokens. ``bad_words`` are
+    texts whose last token is not drawn where the ones before it stand; the front half tokenizes them.
     """
 
     n: bounds.Count = 1
@@ -73,6 +75,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: bounds.NumLogprobs | None = None
     prompt_logprobs: bounds.NumLogprobs | None = None
     logit_bias: bounds.LogitBias | None = None
+    allowed_token_ids: bounds.AllowedTokenIds | None = None
+    bad_words: bounds.BadWords = []
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -106,6 +110,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
 
+class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to search for the likeliest answers; names are vLLM's.
+
+    ``beam_width`` answers are kept at a time and returned. They are compared by log probability /
+    length ** ``length_penalty``, the length in generated tokens, the end token included.
+    """
+
+    beam_width: bounds.BeamWidth
+    max_tokens: bounds.MaxTokens
+    ignore_eos: bool = False
+    length_penalty: bounds.LengthPenalty = 1.0
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(type(self)):
+            try:
+                msgspec.convert(getattr(self, field.name), field.type)
+            except msgspec.ValidationError as error:
+                raise RequestError(f"{field.name}: {error}.", param=field.name) from None
+
+
 _CHECKS = tuple((field.name, field.type, field.default) for field in msgspec.structs.fields(SamplingParams))
 
 
@@ -122,6 +146,20 @@ class Thinking(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     num_prompt_tokens: int | None = None
 
 
+class Terms(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
+    """On whose behalf a request runs, and how long it may take.
+
+    ``tenant`` and ``weight`` say whose share it is charged to under fair scheduling. ``deadline_ms`` (from arrival to
+    the last token) ends it with finish reason "deadline", ``max_queue_ms`` (from arrival to its first step) with
+    "rejected".
+    """
+
+    tenant: bounds.TenantName = ""
+    weight: bounds.Weight = 1.0
+    deadline_ms: bounds.Milliseconds | None = None
+    max_queue_ms: bounds.Milliseconds | None = None
+
+
 class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One sequence to generate (a request with ``n > 1`` is sent as n of these).
 
@@ -130,7 +168,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     ``grammar`` constrains the answer: a grammar in llguidance's form (Lark text, or its JSON), which the front half
     makes of ``sampling.structured_outputs`` and checks; the engine only compiles it. With ``thinking`` it begins behind
-    the thoughts.
+    the thoughts. ``bad_words`` are token sequences (see ``SamplingParams.bad_words``). ``leader`` is the id of a request
+    with the same prompt: this one waits until that has computed it, then shares its pages.
     """
 
     id: int
@@ -142,6 +181,16 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     cache_salt: str | None = None
     grammar: str | None = None
     thinking: Thinking | None = None
+    bad_words: list[list[int]] = []
+    leader: int | None = None
+    terms: Terms = Terms()
+
+
+class Times(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """Where a request's time went before its first token, in seconds: waiting, then computing the prompt."""
+
+    queue_s: float
+    prefill_s: float
 
 
 class Logprob(msgspec.Struct, array_like=True, gc=False):
@@ -157,7 +206,7 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
 
     ``stop_token`` is the token that ended a "stop" by the engine. It is the last of ``tokens``.
     ``logprobs`` holds one list a token (the drawn token first, then the top ones); ``prompt_logprobs`` likewise
-    for every prompt token but the first, sent once, with the first delta.
+    for every prompt token but the first, sent once, with the first delta; so are ``times``.
     """
 
     id: int
@@ -168,3 +217,4 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     num_cached_tokens: int = 0
     logprobs: list[list[Logprob]] | None = None
     prompt_logprobs: list[list[Logprob]] | None = None
+    times: Times | None = None

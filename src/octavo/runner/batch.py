@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.device.platform.base import Platform
-from octavo.model.batch import Batch, GroupTables
+from octavo.model.batch import Batch, GroupTables, Prompts
 from octavo.protocol.plan import StepPlan
 from octavo.runner.slots import PROMPT_LOGPROBS, Slots
 
@@ -96,6 +96,7 @@ class BatchBuilder:
         sample_at, prompt_rows = self._sample_at(plan, rows, row_slots, starts, counts, query_start)
         where, pages = slots.write_pages(plan.page_writes)
         ends = starts + counts
+        singles, longer = np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)
         columns = [
             row_slots,
             query_start,
@@ -110,15 +111,14 @@ class BatchBuilder:
             ends[rows],
             np.asarray(where, np.int64),
             np.asarray(pages, np.int64),
+            singles,
+            longer,
         ]
         up = self.staging.upload(columns)
         if where:
             slots.flat_tables[up[11]] = up[12]
-        ids = up[4].long()
-        if from_device.any():
-            ids[up[7]] = slots.last_token[up[8]]
         batch = Batch(
-            token_ids=ids,
+            token_ids=self._token_ids(up[4], up[7], up[8]),
             positions=up[5].long(),
             query_start=up[1],
             kv_lens=up[2],
@@ -126,6 +126,7 @@ class BatchBuilder:
             sample_at=up[3].long(),
             max_query=int(counts.max(initial=0)),
             max_kv=int(ends.max(initial=0)),
+            prompts=prompts(counts[longer], ends[longer], *up[13:]) if len(longer) else None,
         )
         return Prepared(
             batch,
@@ -137,6 +138,13 @@ class BatchBuilder:
             up[10].long(),
             prompt_rows,
         )
+
+    def _token_ids(self, known: Tensor, where: Tensor, from_slots: Tensor) -> Tensor:
+        """Ids [T]: those that the host knows, and last tokens of slots at the places it does not."""
+        ids = known.long()
+        if len(where):
+            ids[where] = self.slots.last_token[from_slots]
+        return ids
 
     def known_tokens(
         self, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints, rows: NDArray[np.bool_]
@@ -164,6 +172,12 @@ class BatchBuilder:
                 prompt_rows.append((int(row), int(starts[row]), count))
                 extra.append(query_start[row] + np.arange(count))
         return (np.concatenate([sample_at, *extra]) if extra else sample_at), prompt_rows
+
+
+def prompts(counts: Ints, ends: Ints, singles: Tensor, longer: Tensor) -> Prompts:
+    """The step's rows by kind; ``counts`` and ``ends`` are the longer rows' queries and keys."""
+    pairs = (counts * ends - counts * (counts - 1) // 2).sum()
+    return Prompts(singles.long(), longer.long(), int(counts.sum()), int(ends.sum()), int(pairs))
 
 
 def group_tables(

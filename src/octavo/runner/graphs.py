@@ -32,6 +32,11 @@ def capture_sizes(limit: int) -> list[int]:
     return [*kept, limit] if limit <= 512 else kept
 
 
+def recorded_sizes(max_num_seqs: int, max_tokens: int) -> tuple[list[int], list[int]]:
+    """Sizes of the mixed (tokens) and of the decode recordings (rows), ascending."""
+    return [size for size in SIZES if size <= max_tokens], capture_sizes(max_num_seqs)
+
+
 class DecodeGraphs:
     """All captured sizes over one static input buffer and one shared memory pool."""
 
@@ -129,8 +134,7 @@ class StepGraphs:
 
     def capture(self, max_num_seqs: int, max_tokens: int, progress: Callable[[int, int], None]) -> None:
         """Record all sizes; reports (done, in all)."""
-        decode = capture_sizes(max_num_seqs)
-        mixed = [size for size in SIZES if size <= max_tokens]
+        mixed, decode = recorded_sizes(max_num_seqs, max_tokens)
         count = 0
 
         def done() -> None:

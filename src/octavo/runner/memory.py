@@ -14,7 +14,6 @@ from octavo.errors import OutOfMemoryError
 
 GIB = 1 << 30
 CPU_SHARE = 0.4  # of the free memory; the rest is the user's machine
-GRAPH_RESERVE = 256 << 20  # static inputs, outputs and the driver's own records
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,13 @@ def plan_pages(
     free_bytes: int,
     total_bytes: int,
     peak_bytes: int,
+    graph_bytes: int = 0,
     max_model_len: int,
     length_is_fixed: bool,
     max_num_seqs: int,
     step_tokens: int,
 ) -> MemoryPlan:
-    """Pages for the cache after weights are loaded and the largest step was measured.
+    """Pages for the cache after weights are loaded, and the largest step and the graphs were measured.
 
     Shortens ``max_model_len`` to what fits unless the user fixed it; raises ``OutOfMemoryError`` with the numbers
     and the cure where not even that (or 1 page) fits.
@@ -57,7 +57,7 @@ def plan_pages(
         reserved = int(free_bytes * (1 - CPU_SHARE))
         pages = min(most, layout.num_pages(free_bytes - reserved))
     else:
-        reserved = int(total_bytes * (1 - options.gpu_memory_utilization)) + GRAPH_RESERVE
+        reserved = int(total_bytes * (1 - options.gpu_memory_utilization)) + graph_bytes
         pages = layout.num_pages(max(0, free_bytes - reserved - peak_bytes))
     if layout.page_bytes == 0:
         pages = 1

@@ -50,7 +50,7 @@ class Finish(msgspec.Struct, tag="finish", gc=False):
     """One choice is complete, with the counts that its usage block needs."""
 
     index: int
-    reason: Literal["stop", "length", "abort", "tool_calls"]
+    reason: Literal["stop", "length", "abort", "deadline", "tool_calls"]
     stop_reason: str | int | None
     num_prompt_tokens: int
     num_cached_tokens: int

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+from octavo.api.caller import ANYBODY, Caller
 from octavo.api.frontend import Frontend
+from octavo.api.openai.schema import Timings
 from octavo.errors import RequestError
 from octavo.protocol.control import EngineInfo
+from octavo.protocol.generate import SamplingParams, Terms, Times
 
 
 class ModelNotServedError(RequestError):
@@ -23,7 +26,13 @@ class ModelNotServedError(RequestError):
 
 
 class Timer(Protocol):
-    """Follows the choices of one request for the metrics."""
+    """Follows the choices of one request for metrics, logs and traces."""
+
+    def about(self, request_id: str, prompts: Sequence[tuple[list[int], SamplingParams]]) -> None:
+        """What the request is."""
+
+    def times(self, times: Times) -> None:
+        """A choice has its first token."""
 
     def delta(self, choice: int, num_tokens: int) -> None:
         """More tokens of a choice have arrived."""
@@ -34,10 +43,13 @@ class Timer(Protocol):
     def close(self) -> None:
         """The request is over, however it ended."""
 
+    def timings(self) -> Timings:
+        """Where the time went so far."""
+
 
 @dataclass(frozen=True)
 class Context:
-    """One served model.
+    """One served model, as one caller sees it.
 
     ``start_timer(num_prompts, n, max_tokens)`` begins the timing of a request. ``created_s`` is the wall clock time
     at which the server began to serve the model.
@@ -49,6 +61,7 @@ class Context:
     start_timer: Callable[[int, int, int | None], Timer]
     version: str
     created_s: int = field(default_factory=lambda: int(time.time()))
+    caller: Caller = ANYBODY
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,6 +69,15 @@ class Context:
         info = self.info
         text = f"{self.version} {info.model} {info.architecture} {info.dtype} {info.device}"
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def terms(self, deadline_ms: int | None, max_queue_ms: int | None) -> Terms:
+        """The caller's share, and how long a request may take."""
+        return Terms(
+            tenant=self.caller.name,
+            weight=self.caller.weight,
+            deadline_ms=deadline_ms,
+            max_queue_ms=max_queue_ms,
+        )
 
     def check_model(self, name: str | None) -> str:
         """The name for the reply; ``ModelNotServedError`` for a name that is not served."""

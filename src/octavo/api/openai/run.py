@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from msgspec import UNSET
+
 from octavo.api.generation import Generation, TextDelta
+from octavo.api.openai.beams import Beams
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import PromptTokensDetails, SamplingFields, Usage
 from octavo.errors import RequestError
@@ -49,7 +52,14 @@ class Run:
         self.completion_tokens = [0] * self.num_choices
         self.cached_tokens = [0] * len(prompts)
         self.timer = context.start_timer(len(prompts), self.n, prompts[0][1].max_tokens)
+        self.timer.about(request_id, prompts)
+        self.wants_timings = bool(request.return_timings)
+        terms = context.terms(request.deadline_ms, request.max_queue_ms)
         self.streams: list[Generation] = []
+        self.beams: Beams | None = None
+        if request.use_beam_search:
+            self.beams = Beams(context, request, list(prompts), request_id)
+            return
         try:
             for i, (ids, sampling) in enumerate(prompts):
                 self.streams.append(
@@ -58,8 +68,9 @@ class Run:
                         sampling,
                         request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
                         priority=request.priority or 0,
-                        cache_salt=request.cache_salt,
+                        cache_salt=context.caller.cache_salt(request.cache_salt),
                         thinking=thinking,
+                        terms=terms,
                     )
                 )
         except BaseException:
@@ -76,6 +87,11 @@ class Run:
         """All deltas that are there, whenever there are some; closing the generator aborts what still runs."""
         count = self._count
         try:
+            if self.beams is not None:
+                async with aclosing(self.beams.deltas()) as found:
+                    async for batch in found:
+                        yield [count(prompt, delta) for prompt, delta in batch]
+                return
             if len(self.streams) == 1:  # the common case needs no tasks
                 only = self.streams[0]
                 async for delta in only:
@@ -96,12 +112,15 @@ class Run:
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(sum(self.cached_tokens)),
+            timings=self.timer.timings() if self.wants_timings else UNSET,
         )
 
     def _count(self, prompt: int, delta: TextDelta) -> tuple[int, TextDelta]:
         choice = prompt * self.n + delta.index
         num_tokens = len(delta.token_ids)
         self.completion_tokens[choice] += num_tokens
+        if delta.times is not None:
+            self.timer.times(delta.times)
         self.timer.delta(choice, num_tokens)
         if delta.num_cached_tokens:
             self.cached_tokens[prompt] = delta.num_cached_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from octavo.api.beam import check_beam_fields
 from octavo.api.chat.tools import ToolPlan
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import (
@@ -19,7 +20,7 @@ from octavo.protocol.generate import SamplingParams, StructuredOutputsParams
 COPIED = (
     *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
-    *("skip_special_tokens", "include_stop_str_in_output"),
+    *("skip_special_tokens", "include_stop_str_in_output", "allowed_token_ids", "bad_words"),
 )
 
 
@@ -32,6 +33,10 @@ def check_fields(request: ChatCompletionRequest | CompletionRequest) -> None:
         value = getattr(request, name)
         if value is not None and not any(_same(value, neutral) for neutral in NEUTRAL.get(name, ())):
             raise RequestError(f"{name} is not supported yet.", param=name, cure="Remove the field.")
+    if request.use_beam_search:
+        check_beam_fields(request)
+    elif request.length_penalty not in (None, 1.0):
+        raise RequestError("length_penalty needs use_beam_search: true.", param="length_penalty")
     options = request.stream_options
     if options is not None:
         if not request.stream:

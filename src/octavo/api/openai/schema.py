@@ -110,11 +110,8 @@ Tools = Annotated[list[Tool], Meta(max_length=256)]
 class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Known fields that are not served yet, on both routes."""
 
-    allowed_token_ids: Any = None
-    bad_words: Any = None
     best_of: Any = None
     kv_transfer_params: Any = None
-    length_penalty: Any = None
     logits_processors: Any = None
     repetition_detection: Any = None
     spaces_between_special_tokens: Any = None
@@ -126,7 +123,6 @@ class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     guided_choice: Any = None
     guided_grammar: Any = None
     truncate_prompt_tokens: Any = None
-    use_beam_search: Any = None
     vllm_xargs: Any = None
 
 
@@ -146,6 +142,8 @@ class SamplingFields(NotYet, kw_only=True):
     seed: bounds.Seed | None = None
     stop: bounds.StopString | bounds.StopStrings | None = None
     stop_token_ids: bounds.StopTokenIds | None = None
+    allowed_token_ids: bounds.AllowedTokenIds | None = None
+    bad_words: bounds.BadWords | None = None
     min_tokens: bounds.MinTokens | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -156,6 +154,11 @@ class SamplingFields(NotYet, kw_only=True):
     user: User | None = None
     priority: bounds.Priority | None = None
     cache_salt: bounds.CacheSalt | None = None
+    deadline_ms: bounds.Milliseconds | None = None
+    max_queue_ms: bounds.Milliseconds | None = None
+    return_timings: bool | None = None
+    use_beam_search: bool | None = None
+    length_penalty: bounds.LengthPenalty | None = None
     request_id: bounds.RequestId | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -193,12 +196,10 @@ class CompletionNotYet(SamplingFields, kw_only=True):
 # Values that change nothing; None is always one.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "metadata": ({},),
     "service_tier": ("auto", "default"),
-    "use_beam_search": (False,),
     "modalities": (["text"],),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -206,7 +207,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "echo": (False,),
     "suffix": ("",),
-    "bad_words": ([],),
     "logits_processors": ([],),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
@@ -294,6 +294,20 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int = 0
 
 
+class Timings(msgspec.Struct, kw_only=True):
+    """Where the time of a request went, in milliseconds; None where there is nothing to tell yet.
+
+    ``queue_ms`` and ``prefill_ms`` are those of the choice that came first, as the engine measured them.
+    """
+
+    queue_ms: float | None
+    prefill_ms: float | None
+    first_token_ms: float | None
+    decode_ms: float | None
+    total_ms: float | None
+    tokens_per_second: float | None
+
+
 class Usage(msgspec.Struct, kw_only=True):
     """Tokens of a request over all its choices; a prompt counts once."""
 
@@ -301,6 +315,7 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    timings: Timings | UnsetType = UNSET
 
 
 class PromptLogprob(msgspec.Struct):

@@ -19,13 +19,16 @@ from octavo.api.frontend import Frontend
 from octavo.api.openai.context import Context, Stream
 from octavo.api.server.auth import BearerAuth
 from octavo.api.server.body import BodyDecoder, check_media_type, read_body
-from octavo.api.server.errors import ClientGoneError, ShuttingDownError, error_reply
+from octavo.api.server.errors import ClientGoneError, ForbiddenError, ShuttingDownError, error_reply
+from octavo.api.server.keys import Caps, KeyRing, caller_of
 from octavo.api.server.limits import BodyLimit
 from octavo.api.server.metrics import RequestMetrics
 from octavo.api.server.openapi import document
 from octavo.api.server.options import ServerSettings
+from octavo.api.server.request_log import RequestLog
 from octavo.api.server.routes import Reply, Route, Service, route_table
 from octavo.api.server.sse import EventStream, until_disconnect
+from octavo.api.server.tracing import trace_exporter
 from octavo.engine.client.base import EngineClient
 
 
@@ -35,6 +38,7 @@ class Endpoint:
     def __init__(self, service: Service, route: Route) -> None:
         self.service = service
         self.route = route
+        self.uncapped = Caps()
         self.decoder: BodyDecoder[Any] | None = None
         if route.body is not None:
             ignore = service.settings.ignore_unknown_fields
@@ -42,8 +46,10 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response = await self._respond(Request(scope, receive))
-            await response(scope, receive, send)
+            service, caps = self._admit(scope)
+            with caps.one():
+                response = await self._respond(service, Request(scope, receive))
+                await response(scope, receive, send)
             self._count(response.status_code)
         except ClientGoneError:
             return
@@ -61,8 +67,18 @@ class Endpoint:
     def _count(self, status: int) -> None:
         self.service.metrics.http[self.route.method, self.route.path, f"{status // 100}xx"] += 1
 
-    async def _respond(self, request: Request) -> Response | EventStream:
-        service = self.service
+    def _admit(self, scope: Scope) -> tuple[Service, Caps]:
+        """What this caller may work with; ``ForbiddenError`` where the key does not open this route."""
+        caller, caps = caller_of(scope)
+        needed = self.route.scope
+        if needed and needed not in caller.scopes:
+            cure = "Start the server with --admin-api-key and send that key." if needed == "admin" else None
+            raise ForbiddenError(f"This needs a key with the scope {needed!r}.", cure=cure)
+        if needed != "inference":
+            return self.service, self.uncapped
+        return self.service.for_caller(caller, self.route.path, scope["headers"]), caps
+
+    async def _respond(self, service: Service, request: Request) -> Response | EventStream:
         body = None
         if self.decoder is not None:
             raw = await read_body(request, service.settings.max_body_bytes)
@@ -98,24 +114,31 @@ class Routing:
 def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings) -> ASGIApp:
     """The ASGI application that serves ``frontend`` over HTTP.
 
-    Every route wants a key when ``settings.api_keys`` is not empty, but for ``/health`` and ``/ping``.
+    Every route wants a key where the settings have any, but for ``/health`` and ``/ping``.
     """
+    ring = KeyRing(settings.api_keys, settings.key_entries, settings.admin_api_key)
     metrics = RequestMetrics()
+    if settings.enable_log_requests:
+        metrics.observers.append(RequestLog(frontend.tokenizer, settings.max_log_len))
+    if settings.otlp_traces_endpoint is not None:
+        metrics.observers.append(
+            trace_exporter(settings.otlp_traces_endpoint, settings.served_model_names[0])
+        )
     context = Context(frontend, client.info, settings.served_model_names, metrics.start, __version__)
     service = Service(context, client, settings, metrics)
     routes = [*route_table()]
     made = msgspec.json.encode(
-        document(routes, version=__version__, root_path=settings.root_path, secured=bool(settings.api_keys))
+        document(routes, version=__version__, root_path=settings.root_path, secured=not ring.is_open)
     )
 
     async def openapi(_: Service, request: Request, body: None) -> Reply:
         return Response(made, media_type="application/json")
 
-    routes.append(Route("GET", "/openapi.json", openapi, "This document."))
+    routes.append(Route("GET", "/openapi.json", openapi, "This document.", scope=""))
     router = Router([StarletteRoute(r.path, Endpoint(service, r), methods=[r.method]) for r in routes])
     app: ASGIApp = Routing(router)
     app = BodyLimit(app, settings.max_body_bytes)
-    app = BearerAuth(app, settings.api_keys)
+    app = BearerAuth(app, ring)
     if settings.allowed_origins:
         # Outside the authentication: a browser's preflight request carries no key.
         app = CORSMiddleware(

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hmac
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from octavo.api.caller import ANYBODY
 from octavo.api.server.errors import AuthenticationError, error_reply
+from octavo.api.server.keys import Caps, KeyRing, token_of
 
 OPEN_PATHS = frozenset({"/health", "/ping"})  # probes of load balancers carry no key
 
 
 class BearerAuth:
-    """Lets a request through if it carries one of ``keys`` as ``Authorization: Bearer KEY``.
+    """Lets a request through if it carries a key of the ring, and notes whose it is for the route (``caller_of``).
 
     The decision looks at the path that the router will see and at nothing else: a URL rebuilt from the Host header
-    can be bent by the client (CVE-2026-48746). Keys are compared in constant time (CVE-2025-59425).
+    can be bent by the client (CVE-2026-48746).
     """
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, ring: KeyRing) -> None:
         self.app = app
-        self.keys = tuple(key.encode() for key in keys)
+        self.ring = ring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self.allows(scope):
@@ -36,18 +36,14 @@ class BearerAuth:
 
     def allows(self, scope: Scope) -> bool:
         """True for an open path or a right key."""
-        if not self.keys or route_path(scope) in OPEN_PATHS:
+        if route_path(scope) in OPEN_PATHS:
+            scope["octavo.caller"] = ANYBODY, Caps()
             return True
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(given) != 1:
+        found = self.ring.find(token_of(scope["headers"]))
+        if found is None:
             return False
-        scheme, _, token = given[0].partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        token = token.strip()
-        # Every key is compared, so that the time tells nothing about which one was near.
-        matches = [hmac.compare_digest(token, key) for key in self.keys]
-        return any(matches)
+        scope["octavo.caller"] = found
+        return True
 
 
 def route_path(scope: Scope) -> str:

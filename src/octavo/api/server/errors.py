@@ -37,6 +37,12 @@ class AuthenticationError(RequestError):
     status = 401
 
 
+class ForbiddenError(RequestError):
+    """The key is right, but does not allow this (HTTP 403)."""
+
+    status = 403
+
+
 class PayloadTooLargeError(RequestError):
     """The body is over the limit (HTTP 413)."""
 
@@ -76,6 +82,7 @@ class ErrorReply:
 
 CODES = {
     401: "invalid_api_key",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     413: "payload_too_large",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -20,7 +21,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from octavo.api.caller import ANYBODY, Caller
+from octavo.api.openai.schema import Timings
 from octavo.protocol.control import EngineInfo, EngineStats
+from octavo.protocol.generate import SamplingParams, Times
 
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 COUNT_BUCKETS = (1, 2, 5, 10, 20)
@@ -75,7 +79,10 @@ class RequestMetrics:
             "inter_token_latency_seconds": Histogram(TOKEN_LATENCY_BUCKETS),
             "request_time_per_output_token_seconds": Histogram(TOKEN_LATENCY_BUCKETS),
             "request_prefill_kv_computed_tokens": Histogram(TOKEN_BUCKETS),
+            "request_queue_time_seconds": Histogram(REQUEST_BUCKETS),
+            "request_prefill_time_seconds": Histogram(REQUEST_BUCKETS),
             "request_decode_time_seconds": Histogram(REQUEST_BUCKETS),
+            "request_inference_time_seconds": Histogram(REQUEST_BUCKETS),
             "e2e_request_latency_seconds": Histogram(REQUEST_BUCKETS),
         }
         self.finished: Counter[str] = Counter(
@@ -84,22 +91,42 @@ class RequestMetrics:
         self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status class
         self.prompt_tokens_cached = 0
         self.in_flight = 0
+        self.observers: list[Callable[[RequestTimer], None]] = []  # told of every request that is over
 
-    def start(self, num_prompts: int, n: int, max_tokens: int | None) -> RequestTimer:
+    def start(
+        self, num_prompts: int, n: int, max_tokens: int | None, caller: Caller = ANYBODY
+    ) -> RequestTimer:
         """A request of ``num_prompts`` prompts with ``n`` choices each begins."""
         self.histograms["request_params_n"].observe(n)
         if max_tokens is not None:
             self.histograms["request_params_max_tokens"].observe(max_tokens)
         self.in_flight += 1
-        return RequestTimer(self, num_prompts * n)
+        return RequestTimer(self, num_prompts * n, caller)
+
+
+@dataclass
+class Subject:
+    """What a request is about, for logs and traces; ``prompts`` are token ids."""
+
+    request_id: str = ""
+    prompts: Sequence[Sequence[int]] = ()
+    sampling: SamplingParams | None = None
+    num_cached: int = 0
+    reasons: list[str] = field(default_factory=list)
 
 
 class RequestTimer:
     """Follows the choices of one request from arrival to the end."""
 
-    def __init__(self, metrics: RequestMetrics, num_choices: int) -> None:
+    def __init__(self, metrics: RequestMetrics, num_choices: int, caller: Caller = ANYBODY) -> None:
         self.metrics = metrics
+        self.caller = caller
+        self.subject = Subject()
+        self.queue_s: float | None = None  # of the choice that came first
+        self.prefill_s: float | None = None
+        self.arrival_wall_s = time.time()
         self.arrival = time.perf_counter()
+        self.ended = self.arrival
         self.first = [0.0] * num_choices
         self.last = [0.0] * num_choices
         self.tokens = [0] * num_choices
@@ -107,6 +134,19 @@ class RequestTimer:
         self.closed = False
         self.first_token = metrics.histograms["time_to_first_token_seconds"].observe
         self.between_tokens = metrics.histograms["inter_token_latency_seconds"].observe
+        self._queued = metrics.histograms["request_queue_time_seconds"]
+        self._prefilled = metrics.histograms["request_prefill_time_seconds"]
+
+    def about(self, request_id: str, prompts: Sequence[tuple[list[int], SamplingParams]]) -> None:
+        """What the request is; ``prompts`` with their parameters."""
+        self.subject = Subject(request_id, [ids for ids, _ in prompts], prompts[0][1])
+
+    def times(self, times: Times) -> None:
+        """A choice has its first token; the engine says where the time until then went."""
+        self._queued.observe(times.queue_s)
+        self._prefilled.observe(times.prefill_s)
+        if self.queue_s is None:
+            self.queue_s, self.prefill_s = times.queue_s, times.prefill_s
 
     def delta(self, choice: int, num_tokens: int) -> None:
         """``num_tokens`` more tokens of ``choice`` have arrived now."""
@@ -127,6 +167,8 @@ class RequestTimer:
         now = time.perf_counter()
         metrics, count = self.metrics, self.tokens[choice]
         metrics.finished[reason] += 1
+        self.subject.reasons.append(reason)
+        self.subject.num_cached += num_cached_tokens
         self.num_open -= 1
         metrics.prompt_tokens_cached += num_cached_tokens
         histograms = metrics.histograms
@@ -136,6 +178,7 @@ class RequestTimer:
         histograms["e2e_request_latency_seconds"].observe(now - self.arrival)
         decode = self.last[choice] - self.first[choice]
         histograms["request_decode_time_seconds"].observe(decode)
+        histograms["request_inference_time_seconds"].observe(decode + (self.prefill_s or 0.0))
         if count > 1:
             histograms["request_time_per_output_token_seconds"].observe(decode / (count - 1))
 
@@ -143,9 +186,47 @@ class RequestTimer:
         """The request is over, however it ended; choices without an end count as aborted. Safe to call twice."""
         if not self.closed:
             self.closed = True
+            self.ended = time.perf_counter()
             self.metrics.in_flight -= 1
             self.metrics.finished["abort"] += self.num_open
+            self.subject.reasons += ["abort"] * self.num_open
             self.metrics.histograms["request_max_num_generation_tokens"].observe(max(self.tokens, default=0))
+            for observe in self.metrics.observers:
+                observe(self)
+
+    @property
+    def first_token_s(self) -> float | None:
+        """From arrival to the first token of any choice."""
+        firsts = [first for first in self.first if first]
+        return min(firsts) - self.arrival if firsts else None
+
+    @property
+    def decode_s(self) -> float:
+        """From the first token to the last."""
+        firsts = [first for first in self.first if first]
+        return max(self.last) - min(firsts) if firsts else 0.0
+
+    @property
+    def total_s(self) -> float:
+        """From arrival until now, or to the end."""
+        return (self.ended if self.closed else time.perf_counter()) - self.arrival
+
+    def timings(self) -> Timings:
+        """Where the time went so far, for the usage of a reply."""
+        decode_s, num_tokens = self.decode_s, sum(self.tokens) - sum(map(bool, self.tokens))
+        return Timings(
+            queue_ms=milliseconds(self.queue_s),
+            prefill_ms=milliseconds(self.prefill_s),
+            first_token_ms=milliseconds(self.first_token_s),
+            decode_ms=milliseconds(decode_s),
+            total_ms=milliseconds(self.total_s),
+            tokens_per_second=round(num_tokens / decode_s, 2) if decode_s > 0 else None,
+        )
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    """To the microsecond; None stays None."""
+    return None if seconds is None else round(seconds * 1e3, 3)
 
 
 COUNTERS = {
@@ -157,6 +238,12 @@ COUNTERS = {
     "spec_decode_num_drafts": ("num_drafts", "Drafts verified."),
     "spec_decode_num_draft_tokens": ("num_draft_tokens", "Draft tokens verified."),
     "spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Draft tokens accepted."),
+    "admission_rejections": (
+        "num_rejected",
+        "Requests given up before they began: a full queue, or too late.",
+    ),
+    "request_deadlines": ("num_deadlines", "Requests ended by their deadline."),
+    "corrupted_requests": ("num_failed", "Requests that failed alone, for example by NaN logits."),
 }
 GAUGES = {
     "num_requests_running": ("num_running", "Sequences in the running batch."),
@@ -183,6 +270,7 @@ class _Snapshot(Collector):
                 yield gauge
             for name, (source, text) in COUNTERS.items():
                 yield self._counter(name, text, {(): getattr(self.stats, source)})
+            yield from self._engine(self.stats)
         yield self._counter(
             "prompt_tokens_cached",
             "Prompt tokens taken from the cache.",
@@ -209,6 +297,40 @@ class _Snapshot(Collector):
         for key, count in self.requests.http.items():
             http.add_metric(list(key), count)
         yield http
+
+    def _engine(self, stats: EngineStats) -> Iterator[Metric]:
+        """What of the engine's numbers has labels of its own."""
+        waiting = GaugeMetricFamily(
+            f"{self.prefix}:num_requests_waiting_by_reason",
+            "Sequences in the queue, by what they wait for.",
+            labels=[*self.labels, "reason"],
+        )
+        waiting.add_metric([*self.values, "capacity"], stats.num_waiting - stats.num_deferred)
+        waiting.add_metric([*self.values, "deferred"], stats.num_deferred)
+        yield waiting
+        cached = stats.num_cached_prompt_tokens
+        yield self._counter(
+            "prompt_tokens_by_source",
+            "Prompt tokens, by where their keys and values came from.",
+            {("local_compute",): stats.num_prompt_tokens - cached, ("local_cache_hit",): cached},
+            ["source"],
+        )
+        accepted: dict[tuple[str, ...], float] = {
+            (str(place),): count for place, count in enumerate(stats.accepted_at)
+        }
+        yield self._counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Drafts accepted, by place.", accepted, ["position"]
+        )
+        iterations = HistogramMetricFamily(
+            f"{self.prefix}:iteration_tokens_total", "Tokens of a step.", labels=self.labels
+        )
+        running, buckets = 0, []
+        for place, count in enumerate(stats.iteration_tokens):
+            running += count
+            buckets.append((str(float(2**place - 1)), float(running)))
+        buckets.append(("+Inf", float(running)))
+        iterations.add_metric(self.values, buckets, float(stats.num_step_tokens))
+        yield iterations
 
     def _counter(
         self, name: str, text: str, values: dict[tuple[str, ...], float], labels: Sequence[str] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.api.server.keys import KeyEntry, read_keys
 from octavo.config import option
 from octavo.errors import UsageError
 
@@ -21,6 +22,12 @@ class ServerOptions:
         "Key a client must send as a bearer token; repeat for several. Guards every route but /health and /ping.",
     )
     api_key_file: str | None = option(None, "File with one key a line (not visible in the process list).")
+    api_keys_file: str | None = option(
+        None, "TOML file of keys with names, weights, scopes, models and caps (see docs/operations.md)."
+    )
+    admin_api_key: str | None = option(
+        None, "Key of the control routes (like /reset_prefix_cache), which are closed without one."
+    )
     allowed_origins: tuple[str, ...] = option(
         (), "Origins whose web pages may call the server (CORS); '*' for all. None by default."
     )
@@ -42,6 +49,13 @@ class ServerOptions:
     )
     ignore_unknown_fields: bool = option(
         False, "Ignore request fields that are not known instead of answering 400."
+    )
+    enable_log_requests: bool = option(
+        False, "Log a JSON line for every generation request: who, how much, how long; no text."
+    )
+    max_log_len: int = option(0, "Characters of the prompt that such a line may show.")
+    otlp_traces_endpoint: str | None = option(
+        None, "Send OpenTelemetry traces to this OTLP/HTTP address (needs the extra: octavo[otel])."
     )
     disable_uvicorn_access_log: bool = option(False, "Do not log a line for every request.")
     uvicorn_log_level: str = option(
@@ -66,6 +80,10 @@ class ServerOptions:
         ):
             if not 0 <= seconds < 1e6:
                 raise UsageError(f"{flag} must be a number of seconds from 0 on, got {seconds}.")
+        if self.max_log_len < 0:
+            raise UsageError(f"--max-log-len must be at least 0, got {self.max_log_len}.")
+        if self.admin_api_key is not None and not self.admin_api_key.strip():
+            raise UsageError("--admin-api-key is empty.", "Give a key of at least one character.")
         if self.root_path and not self.root_path.startswith("/"):
             raise UsageError(f"--root-path must begin with '/', got {self.root_path!r}.")
 
@@ -88,16 +106,31 @@ class ServerOptions:
             raise UsageError("--api-key is empty.", "Give a key of at least one character.")
         return tuple(keys)
 
+    def key_entries(self) -> tuple[KeyEntry, ...]:
+        """The entries of the keys file."""
+        return () if self.api_keys_file is None else read_keys(self.api_keys_file)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody may use the server."""
+        return not self.keys() and self.api_keys_file is None
+
 
 @dataclass(frozen=True)
 class ServerSettings:
     """What ``build_app`` needs: decided values only.
 
-    ``served_model_names``: the first is the one in replies, all are accepted. ``api_keys``: empty means open.
+    ``served_model_names``: the first is the one in replies, all are accepted. ``api_keys`` and ``key_entries``: both
+    empty means open.
     """
 
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
+    key_entries: tuple[KeyEntry, ...] = ()
+    admin_api_key: str | None = None
+    enable_log_requests: bool = False
+    max_log_len: int = 0
+    otlp_traces_endpoint: str | None = None
     allowed_origins: tuple[str, ...] = ()
     root_path: str = ""
     max_body_bytes: int = 32 << 20
@@ -112,6 +145,11 @@ class ServerSettings:
         return cls(
             served_model_names=served_model_names,
             api_keys=options.keys(),
+            key_entries=options.key_entries(),
+            admin_api_key=options.admin_api_key,
+            enable_log_requests=options.enable_log_requests,
+            max_log_len=options.max_log_len,
+            otlp_traces_endpoint=options.otlp_traces_endpoint,
             allowed_origins=options.allowed_origins,
             root_path=options.root_path.rstrip("/"),
             max_body_bytes=options.max_body_bytes,

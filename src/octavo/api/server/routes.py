@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.api.caller import Caller
 from octavo.api.openai import schema
 from octavo.api.openai.chat import chat_completions
 from octavo.api.openai.completions import completions
 from octavo.api.openai.context import Context, Stream
 from octavo.api.openai.models import list_models, retrieve_model
 from octavo.api.openai.tokenize import detokenize, tokenize
+from octavo.api.server.errors import ForbiddenError
 from octavo.api.server.metrics import CONTENT_TYPE, RequestMetrics, render
 from octavo.api.server.options import ServerSettings
 from octavo.engine.client.base import EngineClient
 from octavo.errors import EngineDeadError
-from octavo.protocol.control import EngineStats, GetStats
+from octavo.protocol.control import EngineStats, GetStats, ResetPrefixCache
 
 Reply = msgspec.Struct | Stream | Response
 STATS_TIMEOUT_S = 5.0
+TOLD_HEADERS = (b"traceparent", b"tracestate", b"x-request-id")
 
 
 class Version(msgspec.Struct):
@@ -48,13 +52,30 @@ class Service:
     settings: ServerSettings
     metrics: RequestMetrics
 
+    def for_caller(self, caller: Caller, route: str, headers: Sequence[tuple[bytes, bytes]]) -> Service:
+        """The same, as the owner of a key sees it: with the models the key may use."""
+        told = {name.decode(): value.decode("latin-1") for name, value in headers if name in TOLD_HEADERS}
+        caller = replace(caller, route=route, headers=told)
+        names = self.context.served_model_names
+        if caller.models is not None:
+            names = tuple(name for name in names if name in caller.models)
+            if not names:
+                raise ForbiddenError("This key may use none of the models that are served here.")
+        context = replace(
+            self.context,
+            caller=caller,
+            served_model_names=names,
+            start_timer=partial(self.metrics.start, caller=caller),
+        )
+        return replace(self, context=context)
+
 
 @dataclass(frozen=True)
 class Route:
     """One path and method.
 
     ``body`` is the type of the JSON body (None: no body), ``reply`` and ``chunk`` the types of a whole reply and of a
-    stream's events, for the OpenAPI document.
+    stream's events, for the OpenAPI document. ``scope`` is what a key must allow ("": any key will do).
     """
 
     method: str
@@ -65,6 +86,7 @@ class Route:
     reply: type[msgspec.Struct] | None = None
     chunk: type[msgspec.Struct] | None = None
     reply_media_type: str = "application/json"
+    scope: str = "inference"
 
 
 async def _chat(service: Service, _: Request, body: schema.ChatCompletionRequest) -> Reply:
@@ -124,6 +146,11 @@ async def _metrics(service: Service, _: Request, body: None) -> Reply:
     return Response(page, media_type=CONTENT_TYPE)
 
 
+async def _reset_prefix_cache(service: Service, _: Request, body: None) -> Reply:
+    await service.client.control(ResetPrefixCache())
+    return Response(status_code=200)
+
+
 def route_table() -> tuple[Route, ...]:
     """All routes but ``/openapi.json``, which is made from them."""
     return (
@@ -163,10 +190,15 @@ def route_table() -> tuple[Route, ...]:
             schema.DetokenizeRequest,
             schema.DetokenizeResponse,
         ),
-        Route("GET", "/health", _health, "200 while the engine runs, 503 after."),
-        Route("GET", "/ping", _health, "The same as /health."),
-        Route("POST", "/ping", _health, "The same as /health."),
-        Route("GET", "/version", _version, "The version of the server.", reply=Version),
-        Route("GET", "/load", _load, "Generation requests under way.", reply=Load),
-        Route("GET", "/metrics", _metrics, "Prometheus metrics.", reply_media_type="text/plain"),
+        Route("GET", "/health", _health, "200 while the engine runs, 503 after.", scope=""),
+        Route("GET", "/ping", _health, "The same as /health.", scope=""),
+        Route("POST", "/ping", _health, "The same as /health.", scope=""),
+        Route("GET", "/version", _version, "The version of the server.", reply=Version, scope=""),
+        Route("GET", "/load", _load, "Generation requests under way.", reply=Load, scope="metrics"),
+        Route(
+            "GET", "/metrics", _metrics, "Prometheus metrics.", reply_media_type="text/plain", scope="metrics"
+        ),
+        Route(
+            "POST", "/reset_prefix_cache", _reset_prefix_cache, "Forget every cached prefix.", scope="admin"
+        ),
     )

@@ -45,6 +45,7 @@ def run_server(start: Start, options: ServerOptions, *, on_ready: Callable[[str]
     """
     options.check()
     options.keys()
+    options.key_entries()
     check_tls(options)
     with (
         contextlib.closing(bind(options)) as listener,
@@ -77,7 +78,7 @@ async def serve(
     Signals are handled when this runs in the main thread; elsewhere ``stop`` is the way to end it.
     """
     server = _Server(_config(app, options))
-    if not options.keys() and options.uds is None and options.host not in LOOPBACK:
+    if options.is_open and options.uds is None and options.host not in LOOPBACK:
         log.warning("There is no --api-key: whoever reaches %s can use this server.", url(options, listener))
 
     def ready() -> None:

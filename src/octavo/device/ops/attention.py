@@ -20,6 +20,7 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    chunk: int = 0,
 ) -> Tensor:
     """Causal attention of each row's new tokens over its cached keys (the new ones are stored already).
 
@@ -28,7 +29,7 @@ def paged_attention(
     them at position kv_lens[r] - 1; kv_lens [R] int32 counts keys including the new ones. Rows with no queries are
     skipped, as are tokens of q past query_start[-1] (padding; their output is unspecified). ``max_query`` and
     ``max_kv`` are host-side upper bounds of the row lengths. ``window`` > 0: a query sees itself and the window - 1
-    keys before it. ``softcap`` > 0: scores become softcap * tanh(score / softcap). ``sinks`` [Hq]: an extra logit
+    keys before it; ``chunk`` > 0 (and no window): those of its own chunk of so many positions. ``softcap`` > 0: scores become softcap * tanh(score / softcap). ``sinks`` [Hq]: an extra logit
     per head that takes probability but has no value. Returns [T, Hq, D] in q's type.
     """
     out = torch.zeros_like(q)
@@ -40,7 +41,7 @@ def paged_attention(
         if begin == end:
             continue
         count = end - begin
-        first = max(0, kv_len - count - window + 1) // page_size if window else 0
+        first = first_visible(kv_len - count, window, chunk) // page_size
         pages = page_table[row, first : -(-kv_len // page_size)].long()
         keys, values = kv_pages[pages].float().transpose(0, 1).unbind(0)  # [n, Hkv, P, D]
         base = first * page_size
@@ -52,10 +53,7 @@ def paged_attention(
             scores = softcap * torch.tanh(scores / softcap)
         query_at = torch.arange(kv_len - count, kv_len, device=q.device).unsqueeze(1)
         key_at = torch.arange(base, kv_len, device=q.device).unsqueeze(0)
-        hidden = key_at > query_at
-        if window:
-            hidden |= key_at <= query_at - window
-        scores = scores.masked_fill(hidden, float("-inf"))
+        scores = scores.masked_fill(hidden_keys(query_at, key_at, window, chunk), float("-inf"))
         if sinks is not None:
             sink = sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, count, 1)
             weights = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
@@ -64,6 +62,23 @@ def paged_attention(
         mixed = torch.einsum("hgtk,khd->thgd", weights, values)
         out[begin:end] = mixed.reshape(count, num_heads, head_dim).to(q.dtype)
     return out
+
+
+def first_visible(position: int, window: int, chunk: int) -> int:
+    """The first key that the query at ``position`` sees."""
+    if chunk:
+        return position // chunk * chunk
+    return max(0, position - window + 1) if window else 0
+
+
+def hidden_keys(query_at: Tensor, key_at: Tensor, window: int, chunk: int) -> Tensor:
+    """Which keys a query does not see, by position [t, 1] and [1, k]."""
+    hidden = key_at > query_at
+    if window:
+        hidden |= key_at <= query_at - window
+    if chunk:
+        hidden |= key_at < query_at // chunk * chunk
+    return hidden
 
 
 PAGED_ATTENTION = Op(

@@ -18,12 +18,13 @@ def route(
     groups: int = 1,
     top_groups: int = 1,
     correction: Tensor | None = None,
+    group_best: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """The experts of each token and their weights: logits [T, E] -> ids [T, top_k] int64, weights [T, top_k] float32.
 
     ``scoring``: "softmax" over all experts, "sigmoid" of each, or "softmax_top_k": over the chosen logits. For the choice
     alone, ``correction`` [E] is added and experts outside the ``top_groups`` best of ``groups`` equal groups (by the sum
-    of their two best scores) are left out (DeepSeek-AI 2024). ``renormalize``: weights sum to 1 before ``scale``.
+    of their ``group_best`` best scores, 1 or 2 of them) are left out (DeepSeek-AI 2024). ``renormalize``: weights sum to 1 before ``scale``.
     """
     wide = logits.float()
     scores = torch.softmax(wide, -1) if scoring == "softmax" else wide
@@ -32,7 +33,7 @@ def route(
     choice = scores if correction is None else scores + correction
     if groups > 1:
         grouped = choice.view(choice.shape[0], groups, -1)
-        best = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(-1)
+        best = grouped.topk(min(group_best, grouped.shape[2]), dim=-1).values.sum(-1)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(
             1, best.topk(top_groups, dim=-1).indices, True
         )
@@ -69,19 +70,21 @@ def experts(
     limit: float = 0.0,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    partial: bool = False,
 ) -> Tensor:
     """Sum over k of weights[t, k] * expert ids[t, k] of x[t].
 
     x [T, H]; ids [T, K] int64, weights [T, K] float32; gate_up [E, 2 I, H] (gate rows first), down [E, H, I]; biases
-    [E, 2 I] and [E, H]. Returns [T, H] in x's type.
+    [E, 2 I] and [E, H]. With ``partial`` ids may be E: an expert that is not here and gives nothing. Returns [T, H] in
+    x's type.
     """
     tokens, top_k = ids.shape
     flat = ids.flatten()
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
-    out = x.new_empty((tokens * top_k, x.shape[1]))
+    out = (x.new_zeros if partial else x.new_empty)((tokens * top_k, x.shape[1]))
     start = 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(counts[: gate_up.shape[0]]):
         if count == 0:
             continue
         rows = order[start : start + count]

@@ -194,8 +194,8 @@ def unpack_codes(packed: Packed) -> Tensor:
         codes |= (packed.high.unsqueeze(-1).to(torch.int64) >> at & (2**layout.high_bits - 1)) << layout.bits
     runs, outputs, width, places = codes.shape
     flat = codes.permute(1, 0, 3, 2).reshape(outputs, runs * places * width)
-    inside: Tensor = flat[:, : packed.inputs].to(torch.uint8)
-    return inside
+    values: Tensor = flat[:, : packed.inputs].to(torch.uint8)
+    return values
 
 
 def join_fields(fields: Tensor, rows: int) -> Tensor:

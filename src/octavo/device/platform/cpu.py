@@ -30,7 +30,8 @@ class CPUPlatform:
 
     kind = "cpu"
 
-    def __init__(self, *, threads: int | None = None) -> None:
+    def __init__(self, *, threads: int | None = None, index: int = 0) -> None:
+        """``index`` is for devices of which there may be several."""
         self.device = torch.device("cpu")
         self.threads = threads or usable_cores()
         torch.set_num_threads(self.threads)

@@ -13,15 +13,23 @@ from octavo.config import Hardware
 from octavo.device.ops.bind import OpSpec
 from octavo.device.platform.cpu import DTYPE_NAMES
 from octavo.device.platform.machine import usable_cores
+from octavo.errors import UsageError
 
 
 class CUDAPlatform:
-    """The current CUDA device."""
+    """One CUDA device, which becomes the process's current one."""
 
     kind = "cuda"
 
-    def __init__(self, *, threads: int | None = None) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+    def __init__(self, *, threads: int | None = None, index: int = 0) -> None:
+        count = torch.cuda.device_count()
+        if index >= count:
+            raise UsageError(
+                f"{index + 1} GPUs are needed on this machine, but {count} {'is' if count == 1 else 'are'} visible.",
+                "Choose a smaller --tensor-parallel-size, or see CUDA_VISIBLE_DEVICES.",
+            )
+        torch.cuda.set_device(index)
+        self.device = torch.device("cuda", index)
         self.threads = threads or usable_cores()
         self.properties = torch.cuda.get_device_properties(self.device)
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -55,10 +63,11 @@ class CUDAPlatform:
         return OpSpec("cuda", DTYPE_NAMES[dtype], self.capability)
 
     def free_bytes(self) -> int:
-        """Free on the device, plus what torch holds in its cache unused."""
+        """What the driver has left once torch has given back what it keeps unused (pools of graphs stay)."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
         free, _total = torch.cuda.mem_get_info(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return int(free + cached)
+        return int(free)
 
     def peak_bytes(self, work: Callable[[], None]) -> int:
         """See ``Platform``."""
@@ -86,7 +95,8 @@ class CUDAPlatform:
         """See ``Platform``; ``work`` must have run once before, so that its kernels are compiled."""
         graph = torch.cuda.CUDAGraph()
         shared: Any = pool
-        with torch.cuda.graph(graph, pool=shared, stream=self.stream):
+        # Only this thread is held to the rules of recording: NCCL's watchdog asks its own events meanwhile.
+        with torch.cuda.graph(graph, pool=shared, stream=self.stream, capture_error_mode="thread_local"):
             work()
         return graph.replay, graph.pool()
 

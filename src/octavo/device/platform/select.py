@@ -13,8 +13,9 @@ PLATFORMS = {
 }
 
 
-def open_platform(kind: str, *, threads: int | None = None) -> Platform:
-    """The platform for "auto", "cpu" or "cuda"; raises ``UsageError`` where the device is not there."""
+def open_platform(kind: str, *, threads: int | None = None, index: int = 0) -> Platform:
+    """The platform for "auto", "cpu" or "cuda", of several devices that of number ``index``; raises ``UsageError`` where
+    the device is not there."""
     for name, target in PLATFORMS.items():
         if kind not in ("auto", name):
             continue
@@ -22,7 +23,7 @@ def open_platform(kind: str, *, threads: int | None = None) -> Platform:
         platform = getattr(import_module(module), attribute)
         reason: str | None = platform.unavailable()
         if reason is None:
-            opened: Platform = platform(threads=threads)
+            opened: Platform = platform(threads=threads, index=index)
             return opened
         if kind == name:
             raise UsageError(f"--device {kind}: {reason}", "Use --device cpu, or mend the driver.")

@@ -59,6 +59,15 @@ class CacheLayout:
         """Most pages one sequence ever holds on its way to ``num_tokens``, growing ``step_tokens`` at a time."""
         return sum(group.spec.peak(num_tokens, step_tokens) for group in self.groups)
 
+    def part(self, layers: range) -> CacheLayout:
+        """The same groups with only these layers in them: what one stage of a pipeline holds."""
+        groups = tuple(
+            CacheGroup(group.spec, tuple(layer for layer in group.layers if layer in layers))
+            for group in self.groups
+        )
+        longest = max((len(group.layers) for group in groups), default=0)
+        return CacheLayout(groups, self.page_bytes, max(1, longest) if groups else 0)
+
 
 MAX_GROUPS = 16
 

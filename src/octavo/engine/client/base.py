@@ -21,7 +21,10 @@ class EngineClient(Protocol):
     """
 
     info: EngineInfo
-    alive: bool
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can still be served."""
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """Queue a request."""

@@ -16,11 +16,11 @@ from queue import Empty, SimpleQueue
 
 from octavo.engine.cache.pool import PoolError
 from octavo.engine.client.base import Sink
-from octavo.engine.client.sinks import Sinks
+from octavo.engine.client.sinks import Sinks, refusal
 from octavo.engine.core import EngineCore
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.protocol.control import Control, ControlReply, EngineInfo, Shutdown
-from octavo.protocol.generate import FinishReason, GenerateRequest, TokenDelta
+from octavo.protocol.generate import FinishReason, GenerateRequest
 
 log = logging.getLogger("octavo.engine")
 
@@ -118,8 +118,7 @@ class InProcessClient:
         try:
             self._core.submit(request)
         except OctavoError as error:
-            refused = TokenDelta(request.id, [], "error", None, str(error))
-            self._on_loop(partial(self._sinks.deliver, [refused]))
+            self._on_loop(partial(self._sinks.deliver, [refusal(request.id, error)]))
 
     def _ask_core(self, command: Control) -> None:
         self._core.control(command)

@@ -14,11 +14,11 @@ import zmq
 
 from octavo.engine.cache.pool import PoolError
 from octavo.engine.client import messages
+from octavo.engine.client.sinks import refusal
 from octavo.engine.core import EngineCore
 from octavo.engine.process import Failed, live_with_parent
 from octavo.errors import OctavoError
 from octavo.protocol.control import Control, EngineInfo, EngineStats
-from octavo.protocol.generate import TokenDelta
 
 log = logging.getLogger("octavo.engine")
 
@@ -101,8 +101,7 @@ class EngineProcess:
             try:
                 core.submit(message.request)
             except OctavoError as error:
-                refused = TokenDelta(message.request.id, [], "error", None, str(error))
-                self._send(messages.Deltas([refused]))
+                self._send(messages.Deltas([refusal(message.request.id, error)]))
         elif isinstance(message, messages.Abort):
             core.abort(message.ids)
         elif isinstance(message, messages.Order):

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import zmq
@@ -41,7 +41,7 @@ CLOSE_S = 10.0  # how long the engine may take to stop before it is killed
 class Channel:
     """The folder, the two sockets and the child process."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         if not zmq.has("ipc"):
             raise UsageError("This platform has no unix sockets.", "Run the engine in this process.")
         folder = tempfile.mkdtemp(prefix="octavo-")  # mode 0700
@@ -54,7 +54,7 @@ class Channel:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.requests = self._bind(zmq.PUSH, f"{address}/requests")
         self.results = self._bind(zmq.PULL, f"{address}/results")
-        self.process = subprocess.Popen([*command, address], stdin=subprocess.PIPE)
+        self.process = subprocess.Popen([*command, address], stdin=subprocess.PIPE, env=environment)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(messages.FromEngine).decode
 
@@ -112,17 +112,25 @@ class SocketClient:
 
     @classmethod
     def launch(
-        cls, command: Sequence[str], options: bytes, progress: ProgressCall | None = None
+        cls,
+        command: Sequence[str],
+        options: bytes,
+        progress: ProgressCall | None = None,
+        *,
+        environment: Mapping[str, str] | None = None,
+        cancel: threading.Event | None = None,
     ) -> SocketClient:
         """Start ``command`` with the address as its last argument and wait until the engine is ready.
 
         ``options`` is handed to the child's ``build``. Raises the child's own ``OctavoError`` where the start
-        fails, ``EngineDeadError`` where the process ends without a word.
+        fails, ``EngineDeadError`` where the process ends without a word or ``cancel`` is set meanwhile.
         """
-        channel = Channel(command)
+        channel = Channel(command, environment)
         try:
             started = False
             while True:
+                if cancel is not None and cancel.is_set():
+                    raise EngineDeadError("The start was cancelled.")
                 if not started and channel.requests.poll(0, zmq.POLLOUT):  # the child has connected
                     channel.send(messages.Start(options))
                     started = True
@@ -148,6 +156,11 @@ class SocketClient:
     def pid(self) -> int:
         """The engine's process id."""
         return self._channel.process.pid
+
+    def kill(self) -> None:
+        """End the engine before it was used."""
+        self._closed = True
+        self._channel.stop(0)
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """See ``EngineClient.submit``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from octavo.engine.cache.layout import CacheLayout
 from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
@@ -30,6 +32,30 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Give device memory and helper threads back."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A worker's place: ``rank`` of ``num_ranks`` in all, ``index`` on its machine, whose workers share a private
+    ``folder``. ``report(phase, done, total)`` tells how far the start is, and that it still goes on."""
+
+    rank: int
+    num_ranks: int
+    index: int
+    folder: str
+    report: Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a worker's factory made; ``facts`` are for the executor's owner."""
+
+    runner: Runner
+    facts: bytes = b""
+
+
+# factory(arguments, seat); named as "module:function", arguments must be JSON.
+Factory = Callable[[dict[str, Any], Seat], Started]
 
 
 class Executor(Protocol):

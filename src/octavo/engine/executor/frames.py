@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, BinaryIO
+import socket
+from typing import Any, Protocol
 
 import msgspec
 
@@ -13,6 +14,30 @@ from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
 
 MAX_FRAME_BYTES = 1 << 30
 KINDS: tuple[type[KVSpec], ...] = (FullKV, WindowKV, ChunkedKV, StateKV)
+
+
+class Readable(Protocol):
+    """A stream of bytes, blocking."""
+
+    def read(self, count: int, /) -> bytes:
+        """``count`` bytes, fewer at the end."""
+
+
+class Unbuffered:
+    """A socket as a stream that takes no more than asked, so that the socket itself tells whether there is more."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+
+    def read(self, count: int, /) -> bytes:
+        """See ``Readable``."""
+        found = self.connection.recv(count, socket.MSG_WAITALL)
+        while found and len(found) < count:  # cut short by a signal
+            more = self.connection.recv(count - len(found), socket.MSG_WAITALL)
+            if not more:
+                break
+            found += more
+        return found
 
 
 class PackedGroup(msgspec.Struct, array_like=True):
@@ -32,12 +57,18 @@ class PackedLayout(msgspec.Struct, array_like=True):
 
 
 class Build(msgspec.Struct, tag="build"):
-    """First frame: which runner. ``arguments`` is a JSON object."""
+    """First frame: which runner. ``arguments`` is a JSON object.
+
+    ``rank`` of ``num_ranks`` in all; ``index`` of ``num_workers`` on this machine is the worker's place in the ring.
+    """
 
     factory: str
     arguments: bytes
     rank: int
+    num_ranks: int
+    index: int
     num_workers: int
+    spin_s: float
 
 
 class Forward(msgspec.Struct, tag="forward"):
@@ -64,11 +95,20 @@ ToWorker = Build | Forward | Sample | Collect | Stop
 
 
 class Hello(msgspec.Struct, tag="hello"):
-    """The runner is built."""
+    """The runner is built; ``facts`` is what its factory has to tell besides."""
 
     layout: PackedLayout
     num_pages: int
     num_slots: int
+    facts: bytes = b""
+
+
+class Progress(msgspec.Struct, tag="progress"):
+    """The start goes on: ``done`` of ``total`` units of a phase."""
+
+    phase: str
+    done: int
+    total: int
 
 
 class Result(msgspec.Struct, tag="result"):
@@ -77,7 +117,7 @@ class Result(msgspec.Struct, tag="result"):
     result: StepResult
 
 
-FromWorker = Hello | Result | Failed
+FromWorker = Hello | Progress | Result | Failed
 
 
 def frame(payload: bytes) -> bytes:
@@ -85,7 +125,7 @@ def frame(payload: bytes) -> bytes:
     return len(payload).to_bytes(4, "little") + payload
 
 
-def read_frame(stream: BinaryIO) -> bytes:
+def read_frame(stream: Readable) -> bytes:
     """The next payload; ``EOFError`` where the other end is gone."""
     header = stream.read(4)
     if len(header) < 4:

@@ -9,6 +9,17 @@ A step's time grows with its tokens: seconds = base + tokens / rate. ``Pace`` le
       | x x x            small steps: base
       +-------------------- tokens
                 ^ budget where base + tokens / rate = target
+
+That is the bound of any step. Within it a step takes only its share of the prompts that wait, so that they are spread
+over the steps in which answers go on anyway. A step that decodes waits for the weights to be read; the first few hundred
+tokens beside it cost almost nothing, while a step full of prompts makes every answer wait:
+
+    share = max(ALMOST_FREE, waiting tokens / horizon)        horizon = HORIZON steps, fewer beyond ROUND answers
+
+Under steady load that settles where as much is computed as arrives, so many steps later; a burst gets larger steps, up to
+the bound. Where answers alone fill the matrix units nothing is free, and waiting prompts only keep the step's rows from
+being many: they are spread less. Prompts that end in different steps also keep their answers from ending together, and the next prompts from
+arriving together.
 """
 
 from __future__ import annotations
@@ -16,6 +27,9 @@ from __future__ import annotations
 SMOOTH = 0.2  # weight of a new observation
 SMALL, LARGE = 0.125, 0.5  # of the present budget: what counts as a small and as a large step
 LEAST = 64  # tokens: below this prompts would starve
+HORIZON = 16  # steps over which waiting prompts are spread
+ALMOST_FREE = 256  # tokens: about where a step stops waiting for memory on GPUs of the last generations
+ROUND = 128  # tokens: rows of a matrix tile, and the grain of recorded steps
 
 
 class Pace:
@@ -42,6 +56,15 @@ class Pace:
             self.per_token_s = cost if cost > 2 * known else known + SMOOTH * (cost - known)
         elif tokens <= SMALL * now:
             self.base_s += SMOOTH * (min(seconds, self.target_s / 2) - self.base_s)
+
+    def prompts(self, answers: int, waiting: int) -> int:
+        """Prompt tokens of a step in which answers have so many rows, while so many prompt tokens wait."""
+        most = self.budget()
+        if answers == 0 or self.target_s <= 0:
+            return most
+        share = waiting * max(ROUND, answers) // (HORIZON * ROUND)
+        whole = (answers + max(ALMOST_FREE, share)) // ROUND * ROUND
+        return max(min(most, whole) - answers, LEAST)
 
     def budget(self) -> int:
         """Tokens of a step that would take about the target."""

@@ -75,6 +75,8 @@ class Slots:
     def fill(self, plan: StepPlan) -> None:
         """See ``Resource.fill``."""
         for seq in self._admitted:
+            if seq.slot < 0:  # let in and preempted in the same call
+                continue
             plan.admits.append(
                 SlotInit(
                     slot=seq.slot,

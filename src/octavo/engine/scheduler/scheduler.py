@@ -7,14 +7,15 @@ them. A sequence that needs nothing new (``room`` left) costs a few integer oper
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 from octavo.engine.scheduler import stop
-from octavo.engine.scheduler.pace import LEAST
+from octavo.engine.scheduler.pace import HORIZON, Pace
 from octavo.engine.scheduler.queue import Queue
 from octavo.engine.scheduler.resources import Resource
 from octavo.engine.scheduler.sequence import Sequence
-from octavo.protocol.generate import FinishReason, TokenDelta
+from octavo.protocol.generate import FinishReason, Times, TokenDelta
 from octavo.protocol.plan import StepPlan, StepResult
 
 
@@ -30,6 +31,11 @@ class Counters:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     step_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_step_tokens: int = 0
+    num_failed: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    iteration_tokens: list[int] = field(default_factory=lambda: [0] * 24)
 
 
 @dataclass
@@ -39,20 +45,31 @@ class Step:
     plan: StepPlan
     rows: list[Sequence]
     launched_s: float = 0.0
+    admitted: set[int] = field(default_factory=set)  # ids let in by this plan
+    swapped: set[int] = field(default_factory=set)  # ids that lost their place to one of them
 
 
 class Scheduler:
     """Fills steps from running and waiting sequences.
 
-    Both budgets may be changed at any time: ``max_num_batched_tokens`` bounds the rows' tokens of one step, and
-    ``mixed_budget`` those of a step in which answers wait (its rows of one token always go first).
+    ``max_num_batched_tokens`` bounds the rows' tokens of one step and may be changed at any time; ``pace`` says how many
+    of them prompts may take (rows of one token always go first). ``now_s`` is the time at which sequences of this step
+    are said to begin.
     """
 
-    def __init__(self, resources: list[Resource], *, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        resources: list[Resource],
+        *,
+        max_num_batched_tokens: int,
+        pace: Pace | None = None,
+        waiting: Queue | None = None,
+    ) -> None:
         self.resources = resources
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.mixed_budget = max_num_batched_tokens  # of a step in which answers wait for their next token
-        self.waiting = Queue()
+        self.pace = pace or Pace(0.0, max_num_batched_tokens)
+        self.now_s = 0.0
+        self.waiting = Queue() if waiting is None else waiting
         # Running sequences are in exactly one of these two: all known tokens queued, or not yet.
         self.decoding: list[Sequence] = []
         self.prefilling: list[Sequence] = []
@@ -76,17 +93,22 @@ class Scheduler:
         step = Step(StepPlan(self.counters.num_steps, [], [], [], [], [], [], [], []), [])
         self._preempted = False
         budget = self._decode_rows(step, self.max_num_batched_tokens)
-        if step.rows:
-            used = self.max_num_batched_tokens - budget
-            budget = min(budget, max(self.mixed_budget - used, LEAST))
+        answers = self.max_num_batched_tokens - budget
+        budget = min(budget, self.pace.prompts(answers, self._num_waiting_tokens()))
         budget = self._prefill_rows(step, budget)
         self._admit_waiting(step, budget)
+        if self.waiting.charges:
+            for seq, n, sample in zip(step.rows, step.plan.num_tokens, step.plan.sample):
+                self.waiting.charge(seq, n + sample)
         for resource in self.resources:
             resource.fill(step.plan)
         if not step.rows:
             return None
-        self.counters.num_steps += 1
-        self.counters.step_tokens = sum(step.plan.num_tokens)
+        counters = self.counters
+        counters.num_steps += 1
+        counters.step_tokens = sum(step.plan.num_tokens)
+        counters.num_step_tokens += counters.step_tokens
+        counters.iteration_tokens[min(counters.step_tokens.bit_length(), 23)] += 1
         return step
 
     def _decode_rows(self, step: Step, budget: int) -> int:
@@ -121,9 +143,20 @@ class Scheduler:
         plan.sample.extend([True] * len(rows))
         return budget
 
+    def _num_waiting_tokens(self) -> int:
+        """Prompt tokens not yet queued, of all sequences; counted up to what makes a difference."""
+        enough = HORIZON * self.max_num_batched_tokens
+        total = 0
+        for seq in chain(self.prefilling, self.waiting):
+            total += len(seq.tokens) - seq.num_queued
+            if total >= enough:
+                break
+        return total
+
     def _prefill_rows(self, step: Step, budget: int) -> int:
-        """Chunks of the sequences that have known tokens left to compute, oldest first."""
-        for seq in sorted(self.prefilling, key=_by_key):
+        """Chunks of the sequences that have known tokens left to compute, oldest first (see ``Queue.rank``)."""
+        for seq in sorted(self.prefilling, key=self.waiting.rank):
+            budget = self._admit_waiting(step, budget, before=seq)
             if budget <= 0:
                 break
             n = self._ask(seq, min(len(seq.tokens) - seq.num_queued, budget), step)
@@ -132,30 +165,54 @@ class Scheduler:
                 self._add_chunk(seq, n, step)
         return budget
 
-    def _admit_waiting(self, step: Step, budget: int) -> None:
-        """Let waiting sequences in, strictly in order, while everything they need is there.
+    def _admit_waiting(self, step: Step, budget: int, *, before: Sequence | None = None) -> int:
+        """Let waiting sequences in, strictly in order, while everything they need is there; returns the budget left.
 
-        Never after a preemption in this call: what was just freed belongs to the one who needed it.
+        Never after a preemption in this call: what was just freed belongs to the one who needed it. With ``before``
+        only those whose policy puts them before that running sequence's prompt.
         """
         while budget > 0 and not self._preempted:
             seq = self.waiting.peek()
-            if seq is None:
+            if seq is None or seq.id in step.swapped:
+                break
+            if before is not None and not self.waiting.precedes(seq, before):
                 break
             for resource in self.resources:
                 resource.prepare(seq)
-            n = self._admit(seq, min(len(seq.tokens) - seq.num_queued, budget))
+            n = self._admit_or_swap(seq, min(len(seq.tokens) - seq.num_queued, budget), step)
             if n == 0:
                 break
-            self.waiting.pop()
+            self.waiting.take(seq)
+            step.admitted.add(seq.id)
             self.prefilling.append(seq)
             seq.commit_at = 0
             seq.prompt_logprobs = None  # after a preemption they are computed again
             self._reserve(seq, n)
             if seq.num_cached < 0:  # the first time, not after a preemption
                 seq.num_cached = seq.num_computed
+                seq.admitted_s = self.now_s
                 self.counters.num_prompt_tokens += seq.num_prompt
+                self.counters.num_cached_prompt_tokens += seq.num_cached
             budget -= n
             self._add_chunk(seq, n, step)
+        return budget
+
+    def _admit_or_swap(self, seq: Sequence, n: int, step: Step) -> int:
+        """``_admit`` for a waiting sequence, to which the policy may give others' places.
+
+        Only places of sequences that were let in before this call: what a plan brings in it does not throw out again.
+        """
+        wanted = n
+        while (n := self._admit(seq, wanted)) == 0:
+            old = [other for other in self.running() if other.id not in step.admitted]
+            victim = self.waiting.victim(seq, old)
+            if victim is None:
+                break
+            self._preempt(victim, step)
+            step.swapped.add(victim.id)
+        else:
+            self._preempted = False  # the place is taken by the one it was made for
+        return n
 
     def _add_chunk(self, seq: Sequence, n: int, step: Step) -> None:
         """A row of known tokens; the one that reaches their end draws the next token."""
@@ -239,6 +296,7 @@ class Scheduler:
         """The one place where a running sequence loses what it holds."""
         running = self.prefilling if seq in self.prefilling else self.decoding
         running.remove(seq)
+        self.waiting.leave(seq)
         for resource in self.resources:
             resource.release(seq)
 
@@ -260,14 +318,17 @@ class Scheduler:
                 if token not in seq.stop_ids and len(tokens) + 1 < seq.max_len:
                     tokens.append(token)
                     seq.num_computed = computed = seq.num_computed + 1
+                    delta = TokenDelta(seq.id, drawn, None, None, None, seq.num_cached)
                     if computed >= seq.commit_at:
                         self._confirm(seq)
-                    deltas.append(TokenDelta(seq.id, drawn, None, None, None, seq.num_cached))
+                        if len(tokens) == seq.num_prompt + 1:
+                            delta.times = self._times(seq)
+                    deltas.append(delta)
                     continue
             if not seq.finished:
-                delta = self._settle(seq, plan, result, row)
-                if delta is not None:
-                    deltas.append(delta)
+                settled = self._settle(seq, plan, result, row)
+                if settled is not None:
+                    deltas.append(settled)
         self.counters.num_generation_tokens += sum([len(delta.tokens) for delta in deltas])
         return deltas
 
@@ -299,6 +360,10 @@ class Scheduler:
         self.counters.num_drafts += 1
         self.counters.num_draft_tokens += drafts
         self.counters.num_accepted_tokens += drafts - rejected
+        accepted_at = self.counters.accepted_at
+        accepted_at.extend([0] * (drafts - len(accepted_at)))
+        for place in range(drafts - rejected):
+            accepted_at[place] += 1
         if seq.slot >= 0:
             seq.num_queued -= rejected
             seq.room += rejected
@@ -327,6 +392,8 @@ class Scheduler:
                         stop_token = None
                     break
         delta = TokenDelta(seq.id, tokens, reason, stop_token, None, seq.num_cached)
+        if len(seq.tokens) == seq.num_prompt + len(drawn):
+            delta.times = self._times(seq)
         if result.logprobs is not None:
             found = result.logprobs[row]
             delta.logprobs = found if found is None else found[: len(tokens)]
@@ -337,10 +404,14 @@ class Scheduler:
             self.finish(seq)
         return delta
 
+    def _times(self, seq: Sequence) -> Times:
+        return Times(seq.admitted_s - seq.arrived_s, self.now_s - seq.admitted_s)
+
     def fail(self, seq: Sequence, message: str) -> TokenDelta:
         """End a sequence that cannot go on; returns what to tell its client."""
         reason: FinishReason = "error"
         seq.failed = True
+        self.counters.num_failed += 1
         self.finish(seq)
         return TokenDelta(seq.id, [], reason, None, message, max(0, seq.num_cached))
 

@@ -42,6 +42,8 @@ class Sequence:
     """Mutable state of one request; ``slot`` is -1 while it waits."""
 
     __slots__ = (
+        "admitted_s",
+        "arrived_s",
         "cache_salt",
         "chain",
         "commit_at",
@@ -52,6 +54,7 @@ class Sequence:
         "id",
         "is_simple",
         "key",
+        "leader",
         "max_len",
         "min_len",
         "num_cached",
@@ -66,7 +69,9 @@ class Sequence:
         "slot",
         "stop_ids",
         "table",
+        "tenant",
         "tokens",
+        "weight",
     )
 
     def __init__(
@@ -78,6 +83,7 @@ class Sequence:
         seed: int,
         table: PageTable,
         constraint: Constraint | None = None,
+        arrived_s: float = 0.0,
     ) -> None:
         """``key`` orders sequences (smaller runs first); ``seed`` is used where the request brings none."""
         sampling = request.sampling
@@ -90,6 +96,11 @@ class Sequence:
         self.cache_salt = request.cache_salt
         self.constraint = constraint
         self.table = table
+        self.tenant = request.terms.tenant
+        self.weight = request.terms.weight
+        self.leader = request.leader
+        self.arrived_s = arrived_s
+        self.admitted_s = -1.0  # never yet
         self.chain: HashChain | None = None
         # Lengths count prompt and answer; the last token is never computed, so rows end at max_len - 1.
         wanted = max_model_len if sampling.max_tokens is None else self.num_prompt + sampling.max_tokens

@@ -40,7 +40,7 @@ class GPT2(Decoder):
     def layer(self, i: int) -> Layer:
         return Layer(
             input_norm=self.norm("ln_1", "attn_norm"),
-            attention=self.attention(i),
+            attention=self.mixer(i),
             pre_mlp_norm=self.norm("ln_2", "ffn_norm"),
             mlp=self.mlp(i),
         )

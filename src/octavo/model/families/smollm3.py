@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from octavo.errors import ModelFileError, UnsupportedModelError
+from octavo.errors import UnsupportedModelError
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import Rope
 from octavo.model.decoder import Decoder
@@ -19,13 +19,7 @@ class SmolLM3(Decoder):
             raise UnsupportedModelError(
                 "config.json: SmolLM3 with sliding windows must list its layer_types."
             )
-        every = self.keys.integer("no_rope_layer_interval", 4)
-        default = [int((i + 1) % every != 0) for i in range(arch.num_layers)]
-        self.with_rope = self.keys.source.get("no_rope_layers") or default
-        if not isinstance(self.with_rope, list) or len(self.with_rope) != arch.num_layers:
-            raise ModelFileError(
-                f"config.json: no_rope_layers must list 0 or 1 for each of {arch.num_layers} layers."
-            )
+        self.with_rope = self.keys.rope_layers(arch.num_layers)
 
     def rope(self, i: int) -> Rope | None:
         return super().rope(i) if self.with_rope[i] else None

@@ -31,7 +31,12 @@ class AttentionLayer:
             (hf_prefix + block.sinks.hf, gguf_prefix + block.sinks.gguf) if block.sinks else ("", "")
         )
         self.cos_sin = build.cos_sin(block.rope) if block.rope else None
-        self.eps = block.q_norm.eps if block.q_norm else 0.0
+        self.eps = block.q_norm.eps if block.q_norm else block.unit_norm
+        # A rotation keeps lengths, so the norm after it is a norm before it with weights of one.
+        ones = torch.ones(block.head_dim, device=build.device) if block.unit_norm else None
+        self.q_weight = self.q_norm.weight if self.q_norm else ones
+        self.k_weight = self.k_norm.weight if self.k_norm else ones
+        self.temperatures = temperatures(block, build)
         self.ranks = build.ranks
         # The kernel norms each head; a norm over all heads goes before it.
         self.whole_norms = block.q_norm is not None and block.q_norm.size != block.head_dim
@@ -46,8 +51,8 @@ class AttentionLayer:
         heads_normed = not self.whole_norms
         q = self.store(
             self.qkv(x) if heads_normed else self._normed(self.qkv(x)),
-            self.q_norm.weight if self.q_norm and heads_normed else None,
-            self.k_norm.weight if self.k_norm and heads_normed else None,
+            self.q_weight if heads_normed else None,
+            self.k_weight if heads_normed else None,
             self.eps,
             self.cos_sin,
             batch.positions,
@@ -55,6 +60,8 @@ class AttentionLayer:
             tables.slot_mapping,
             block.num_heads,
         )
+        if self.temperatures is not None:
+            q = (q * self.temperatures[batch.positions].view(-1, 1, 1)).to(q.dtype)
         mixed: Tensor = self.attend(
             q,
             self.pages,
@@ -67,6 +74,7 @@ class AttentionLayer:
             block.window,
             block.softcap,
             self.sinks,
+            block.chunk,
         )
         mixed = mixed.view(mixed.shape[0], -1)
         return self.output(mixed if self.gate is None else mixed * self.gate(x).sigmoid())
@@ -106,3 +114,12 @@ class AttentionLayer:
             cut = Cut(0, ranks.rank * heads, heads, ranks.size * heads)
             found.append(LoadItem(*self.sink_names, self.sinks, cut=cut))
         return found
+
+
+def temperatures(block: Attention, build: Build) -> Tensor | None:
+    """[max_position] float32: what queries are multiplied by."""
+    if block.temperature is None:
+        return None
+    floor, strength = block.temperature
+    positions = torch.arange(1, build.max_position + 1, dtype=torch.float32, device=build.device)
+    return 1.0 + strength * torch.log1p(torch.floor(positions / floor))

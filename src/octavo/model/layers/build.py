@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ ALONE = Ranks()
 @dataclass
 class Build:
     """The context of a build. ``tables`` shares cos/sin between layers with the same rope; ``weight_format`` is how
-    projections are stored."""
+    projections are stored; ``shared`` holds what layers of one kind have in common."""
 
     dtype: torch.dtype
     device: torch.device
@@ -48,6 +49,7 @@ class Build:
     ranks: Ranks = ALONE
     weight_format: WeightFormat = DENSE
     tables: dict[Rope, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def dense(self) -> Build:
         """The same, with projections stored as they are."""

@@ -7,10 +7,11 @@ from typing import Protocol
 from torch import Tensor
 
 from octavo.model.batch import Batch
-from octavo.model.blocks import FeedForward, Layer, Mixer, MoE, Norm, PlainMLP, Recurrent
+from octavo.model.blocks import FeedForward, LatentAttention, Layer, Mixer, MoE, Norm, PlainMLP, Recurrent
 from octavo.model.cache import CachePlace
 from octavo.model.layers.attention import AttentionLayer
 from octavo.model.layers.build import Build
+from octavo.model.layers.latent import LatentLayer
 from octavo.model.layers.load import LoadItem
 from octavo.model.layers.mlp import GatedMLPLayer, PlainMLPLayer
 from octavo.model.layers.moe import MoELayer
@@ -88,6 +89,8 @@ def make_mixer(block: Mixer, build: Build, hf_prefix: str, gguf_prefix: str) -> 
     """The layer for a block."""
     if isinstance(block, Recurrent):
         return RecurrentLayer(block, build, hf_prefix, gguf_prefix)
+    if isinstance(block, LatentAttention):
+        return LatentLayer(block, build, hf_prefix, gguf_prefix)
     return AttentionLayer(block, build, hf_prefix, gguf_prefix)
 
 

@@ -21,7 +21,8 @@ ALTERNATING_COLUMNS = Part("", "", 0, stored="alternating_columns")
 
 
 class MoELayer:
-    """Under tensor parallelism every rank holds a slice of each expert; their parts are summed once."""
+    """Under tensor parallelism every rank holds a slice of each expert, or some experts whole (expert parallelism);
+    what they give is summed once."""
 
     def __init__(self, block: MoE, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
         self.block = block
@@ -29,6 +30,7 @@ class MoELayer:
         self.experts = ExpertWeights(block.experts, build, hf_prefix, gguf_prefix)
         self.compute = build.binder.bind(EXPERTS, build.spec)
         self.first = build.ranks.rank == 0
+        self.local_ids = self.experts.local_ids(build.device)
         self.reduce = build.ranks.reduce if build.ranks.size > 1 else None
         self.shared = (
             GatedMLPLayer(block.shared, build, hf_prefix, gguf_prefix) if block.shared is not None else None
@@ -42,8 +44,13 @@ class MoELayer:
     def __call__(self, x: Tensor) -> Tensor:
         block, weights = self.block, self.experts
         ids, shares = self.router(x)
+        if self.local_ids is not None:
+            ids = self.local_ids[ids]
+        seen = x
+        if block.weigh_input:
+            seen, shares = (x * shares).to(x.dtype), torch.ones_like(shares)
         out: Tensor = self.compute(
-            x,
+            seen,
             ids,
             shares,
             weights.gate_up,
@@ -52,7 +59,8 @@ class MoELayer:
             block.alpha,
             block.limit,
             weights.gate_up_bias,
-            weights.down_bias if self.first else None,  # once, not once a rank
+            weights.down_bias if self.first or self.local_ids is not None else None,  # once, not once a rank
+            self.local_ids is not None,
         )
         if self.reduce is not None:
             out = self.reduce(out)
@@ -93,6 +101,7 @@ class RouterLayer:
             block.groups,
             block.top_groups,
             self.correction,
+            block.group_best,
         )
         return found
 
@@ -105,12 +114,14 @@ class RouterLayer:
 
 
 class ExpertWeights:
-    """gate_up [E, 2 I, H], down [E, H, I], and biases; I is this rank's share of the channels."""
+    """gate_up [E, 2 I, H], down [E, H, I], and biases; I is this rank's share of the channels, or E of the experts."""
 
     def __init__(self, block: Experts, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
         self.block = block
         self.ranks = build.ranks
         self.hf, self.gguf = hf_prefix + block.hf, gguf_prefix
+        self.start = self.ranks.rank * block.num if block.total else 0
+        self.whole = Cut(0, self.start, block.num, block.total) if block.total else None
         self.gate_up = build.empty(block.num, 2 * block.intermediate, block.hidden)
         self.down = build.empty(block.num, block.hidden, block.intermediate)
         self.gate_up_bias = build.empty(block.num, 2 * block.intermediate) if block.bias else None
@@ -123,11 +134,19 @@ class ExpertWeights:
         )
         name, gguf, cut = f"{self.hf}.down_proj", f"{self.gguf}{self.block.gguf_each[2]}.weight", self._cut(2)
         each = tuple(
-            LoadItem(f"{self.hf}.{i}.{self.block.hf_each[2]}.weight", "", self.down[i], cut=self._cut(1))
+            LoadItem(
+                f"{self.hf}.{self.start + i}.{self.block.hf_each[2]}.weight",
+                "",
+                self.down[i],
+                cut=self._slice(1),
+            )
             for i in range(self.block.num)
         )
         ways: tuple[tuple[LoadItem, ...], ...] = ((LoadItem(name, gguf, self.down, cut=cut),), each)
-        if self.block.interleaved:
+        if self.block.columns:
+            gate_up.ways = (self._stacked(TRANSPOSED), self._each())
+            ways = ((LoadItem(name, "", self.down, TRANSPOSED, cut=cut),), each)
+        elif self.block.interleaved:
             columns = LoadItem(name, "", self.down, TRANSPOSED, cut=cut)
             packed = LoadItem(f"{name}_blocks", "", self.down, cut=cut, scales=f"{name}_scales")
             gate_up.ways = (self._stacked(ALTERNATING_COLUMNS), self._stacked(ALTERNATING, packed=True))
@@ -141,6 +160,9 @@ class ExpertWeights:
         inner, size, rank = self.block.intermediate, self.ranks.size, self.ranks.rank
         halves = (self.gate_up_bias[:, :inner], self.gate_up_bias[:, inner:])
         name = f"{self.hf}.gate_up_proj_bias"
+        down = LoadItem(f"{self.hf}.down_proj_bias", "", self.down_bias, cut=self.whole)
+        if self.whole is not None:
+            return [LoadItem(name, "", self.gate_up_bias, ALTERNATING, cut=self.whole), down]
         found = [
             LoadItem(
                 name,
@@ -151,7 +173,7 @@ class ExpertWeights:
             )
             for index, half in enumerate(halves)
         ]
-        return [*found, LoadItem(f"{self.hf}.down_proj_bias", "", self.down_bias)]
+        return [*found, down]
 
     def _halves(self, stacked: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the gate's and of the up-projection's rows."""
@@ -163,6 +185,9 @@ class ExpertWeights:
         inner, size, rank = self.block.intermediate, self.ranks.size, self.ranks.rank
         name = f"{self.hf}.gate_up_proj"
         scales = f"{name}_scales" if packed else ""
+        if self.whole is not None:
+            stored = f"{name}_blocks" if packed else name
+            return (LoadItem(stored, "", self.gate_up, part, cut=self.whole, scales=scales),)
         return tuple(
             LoadItem(
                 f"{name}_blocks" if packed else name,
@@ -178,7 +203,7 @@ class ExpertWeights:
     def _each(self) -> tuple[LoadItem, ...]:
         """Two matrices an expert."""
         return tuple(
-            LoadItem(f"{self.hf}.{i}.{name}.weight", "", half, cut=self._cut(0))
+            LoadItem(f"{self.hf}.{self.start + i}.{name}.weight", "", half, cut=self._slice(0))
             for i in range(self.block.num)
             for name, half in zip(self.block.hf_each, self._halves(self.gate_up[i]))
         )
@@ -191,6 +216,24 @@ class ExpertWeights:
         )
 
     def _cut(self, dim: int) -> Cut | None:
+        """This rank's part of stacked matrices: its experts, or its channels, which lie in dimension ``dim``."""
+        return self.whole or self._slice(dim)
+
+    def _slice(self, dim: int) -> Cut | None:
         """This rank's channels, which lie in dimension ``dim``."""
         inner, size = self.block.intermediate, self.ranks.size
-        return Cut(dim, self.ranks.rank * inner, inner, size * inner) if size > 1 else None
+        if size == 1 or self.whole is not None:
+            return None
+        return Cut(dim, self.ranks.rank * inner, inner, size * inner)
+
+    def local_ids(self, device: torch.device) -> Tensor | None:
+        """Under expert parallelism, each expert's place here; that of other ranks' experts is the number of ours."""
+        if self.whole is None:
+            return None
+        places = torch.arange(self.whole.total, device=device) - self.start
+        return torch.where((places >= 0) & (places < self.block.num), places, self.block.num)
+
+    def elsewhere(self) -> list[str]:
+        """Beginnings of the names of other ranks' experts."""
+        mine = range(self.start, self.start + self.block.num)
+        return [f"{self.hf}.{i}." for i in range(self.block.total) if i not in mine]

@@ -19,7 +19,7 @@ from octavo.device.kernels.numba.rows import ACTIVATIONS
 from octavo.engine.cache.layout import CacheLayout
 from octavo.errors import UnsupportedModelError
 from octavo.model.blocks import Attention, DecoderSpec, GatedMLP, Layer, Linear, Norm, Rope
-from octavo.runner.cpu.program import Program, aligned, float_bits
+from octavo.runner.cpu.program import Program, aligned, attention_of, float_bits
 from octavo.runner.cpu.weights import Panels, WeightReader
 
 COUNTER_LINE = 8  # int64 entries between two work counters: a cache line
@@ -83,11 +83,11 @@ def buffers(spec: DecoderSpec, tokens: int, threads: int) -> Buffers:
     """Activation memory for ``tokens`` tokens."""
     layers = spec.layers
     hidden = spec.embedding.hidden
-    attended = max(x.plain_attention.output.in_features for x in layers)
+    attended = max(attention_of(x).output.in_features for x in layers)
     gated = [x.mlp.intermediate for x in layers if isinstance(x.mlp, GatedMLP)]
     inner = max(hidden, attended, *gated)
-    wide = max(2 * max(gated), *(x.plain_attention.qkv.out_features for x in layers))
-    heads = max(x.plain_attention.num_heads for x in layers)
+    wide = max(2 * max(gated), *(attention_of(x).qkv.out_features for x in layers))
+    heads = max(attention_of(x).num_heads for x in layers)
     parts = tokens + EXTRA_PARTS
     return Buffers(
         tokens=tokens,
@@ -107,7 +107,7 @@ def buffers(spec: DecoderSpec, tokens: int, threads: int) -> Buffers:
 def step_tables(spec: DecoderSpec, layout: CacheLayout, tokens: int, item_tokens: int) -> StepTables:
     """Empty tables for steps of up to ``tokens`` tokens."""
     groups = len(layout.groups)
-    ropes = {x.plain_attention.rope for x in spec.layers if x.plain_attention.rope is not None}
+    ropes = {rope for x in spec.layers if (rope := attention_of(x).rope) is not None}
     # Pieces of ``item_tokens`` queries; each row adds at most one that is not full, and splits add EXTRA_PARTS.
     items = 2 * tokens + EXTRA_PARTS + tokens // item_tokens
     return StepTables(
@@ -278,7 +278,7 @@ class Lowering:
         )
 
     def _attention(self, index: int, layer: Layer) -> None:
-        block, prefix = layer.plain_attention, self.weights.prefix(index)
+        block, prefix = attention_of(layer), self.weights.prefix(index)
         qkv = self.weights.linear(block.qkv, prefix)
         output = self.weights.linear(block.output, prefix)
         self._norm(layer.input_norm, prefix, qkv)

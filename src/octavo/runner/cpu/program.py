@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from octavo.device.kernels.numba.library import KernelLibrary
+from octavo.model.blocks import Attention, Layer
 
 ALIGNMENT = 64
 
@@ -20,6 +21,13 @@ def aligned(shape: tuple[int, ...] | int, dtype: DTypeLike, zero: bool = False) 
     raw = (np.zeros if zero else np.empty)(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def attention_of(layer: Layer) -> Attention:
+    """The layer's attention, the only mixer that ``supports`` lets pass."""
+    if not isinstance(layer.attention, Attention):
+        raise TypeError(f"no compiled kernel for {type(layer.attention).__name__}")
+    return layer.attention
 
 
 class Arena:

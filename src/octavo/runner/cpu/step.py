@@ -18,6 +18,7 @@ from octavo.engine.cache.spec import WindowKV
 from octavo.model.blocks import DecoderSpec
 from octavo.protocol.plan import StepPlan
 from octavo.runner.cpu.lower import EXTRA_PARTS, StepTables
+from octavo.runner.cpu.program import attention_of
 from octavo.runner.cpu.slots import Slots
 
 Ints = NDArray[np.int64]
@@ -80,7 +81,7 @@ class StepWriter:
         self.windows = [
             group.spec.window if isinstance(group.spec, WindowKV) else 0 for group in layout.groups
         ]
-        self.kv_heads = max(layer.plain_attention.num_kv_heads for layer in spec.layers)
+        self.kv_heads = max(attention_of(layer).num_kv_heads for layer in spec.layers)
         self.frequencies = {
             rope: (np.array(rope.frequencies(slots.max_model_len), np.float64), np.float32(rope.scale))
             for rope in tables.ropes

@@ -105,7 +105,7 @@ def kernels_for(spec: DecoderSpec, files: ModelFiles, quantization: str | None =
 def _layer(layer: Layer) -> str | None:
     attention = layer.attention
     if not isinstance(attention, Attention):
-        return "recurrent layers have no compiled kernel."
+        return f"a {type(attention).__name__} has no compiled kernel."
     if layer.input_norm is None or layer.pre_mlp_norm is None or not isinstance(layer.mlp, GatedMLP):
         return "a branch without its norm or gate has no compiled kernel."
     for norm in (attention.q_norm, attention.k_norm):

@@ -22,6 +22,8 @@ from octavo.runner.batch import Prepared
 from octavo.runner.sampling.penalties import TokenCounts
 from octavo.runner.slots import BIAS, LOGPROBS, MIN_TOKENS, PENALTY, RANDOM, Slots
 
+MASKED_ROWS = 64  # masks are unpacked to a word a token for so many rows at a time (bounds the peak)
+
 
 @dataclass
 class PendingLogprobs:
@@ -96,12 +98,12 @@ class Sampler:
             )
         else:
             tokens = self.greedy(logits)
-        if counted:
-            self.count_tokens(self.counts.table, rows, tokens)
         pending = None
         if raw is not None:
             limits = [self._limit(self.slots.sampling[slot]) for slot in step.slots_host[asking]]
             pending = self.rank(raw, tokens[self._index(asking)], asking.tolist(), limits)
+        if counted:  # last: a draw that finds no memory is made again
+            self.count_tokens(self.counts.table, rows, tokens)
         return tokens, pending
 
     def rank(self, raw: Tensor, tokens: Tensor, rows: list[int], limits: list[int]) -> PendingLogprobs:
@@ -140,8 +142,10 @@ class Sampler:
         rows = self._index(np.asarray([place[mask.row] for mask in chosen]))
         bits = torch.from_numpy(words).to(self.platform.device, non_blocking=True)
         shifts = torch.arange(32, device=self.platform.device, dtype=torch.int32)
-        allowed = ((bits.unsqueeze(-1) >> shifts) & 1).view(len(chosen), -1)[:, : logits.shape[1]].bool()
-        logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
+        for at in range(0, len(chosen), MASKED_ROWS):
+            some, part = rows[at : at + MASKED_ROWS], bits[at : at + MASKED_ROWS]
+            allowed = ((part.unsqueeze(-1) >> shifts) & 1).view(len(some), -1)[:, : logits.shape[1]].bool()
+            logits[some] = logits[some].masked_fill(~allowed, float("-inf"))
 
     def _apply_bias(self, logits: Tensor, step: Prepared, wants: np.ndarray) -> None:
         """Add logit_bias; forbid stop tokens until min_tokens are out."""

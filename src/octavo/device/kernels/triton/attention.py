@@ -56,7 +56,8 @@ def _attend(
 ):  # fmt: skip
     """Fold keys [begin, end) of one key head into (acc, total, best); ``begin`` is a multiple of BLOCK_N.
 
-    Without MASKED every key is visible to every query of the tile and exists.
+    Without MASKED every key is visible to every query of the tile and exists. WINDOW: 0 none, 1 sliding, 2 chunks of
+    ``window`` keys.
     """
     dims = tl.arange(0, DPAD)
     offsets = tl.arange(0, BLOCK_N)
@@ -89,8 +90,10 @@ def _attend(
             unit = 1.0
         if MASKED:
             visible = (key_at[None, :] <= query_at[:, None]) & there[None, :]
-            if WINDOW:
+            if WINDOW == 1:
                 visible = visible & (key_at[None, :] > query_at[:, None] - window)
+            if WINDOW == 2:
+                visible = visible & (key_at[None, :] >= (query_at // window * window)[:, None])
             scores = tl.where(visible, scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1) * unit)
         weights = tl.exp2(scores * unit - new_best[:, None])
@@ -158,7 +161,7 @@ def _varlen_kernel(
     base = kv_pages + kv_head * stride_head
     table = page_table + row.to(tl.int64) * stride_table
     if WINDOW:
-        first_key = tl.maximum(0, first - window + 1)
+        first_key = tl.maximum(0, first - window + 1) if WINDOW == 1 else first // window * window
         plain = first_key // BLOCK_N * BLOCK_N
     else:
         first_key = 0
@@ -182,7 +185,11 @@ def _varlen_kernel(
 @triton.jit
 def _key_range(kv_len, window, splits, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
     """(first key, start of the first range, keys a range) of a single-token row; ranges are whole blocks."""
-    first_key = tl.maximum(0, kv_len - window) if WINDOW else 0
+    first_key = 0
+    if WINDOW == 1:
+        first_key = tl.maximum(0, kv_len - window)
+    if WINDOW == 2:
+        first_key = (kv_len - 1) // window * window
     origin = first_key // BLOCK_N * BLOCK_N
     return first_key, origin, tl.cdiv(tl.cdiv(kv_len - origin, BLOCK_N), splits) * BLOCK_N
 
@@ -359,6 +366,7 @@ class PagedAttention:
         window: int = 0,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
+        chunk: int = 0,
     ) -> Tensor:
         """Same arguments and result as the op."""
         tokens, num_heads, head_dim = q.shape
@@ -367,11 +375,12 @@ class PagedAttention:
         if tokens == 0 or kv_lens.shape[0] == 0:
             return out
         tables = (q, kv_pages, page_table, query_start, kv_lens, sinks)
+        window = window or chunk
         numbers = (scale, window, softcap, q.stride(0), page_table.stride(0), *kv_pages.stride()[:4])
         pdl = self.pdl and tokens == 1
         static = {
             "GROUP": num_heads // num_kv_heads, "PAGE": page_size, "D": head_dim,
-            "DPAD": max(16, triton.next_power_of_2(head_dim)), "WINDOW": window > 0, "SOFTCAP": softcap > 0,
+            "DPAD": max(16, triton.next_power_of_2(head_dim)), "WINDOW": 2 if chunk else int(window > 0), "SOFTCAP": softcap > 0,
             "SINKS": sinks is not None, "PRECISION": "ieee" if q.element_size() == 4 else "tf32", "PDL": pdl,
             **({"launch_pdl": True} if pdl else {}),
         }  # fmt: skip

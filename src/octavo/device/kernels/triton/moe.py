@@ -31,7 +31,7 @@ def _route_kernel(
     ids, weights, logits, correction,
     E: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, KEPT: tl.constexpr, SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr, SCALE: tl.constexpr, CORRECTION: tl.constexpr, GROUPS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
 ):  # fmt: skip
     """One token: scores of all E experts in one tile, then TOP_K times the best; KEPT and BLOCK are powers of two."""
     token = tl.program_id(0).to(tl.int64)
@@ -54,7 +54,7 @@ def _route_kernel(
         for index in tl.static_range(GROUPS):
             members = tl.where(group == index, choice, float("-inf"))
             total = tl.max(members, 0)
-            if E // GROUPS > 1:
+            if E // GROUPS > 1 and GROUP_BEST > 1:
                 total += tl.max(tl.where(at == tl.argmax(members, 0), float("-inf"), members), 0)
             worth = tl.where(groups == index, total, worth)
         kept = at < 0
@@ -191,6 +191,7 @@ def route(
     groups: int = 1,
     top_groups: int = 1,
     correction: Tensor | None = None,
+    group_best: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """``octavo.device.ops.moe.route`` on a GPU; logits are contiguous."""
     tokens, num = logits.shape
@@ -202,7 +203,7 @@ def route(
     _route_kernel[(tokens,)](
         ids, weights, logits, correction, E=num, BLOCK=block, TOP_K=top_k, KEPT=triton.next_power_of_2(top_k),
         SCORING=SCORINGS[scoring], RENORMALIZE=renormalize, SCALE=scale, CORRECTION=correction is not None,
-        GROUPS=groups, GROUPS_BLOCK=triton.next_power_of_2(groups), TOP_GROUPS=top_groups,
+        GROUPS=groups, GROUPS_BLOCK=triton.next_power_of_2(groups), TOP_GROUPS=top_groups, GROUP_BEST=group_best,
         num_warps=1 if block <= 256 else 4,
     )  # fmt: skip
     return ids, weights
@@ -251,6 +252,7 @@ class GroupedExperts:
         limit: float = 0.0,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
+        partial: bool = False,
     ) -> Tensor:
         if ids.numel() == 0:
             return torch.zeros_like(x)
@@ -258,9 +260,9 @@ class GroupedExperts:
         matrices = (gate_up, down, gate_up_bias, down_bias)
         if not self.ready:
             for block in BLOCKS:
-                _two_products(block, x[:1], ids[:1], weights[:1], matrices, options)
+                _two_products(block, x[:1], ids[:1], weights[:1], matrices, options, partial)
             self.ready = True
-        return _two_products(block_rows(ids.numel(), down.shape[0]), x, ids, weights, matrices, options)
+        return _two_products(block_rows(ids.numel(), down.shape[0]), x, ids, weights, matrices, options, partial)
 
 
 def _two_products(
@@ -270,6 +272,7 @@ def _two_products(
     weights: Tensor,
     matrices: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     options: dict[str, Any],
+    partial: bool = False,
 ) -> Tensor:
     gate_up, down, gate_up_bias, down_bias = matrices
     tokens, top_k = ids.shape
@@ -277,7 +280,8 @@ def _two_products(
     count = tokens * top_k
     order = sorted_rows(ids, num_experts, block)
     middle = torch.empty((count, inner), dtype=x.dtype, device=x.device)
-    out = torch.empty((count, hidden), dtype=x.dtype, device=x.device)
+    # Choices of experts that are not here belong to no block; their rows stay as they are.
+    out = (torch.zeros if partial else torch.empty)((count, hidden), dtype=x.dtype, device=x.device)
     wide = 128 if block >= 64 else 64
     launch = {"num_warps": 8 if block >= 128 else 4, "num_stages": 3 if block >= 64 else 4}
     blocks = order[1].numel()

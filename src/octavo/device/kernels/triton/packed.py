@@ -233,8 +233,9 @@ def packed_products(
                 part = tl.dot(codes.to(KIND), operand, part, input_precision="ieee")
                 if SUMS:
                     total = tl.dot(ones, operand, total, input_precision="ieee")
-                if GROUP > 0 and (place == 32 // BITS - 1 or (place + 1) * W % GROUP == 0):
-                    acc += _scaled(part, total, s, z, base, SCALES, CODE)
+                if GROUP > 0:  # noqa: SIM102 (constants of the compiler, one at a time)
+                    if place == 32 // BITS - 1 or (place + 1) * W % GROUP == 0:
+                        acc += _scaled(part, total, s, z, base, SCALES, CODE)
             else:
                 acc = tl.dot(
                     _values(codes, s, z, base, SCALES, CODE, KIND), operand, acc, input_precision="ieee"

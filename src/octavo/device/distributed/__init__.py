@@ -1,0 +1,1 @@
+"""Ranks that compute one model together: where they meet, and what they exchange."""

@@ -1,0 +1,277 @@
+"""Will it fit? ``octavo plan`` and the start of the engine (``host.budget``) ask the same functions.
+
+    total x utilization │ context │ weights │ tables │ largest step │ graphs │ cache pages ...
+
+What a device holds comes from ``model.footprint``, the cache from ``runner.memory``. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from octavo.config import EngineOptions, Hardware, Resolved, resolve
+from octavo.device.platform.gpus import GIB, GPU, GPUS
+from octavo.engine.cache.layout import CacheLayout, plan_layout
+from octavo.engine.cache.spec import ceil_div
+from octavo.errors import OctavoError, OutOfMemoryError
+from octavo.files.base import ModelFiles
+from octavo.host.built import limits_of
+from octavo.host.implementation import architecture
+from octavo.model import footprint
+from octavo.model.arch import ArchConfig
+from octavo.model.blocks import DecoderSpec
+from octavo.model.describe import cache_specs, describe
+from octavo.model.footprint import DENSE, FP8, INT4, INT8, Footprint, Scheme
+from octavo.model.quantization.describe import describe_quantization
+from octavo.model.shard import shard
+from octavo.runner.memory import MemoryPlan, plan_pages
+
+CONTEXT_BYTES = 600 << 20  # CUDA's context, loaded kernels, the libraries' workspaces
+GRAPH_TOKENS, GRAPH_ROWS = 1024, 512  # the largest steps that are recorded
+SIZES = (1, 2, 4, 8)  # tensor parallel
+LENGTHS = (4096, 32768, 131072)
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+SCHEMES: dict[str | None, Scheme] = {None: DENSE, "fp8": FP8, "int8": INT8, "int4": INT4}  # by --quantization
+USEFUL = 4096  # tokens of context below which nobody would say that a model fits
+FP8_CAPABILITY = 89
+
+
+def held_scheme(files: ModelFiles, spec: DecoderSpec) -> Scheme | None:
+    """How quantized files hold the weights, on average; None where they are plain. Shapes alone say what they describe."""
+    quantization = None if files.format == "gguf" else describe_quantization(files.config)
+    if files.format != "gguf" and (quantization is None or quantization.method == "mxfp4"):
+        return None  # MXFP4 is decoded
+    stored = sum(tensor.nbytes for tensor in files.tensors.values())
+    if not stored and quantization is not None:  # a configuration alone
+        scheme = quantization.scheme
+        return (
+            Scheme(quantization.method, bits=scheme.bits_per_weight(spec.embedding.hidden))
+            if scheme
+            else DENSE
+        )
+    elements = sum(held.elements for held in footprint.held_by(spec))
+    return Scheme(
+        quantization.method if quantization else "gguf", bits=8 * stored / elements, everything=True
+    )
+
+
+def predict(
+    spec: DecoderSpec,
+    scheme: Scheme,
+    resolved: Resolved,
+    layout: CacheLayout,
+    *,
+    graphs: bool,
+    counted: int = 0,
+) -> Footprint:
+    """What one device holds besides the cache; ``spec`` is that device's part of the model, of which somebody else may
+    have ``counted`` the parameters."""
+    element = ELEMENT_BYTES[resolved.dtype]
+    rows = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+    return Footprint(
+        counted or footprint.num_parameters(spec),
+        counted * element or footprint.weight_bytes(spec, scheme, element),
+        footprint.rope_bytes(spec, resolved.max_model_len) + table_bytes(layout, resolved),
+        footprint.step_bytes(spec, resolved.max_num_batched_tokens, rows, element),
+        footprint.graph_bytes(spec, graph_sizes(resolved), element) if graphs else 0,
+    )
+
+
+def table_bytes(layout: CacheLayout, resolved: Resolved) -> int:
+    """The page tables of all slots."""
+    widths = [ceil_div(resolved.max_model_len, group.spec.page_size) + 1 for group in layout.groups]
+    return 4 * (resolved.max_num_seqs + 1) * sum(widths)
+
+
+def graph_sizes(resolved: Resolved) -> dict[int, int]:
+    """Tokens of the recorded steps and their output rows, all decode steps taken together: they are recorded every
+    8 rows up to 256 and every 32 beyond."""
+    rows = min(resolved.max_num_seqs, GRAPH_ROWS)
+    decode = min(rows, 256) ** 2 // 16 + max(0, rows**2 - 256**2) // 64
+    tokens = min(GRAPH_TOKENS, resolved.max_num_batched_tokens)
+    return {1: decode, tokens: 10 * min(256, rows)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One answer: the model on ``size`` cards of a kind, its weights stored by a scheme.
+
+    ``cache_bytes`` of one card. ``max_context`` tokens of one sequence. ``concurrency``: length -> sequences at a time,
+    None where the model has fewer positions. ``problem`` says why it does not fit ("" = it does).
+    """
+
+    gpu: GPU
+    scheme: str
+    size: int
+    parts: Footprint | None
+    cache_bytes: int
+    max_context: int
+    concurrency: dict[int, int | None]
+    problem: str = ""
+
+
+class Planner:
+    """Answers for one model, whose weights are not needed."""
+
+    def __init__(self, options: EngineOptions, files: ModelFiles, arch: ArchConfig | None = None) -> None:
+        self.options = options
+        self.arch = arch or architecture(options.model, files)
+        self.spec = describe(self.arch)
+        self.name = files.name
+        self.files = files
+
+    @property
+    def num_parameters(self) -> int:
+        """Values in all tensors of the model."""
+        return self.arch.num_parameters or footprint.num_parameters(self.spec)
+
+    @cached_property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """How the weights may be stored: as they are first; only one where the user says which."""
+        asked = self.options.model.quantization
+        if self.arch.num_parameters:  # transformers' modules know no other form
+            return (DENSE,)
+        held = held_scheme(self.files, self.spec)
+        if held is not None:
+            return (held, DENSE) if asked is None and self.files.format == "gguf" else (held,)
+        return (DENSE, FP8, INT4) if asked is None else (SCHEMES[asked],)
+
+    def resolved(self, gpu: GPU, options: EngineOptions | None = None) -> Resolved:
+        """Every option decided as a start on that card would."""
+        hardware = Hardware("cuda", gpu.name, gpu.memory_bytes, 8, not 0 < gpu.capability < 80)
+        return resolve(options or self.options, hardware, limits_of(self.arch))
+
+    def layout(self, spec: DecoderSpec, resolved: Resolved) -> CacheLayout:
+        """The cache of a part of the model."""
+        return plan_layout(cache_specs(spec, resolved.page_size, ELEMENT_BYTES[resolved.dtype]))
+
+    def case(self, gpu: GPU, scheme: Scheme, size: int, options: EngineOptions | None = None) -> Case:
+        """The answer for ``size`` such cards."""
+        options = options or self.options
+        try:
+            resolved = self.resolved(gpu, options)
+            self._check(gpu, scheme, size)
+            spec = shard(self.spec, size)
+            layout = self.layout(spec, resolved)
+        except OctavoError as error:
+            return Case(gpu, scheme.name, size, None, 0, 0, {}, error.cause)
+        name = resolved.dtype if scheme is DENSE else scheme.name
+        graphs = not options.device.enforce_eager
+        parts = predict(spec, scheme, resolved, layout, graphs=graphs, counted=self.arch.num_parameters)
+        try:
+            memory = self._pages(gpu, options, resolved, layout, parts)
+        except OutOfMemoryError as error:
+            return Case(gpu, name, size, parts, 0, 0, {}, error.cause)
+        many = {
+            length: memory.num_pages // layout.pages_for(length, 1)
+            if length <= resolved.max_model_len
+            else None
+            for length in LENGTHS
+        }
+        return Case(gpu, name, size, parts, memory.cache_bytes, memory.max_model_len, many)
+
+    def _pages(
+        self, gpu: GPU, options: EngineOptions, resolved: Resolved, layout: CacheLayout, parts: Footprint
+    ) -> MemoryPlan:
+        usable = int(gpu.memory_bytes * options.cache.gpu_memory_utilization) - CONTEXT_BYTES
+        if parts.total > usable:
+            raise OutOfMemoryError(
+                f"Weights and one step take {gib(parts.total)}, but {gib(usable)} of {gib(gpu.memory_bytes)} can be used."
+            )
+        left = gpu.memory_bytes - CONTEXT_BYTES - parts.weights - parts.tables
+        memory = plan_pages(
+            layout,
+            options.cache,
+            kind="cuda",
+            free_bytes=left,
+            total_bytes=gpu.memory_bytes,
+            peak_bytes=parts.step,
+            graph_bytes=parts.graphs,
+            max_model_len=resolved.max_model_len,
+            length_is_fixed=options.model.max_model_len not in (None, "auto", "-1"),
+            max_num_seqs=resolved.max_num_seqs,
+            step_tokens=resolved.max_num_batched_tokens,
+        )
+        if memory.max_model_len < min(USEFUL, resolved.max_model_len):
+            raise OutOfMemoryError(f"Only {memory.max_model_len} tokens of context would fit.")
+        return memory
+
+    def _check(self, gpu: GPU, scheme: Scheme, size: int) -> None:
+        if self.arch.num_parameters and size > 1:
+            raise OctavoError("Models that transformers computes run on one card.")
+        if scheme is FP8 and 0 < gpu.capability < FP8_CAPABILITY:
+            raise OctavoError(
+                f"{gpu.name} has no fp8 arithmetic (compute capability {gpu.capability / 10:.1f}, needed 8.9)."
+            )
+
+    def cases(self, gpus: Sequence[GPU], sizes: Sequence[int] = SIZES) -> Iterator[Case]:
+        """Every card, scheme and number of cards."""
+        for gpu in gpus:
+            for scheme in self.schemes:
+                for size in sizes:
+                    yield self.case(gpu, scheme, size)
+
+    def advice(self, gpu: GPU, scheme: Scheme | None = None, size: int = 1) -> str:
+        """One sentence: that it fits, or the cheapest change after which it does."""
+        scheme = scheme or self.schemes[0]
+        first = self.case(gpu, scheme, size)
+        if not first.problem:
+            return (
+                f"It fits on {cards(gpu, size)} as it is, with up to {first.max_context} tokens of context."
+            )
+        for flags, case in self._changes(gpu, scheme, size):
+            if not case.problem:
+                what = f"It fits with {flags}" if flags else "It fits"
+                return f"{what} on {cards(case.gpu, case.size)}, with up to {case.max_context} tokens of context."
+        return f"No change makes it fit on {cards(gpu, SIZES[-1])}, nor on the largest card of the table."
+
+    def _changes(self, gpu: GPU, scheme: Scheme, size: int) -> Iterator[tuple[str, Case]]:
+        """Flags and what they lead to, the cheapest first: less context and smaller steps, fewer bits, more cards,
+        another card."""
+        yield from self._smaller_steps(gpu, scheme, size)
+        fewer = [other for other in self.schemes[self.schemes.index(scheme) + 1 :] if other.bits]
+        for other in fewer:
+            yield flag_of(other), self.case(gpu, other, size)
+            for flags, case in self._smaller_steps(gpu, other, size):
+                yield f"{flag_of(other)} {flags}", case
+        for more in [count for count in SIZES if count > size]:
+            yield f"--tensor-parallel-size {more}", self.case(gpu, scheme, more)
+            for other in fewer:
+                yield f"{flag_of(other)} --tensor-parallel-size {more}", self.case(gpu, other, more)
+        for larger in [other for other in GPUS if other.memory_gib > gpu.memory_gib]:
+            yield "", self.case(larger, scheme, 1)
+        for more in SIZES[1:]:
+            yield f"--tensor-parallel-size {more}", self.case(GPUS[-1], scheme, more)
+
+    def _smaller_steps(self, gpu: GPU, scheme: Scheme, size: int) -> Iterator[tuple[str, Case]]:
+        options = self.options
+        if options.model.max_model_len not in (None, "auto", "-1"):
+            free = replace(options, model=replace(options.model, max_model_len=None))
+            case = self.case(gpu, scheme, size, free)
+            yield f"--max-model-len {case.max_context}", case
+        if options.scheduler.max_num_batched_tokens is None and options.scheduler.max_num_seqs is None:
+            for tokens, rows in ((2048, 64), (512, 8)):
+                smaller = replace(options.scheduler, max_num_batched_tokens=tokens, max_num_seqs=rows)
+                case = self.case(gpu, scheme, size, replace(options, scheduler=smaller))
+                yield f"--max-num-batched-tokens {tokens} --max-num-seqs {rows}", case
+
+
+def flag_of(scheme: Scheme) -> str:
+    """What to type for a scheme, or what to look for where no flag makes it."""
+    field = next(f for f in dataclasses.fields(EngineOptions.groups()["model"]) if f.name == "quantization")
+    if scheme.name in (field.metadata["choices"] or ()):
+        return f"--quantization {scheme.name}"
+    return "a 4-bit checkpoint of the model (AWQ, GPTQ or GGUF)"
+
+
+def gib(nbytes: int) -> str:
+    """Bytes for a sentence."""
+    return f"{nbytes / GIB:.2f} GiB"
+
+
+def cards(gpu: GPU, size: int) -> str:
+    """Cards for a sentence."""
+    return gpu.name if size == 1 else f"{size} x {gpu.name}"

@@ -1,0 +1,251 @@
+"""How many bytes a model takes on a device, from its blocks alone: no weights, no device, no torch.
+
+Weights and cache are exact (tests compare them with what is allocated); a step's buffers are an estimate of the peak
+that ``host.torch_engine`` measures:
+
+    forward   residual | branch | inputs and outputs of the branch being computed | its inner buffers     x tokens
+    sampling  logits | their copy for log probabilities | log probabilities | penalties' counts             x rows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from octavo.engine.cache.spec import ceil_div
+from octavo.model.blocks import (
+    Attention,
+    DecoderSpec,
+    Embedding,
+    Experts,
+    FeedForward,
+    GatedMLP,
+    Layer,
+    Linear,
+    Mixer,
+    MoE,
+    Norm,
+    Part,
+    PlainMLP,
+    Recurrent,
+    Rope,
+    Router,
+)
+
+Kind = Literal["matrix", "experts", "run", "float32"]
+FLOAT32 = 4
+# Logits, their copy for log probabilities, the log probabilities and the penalties' counts: 4 bytes each.
+SAMPLING_BYTES = 16
+COUNTS_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Held:
+    """``count`` equal tensors [rows, inputs] of the network: matrices and experts are stored by the weight scheme,
+    the rest in the run type or in float32."""
+
+    kind: Kind
+    rows: int
+    inputs: int
+    count: int = 1
+
+    @property
+    def elements(self) -> int:
+        """Values in all of them."""
+        return self.rows * self.inputs * self.count
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a projection's weights are stored: ``bits`` each (0 = in the run type), ``row_bytes`` beside every output
+    row, ``group_bits`` beside every ``group`` inputs of a row. Where ``experts`` is False those stay in the run type;
+    with ``everything`` the bits are an average over all tensors."""
+
+    name: str
+    bits: float = 0
+    row_bytes: int = 0
+    group: int = 0
+    group_bits: int = 0
+    experts: bool = True
+    everything: bool = False
+
+    def nbytes(self, held: Held, element_bytes: int) -> int:
+        """Bytes of tensors of the network with run type elements of so many bytes."""
+        if self.everything:
+            return round(held.elements * self.bits / 8)
+        if held.kind == "float32":
+            return held.elements * FLOAT32
+        if not self.bits or held.kind == "run" or (held.kind == "experts" and not self.experts):
+            return held.elements * element_bytes
+        row = math.ceil(held.inputs * self.bits / 8) + self.row_bytes
+        if self.group:
+            row += ceil_div(ceil_div(held.inputs, self.group) * self.group_bits, 8)
+        return row * held.rows * held.count
+
+
+DENSE = Scheme("dense")
+FP8 = Scheme("fp8", bits=8, row_bytes=4)  # a float32 scale an output channel
+INT8 = Scheme("int8", bits=8, row_bytes=4, experts=False)
+INT4 = Scheme("int4", bits=4, group=128, group_bits=32, experts=False)  # a scale and a zero point of 16 bits a group
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one device besides the cache. ``tables`` are rotary tables and page tables, ``step`` the most that a
+    step holds, ``graphs`` what recorded steps keep."""
+
+    num_parameters: int
+    weights: int
+    tables: int
+    step: int
+    graphs: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.tables + self.step + self.graphs
+
+
+def held_by(block: Any) -> Iterator[Held]:
+    """Every tensor that a block keeps; blocks without a rule of their own are the sum of their fields."""
+    if isinstance(block, Linear):
+        yield from _linear(block, "matrix")
+    elif isinstance(block, Norm):
+        kind: Kind = "float32" if block.kind == "rms" else "run"
+        yield Held(kind, 1, block.size, 2 if block.bias else 1)
+    elif isinstance(block, Embedding):
+        yield Held("run", block.vocab_size, block.hidden)
+    elif isinstance(block, Part):  # of a bare tensor: attention sinks
+        yield Held("float32", 1, block.out_features)
+    elif isinstance(block, Recurrent):
+        yield from _recurrent(block)
+    elif isinstance(block, Router):
+        yield from _linear(block.linear, "float32" if block.scoring == "sigmoid" else "run")
+        if block.correction:
+            yield Held("float32", 1, block.linear.out_features)
+    elif isinstance(block, Experts):
+        yield Held("experts", 2 * block.intermediate, block.hidden, block.num)
+        yield Held("experts", block.hidden, block.intermediate, block.num)
+        if block.bias:
+            yield Held("run", block.num, 2 * block.intermediate + block.hidden)
+    elif isinstance(block, DecoderSpec):
+        yield from _decoder(block)
+    elif isinstance(block, tuple):
+        for item in block:
+            yield from held_by(item)
+    elif dataclasses.is_dataclass(block) and not isinstance(block, Rope):
+        for field in dataclasses.fields(block):
+            value = getattr(block, field.name)
+            if field.name == "shared_gate" and isinstance(value, Linear):
+                yield from _linear(value, "run")
+            else:
+                yield from held_by(value)
+
+
+def _linear(block: Linear, kind: Kind) -> Iterator[Held]:
+    yield Held(kind, block.out_features, block.in_features)
+    if block.bias:
+        yield Held("float32" if kind == "float32" else "run", 1, block.out_features)
+
+
+def _recurrent(block: Recurrent) -> Iterator[Held]:
+    """Projections as they are stored everywhere; what is exponentiated, and the convolution, in float32."""
+    yield from _linear(block.project, "matrix")
+    yield from _linear(block.small, "run")
+    yield from _linear(block.output, "matrix")
+    yield Held("float32", _channels(block), block.conv_width + (1 if block.conv_bias else 0))
+    yield from held_by((block.dt_bias, block.a_log, block.skip))
+    yield Held("float32", 1, block.norm.size)
+
+
+def _channels(block: Recurrent) -> int:
+    """Inputs of the convolution: q, k and v."""
+    return 2 * block.num_key_heads * block.key_dim + block.num_heads * block.value_dim
+
+
+def _decoder(spec: DecoderSpec) -> Iterator[Held]:
+    yield from held_by(spec.embedding)
+    yield from held_by(spec.positions)
+    yield from held_by(spec.layers)
+    yield from held_by(spec.norm)
+    if spec.head is not None:
+        yield from _linear(spec.head, "run")
+
+
+def num_parameters(spec: DecoderSpec) -> int:
+    """Values in all tensors; of the whole model where ``spec`` is not sharded."""
+    return sum(held.elements for held in held_by(spec))
+
+
+def weight_bytes(spec: DecoderSpec, scheme: Scheme, element_bytes: int) -> int:
+    """What ``Network`` allocates for its parameters, to the byte."""
+    return sum(scheme.nbytes(held, element_bytes) for held in held_by(spec))
+
+
+def rope_bytes(spec: DecoderSpec, max_position: int) -> int:
+    """The tables of cos and sin, one for every different rope."""
+    return sum(2 * len(rope.inv_freq) * max_position * FLOAT32 for rope in set(_ropes(spec.layers)))
+
+
+def _ropes(block: Any) -> Iterator[Rope]:
+    if isinstance(block, Rope):
+        yield block
+    elif isinstance(block, tuple):
+        for item in block:
+            yield from _ropes(item)
+    elif dataclasses.is_dataclass(block):
+        for field in dataclasses.fields(block):
+            yield from _ropes(getattr(block, field.name))
+
+
+def step_bytes(spec: DecoderSpec, tokens: int, rows: int, element_bytes: int) -> int:
+    """The most that a step of so many tokens holds, ``rows`` of which sample with penalties and log probabilities."""
+    vocabulary = spec.embedding.vocab_size
+    counts = rows * vocabulary * COUNTS_BYTES
+    forward = forward_bytes(spec, tokens, element_bytes) + counts
+    return max(forward, rows * vocabulary * SAMPLING_BYTES)
+
+
+def forward_bytes(spec: DecoderSpec, tokens: int, element_bytes: int) -> int:
+    """The most that the layers hold at a time."""
+    hidden = spec.embedding.hidden
+    return tokens * element_bytes * max((_widest(layer, hidden) for layer in set(spec.layers)), default=0)
+
+
+def graph_bytes(spec: DecoderSpec, sizes: dict[int, int], element_bytes: int) -> int:
+    """What graphs of ``sizes`` (tokens -> output rows) keep: the largest step's buffers, and every output."""
+    outputs = sum(sizes.values()) * spec.embedding.hidden * element_bytes
+    return forward_bytes(spec, max(sizes, default=0), element_bytes) + outputs
+
+
+def _widest(layer: Layer, hidden: int) -> int:
+    """Values a token: residual, the branch before, and the branch being computed with its input."""
+    mixing = 3 * hidden + _mixer_width(layer.attention)
+    # The attention's input and output live on in the layer's frame while the MLP runs; unnormed, an input is the residual.
+    inputs = sum(norm is not None for norm in (layer.input_norm, layer.pre_mlp_norm))
+    return max(mixing, (3 + inputs) * hidden + _mlp_width(layer.mlp))
+
+
+def _mixer_width(block: Mixer) -> int:
+    """The projection beside what is taken from it."""
+    if isinstance(block, Recurrent):
+        return block.project.out_features + 2 * _channels(block) + 2 * block.num_heads * block.value_dim
+    if isinstance(block, Attention):
+        gate = block.gate.out_features if block.gate is not None else 0
+        return block.qkv.out_features + block.num_heads * block.head_dim + gate
+    return 0
+
+
+def _mlp_width(block: FeedForward) -> int:
+    """Inner channels before and after the activation."""
+    if isinstance(block, MoE):
+        routed = block.router.top_k * (3 * block.experts.intermediate + block.experts.hidden)
+        return max(routed, block.experts.hidden + (_mlp_width(block.shared) if block.shared else 0))
+    if isinstance(block, PlainMLP):
+        return 2 * block.intermediate
+    if isinstance(block, GatedMLP):
+        return 3 * block.intermediate
+    return 0

@@ -1,0 +1,264 @@
+"""What operators see of a request: metrics of its phases, timings in its usage, a log line, a span."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from server_fake import FakeEngine, events_of, make_app, make_client, says
+from starlette.testclient import TestClient
+
+from octavo.api.caller import Caller
+from octavo.api.server import tracing
+from octavo.api.server.metrics import RequestMetrics
+from octavo.engine.client.base import Sink
+from octavo.errors import UsageError
+from octavo.protocol.control import EngineStats
+from octavo.protocol.generate import GenerateRequest, SamplingParams, Times, TokenDelta
+
+DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "octavo.json"
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+SPAN = "00f067aa0ba902b7"
+
+
+class TimedEngine(FakeEngine):
+    """Says with the first delta where the time went."""
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        first = True
+
+        def timed(delta: Any) -> None:
+            nonlocal first
+            if first:
+                delta.times = Times(0.25, 0.5)
+            first = False
+            sink(delta)
+
+        super().submit(request, timed)
+
+
+def metrics_of(client: TestClient, prefix: str = "octavo:") -> dict[str, float]:
+    found = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+            name = sample.name.removeprefix(prefix)
+            found[name + (f"{sorted(labels.items())}" if labels else "")] = sample.value
+    return found
+
+
+def test_phases_of_a_request_are_measured() -> None:
+    client = make_client(TimedEngine(rule=says("abcd", step=2)))
+    client.post("/v1/completions", json={"prompt": "xyz", "n": 2, "max_tokens": 3})
+    found = metrics_of(client)
+    for name, count, total in (
+        ("request_queue_time_seconds", 2, 0.5),
+        ("request_prefill_time_seconds", 2, 1.0),
+        ("request_inference_time_seconds", 2, None),
+        ("request_decode_time_seconds", 2, None),
+    ):
+        assert found[f"{name}_count"] == count
+        assert total is None or found[f"{name}_sum"] == total
+    assert found["request_inference_time_seconds_sum"] >= 1.0
+
+
+def test_engine_counters_have_their_labels() -> None:
+    engine = FakeEngine()
+    engine.stats = EngineStats(
+        num_waiting=5,
+        num_deferred=2,
+        num_prompt_tokens=100,
+        num_cached_prompt_tokens=40,
+        accepted_at=[7, 3],
+        iteration_tokens=[0, 2, 1, 4],
+        num_step_tokens=30,
+        num_rejected=3,
+        num_deadlines=1,
+        num_failed=2,
+    )
+    found = metrics_of(make_client(engine))
+    assert found["num_requests_waiting_by_reason[('reason', 'capacity')]"] == 3
+    assert found["num_requests_waiting_by_reason[('reason', 'deferred')]"] == 2
+    assert found["prompt_tokens_by_source_total[('source', 'local_compute')]"] == 60
+    assert found["prompt_tokens_by_source_total[('source', 'local_cache_hit')]"] == 40
+    assert found["spec_decode_num_accepted_tokens_per_pos_total[('position', '1')]"] == 3
+    assert found["admission_rejections_total"] == 3 and found["request_deadlines_total"] == 1
+    assert found["corrupted_requests_total"] == 2
+    buckets = {
+        bound: found[f"iteration_tokens_total_bucket[('le', '{bound}')]"] for bound in ("1.0", "3.0", "7.0")
+    }
+    assert buckets == {"1.0": 2, "3.0": 3, "7.0": 7}
+    assert found["iteration_tokens_total_count"] == 7 and found["iteration_tokens_total_sum"] == 30
+
+
+def test_every_name_of_the_dashboard_exists() -> None:
+    engine = FakeEngine()
+    engine.stats = EngineStats(accepted_at=[1], iteration_tokens=[1])
+    text = make_client(engine).get("/metrics").text
+    known = set(re.findall(r"^octavo:(\w+?)(?:\{| )", text, re.MULTILINE))
+    board = json.loads(DASHBOARD.read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    used = {name for query in queries for name in re.findall(r"\$\{?prefix\}?:(\w+)", query)}
+    assert len(used) > 15 and used <= known, used - known
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_timings_in_the_usage_are_opt_in(stream: bool, route: str) -> None:
+    client = make_client(TimedEngine(rule=says("abcd", step=1)))
+    body: dict[str, Any] = (
+        {"prompt": "x"} if "chat" not in route else {"messages": [{"role": "user", "content": "x"}]}
+    )
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+
+    def usage(**more: Any) -> dict[str, Any]:
+        reply = client.post(route, json={**body, **more})
+        found: dict[str, Any] = (events_of(reply.text)[-1] if stream else reply.json())["usage"]
+        return found
+
+    assert "timings" not in usage()
+    timings = usage(return_timings=True)["timings"]
+    assert timings["queue_ms"] == 250 and timings["prefill_ms"] == 500
+    assert 0 < timings["first_token_ms"] <= timings["total_ms"]
+    assert timings["decode_ms"] > 0 and timings["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("max_log_len", [0, 4])
+def test_log_line(caplog: pytest.LogCaptureFixture, max_log_len: int) -> None:
+    client = make_client(
+        TimedEngine(rule=says("SECRET ANSWER")), enable_log_requests=True, max_log_len=max_log_len
+    )
+    with caplog.at_level(logging.INFO, "octavo.requests"):
+        client.post(
+            "/v1/completions",
+            json={"prompt": "SECRET prompt", "max_tokens": 5, "temperature": 0.5},
+            headers={"x-request-id": "r-1"},
+        )
+    (line,) = [json.loads(record.message) for record in caplog.records if record.name == "octavo.requests"]
+    assert line["route"] == "/v1/completions" and line["prompt_tokens"] == 13
+    assert line["completion_tokens"] == 5 and line["finish_reasons"] == ["length"]
+    assert line["queue_ms"] == 250 and line["sampling"]["temperature"] == 0.5
+    assert line["client_request_id"] == "r-1" and line["request_id"].startswith("cmpl-")
+    text = json.dumps(line)
+    assert "ANSWER" not in text
+    if max_log_len:
+        assert line["prompts"] == ["SECR"]
+    else:
+        assert "SECRET" not in text and "prompts" not in line
+
+
+def test_no_log_line_without_the_flag(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        make_client().post("/v1/completions", json={"prompt": "SECRET"})
+    assert "SECRET" not in caplog.text and not [r for r in caplog.records if r.name == "octavo.requests"]
+
+
+def test_a_request_that_was_cut_off_is_logged_too() -> None:
+    seen = []
+    metrics = RequestMetrics()
+    metrics.observers.append(lambda timer: seen.append((timer.subject.reasons, timer.caller.name)))
+    timer = metrics.start(1, 2, None, Caller(name="team"))
+    timer.about("r", [([1, 2], SamplingParams())])
+    timer.finish(0, "stop", 2, 0)
+    timer.close()
+    timer.close()
+    assert seen == [(["stop", "abort"], "team")]
+
+
+def spans(headers: dict[str, str]) -> Any:
+    sdk = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    exporter = sdk.InMemorySpanExporter()
+    observe = tracing.trace_exporter("http://127.0.0.1:9/v1/traces", "fake", exporter)
+    metrics = RequestMetrics()
+    metrics.observers.append(observe)
+    timer = metrics.start(1, 1, 7, Caller(name="team", route="/v1/completions", headers=headers))
+    timer.about("cmpl-1", [([1, 2, 3], SamplingParams(max_tokens=7))])
+    timer.times(Times(0.25, 0.5))
+    timer.delta(0, 1)
+    timer.delta(0, 2)
+    timer.finish(0, "stop", 3, 1)
+    timer.close()
+    return exporter.get_finished_spans()
+
+
+def test_a_span_tells_what_happened_under_the_clients_trace() -> None:
+    (span,) = spans({"traceparent": f"00-{TRACE}-{SPAN}-01"})
+    assert f"{span.context.trace_id:032x}" == TRACE and f"{span.parent.span_id:016x}" == SPAN
+    told = dict(span.attributes)
+    assert told["gen_ai.usage.prompt_tokens"] == 3 and told["gen_ai.usage.completion_tokens"] == 3
+    assert told["gen_ai.latency.time_in_queue"] == 0.25 and told["octavo.key"] == "team"
+    assert told["gen_ai.response.finish_reasons"] == ("stop",) and told["gen_ai.request.max_tokens"] == 7
+    assert span.end_time >= span.start_time
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "00", f"00-{'0' * 32}-{SPAN}-01", f"00-{TRACE}-{'0' * 16}-01", f"01-{TRACE}-{SPAN}-01", "x" * 5000],
+)
+def test_a_malformed_traceparent_is_ignored(value: str) -> None:
+    (span,) = spans({"traceparent": value})
+    assert span.parent is None
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("opentelemetry"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UsageError, match=r"octavo\[otel\]"):
+        make_app(FakeEngine(), otlp_traces_endpoint="http://127.0.0.1:9")
+
+
+class EndingEngine(FakeEngine):
+    """Ends every request with ``reason`` after two steps."""
+
+    reason: Any = "deadline"
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        def cut(delta: TokenDelta) -> None:
+            running = self.running.get(request.id)
+            if running is not None and running.num_tokens > 2:
+                delta = TokenDelta(request.id, [], self.reason, None, "It waited too long.")
+                del self.running[request.id]
+            sink(delta)
+
+        super().submit(request, cut)
+
+
+def test_a_deadline_is_a_finish_reason_with_what_there_is() -> None:
+    client = make_client(EndingEngine(rule=says("abcdef", step=1)))
+    reply = client.post("/v1/completions", json={"prompt": "x", "deadline_ms": 5})
+    assert reply.status_code == 200
+    choice = reply.json()["choices"][0]
+    assert choice["text"] == "ab" and choice["finish_reason"] == "deadline"
+    chat = {"messages": [{"role": "user", "content": "x"}], "stream": True, "deadline_ms": 5}
+    events = events_of(client.post("/v1/chat/completions", json=chat).text)
+    assert events[-1]["choices"][0]["finish_reason"] == "deadline"
+    assert metrics_of(client)["request_success_total[('finished_reason', 'deadline')]"] == 2
+
+
+def test_a_rejection_is_a_429_that_says_when_to_come_back() -> None:
+    engine = EndingEngine(rule=says("abcdef", step=1))
+    engine.reason = "rejected"
+    reply = make_client(engine).post("/v1/completions", json={"prompt": "x", "n": 2, "max_queue_ms": 5})
+    assert reply.status_code == 429 and "waited too long" in reply.json()["error"]["message"]
+    assert int(reply.headers["retry-after"]) >= 1
+    assert not engine.running
+
+
+def test_limits_of_time_reach_the_engine() -> None:
+    engine = FakeEngine(rule=says("ab"))
+    make_client(engine).post("/v1/completions", json={"prompt": "x", "deadline_ms": 5, "max_queue_ms": 7})
+    assert engine.submitted[-1].terms.deadline_ms == 5 and engine.submitted[-1].terms.max_queue_ms == 7
