@@ -59,9 +59,7 @@ def build(
     spec = cut(whole, place.stage, place.num_stages)
     binder = Binder()
     op_spec = platform.op_spec(dtype)
-    weight_format = choose_format(
-        options.model.quantization, spec, op_spec, files, renaming(files, spec)
-    )
+    weight_format = choose_format(options.model.quantization, spec, op_spec, files, renaming(files, spec))
     layout = plan_layout(cache_specs(whole, resolved.page_size, dtype.itemsize))
     if place.num_stages > 1:
         layout = layout.part(range(spec.first_layer, spec.first_layer + len(spec.layers)))
@@ -151,9 +149,7 @@ def size_cache(
 
 def record_graphs(runner: TorchRunner, resolved: Resolved, progress: Progress) -> None:
     """Record all sizes of steps."""
-    graphs = StepGraphs(
-        runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len
-    )
+    graphs = StepGraphs(runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len)
     graphs.capture(
         resolved.max_num_seqs,
         resolved.max_num_batched_tokens,

@@ -60,7 +60,9 @@ def fill(
             read_mxfp4(item, files, *names)
         else:
             read_into(item, files, names[0], gguf)
-        done += sum(files.tensors[name].nbytes for name in set(names) - seen)  # several items may share a tensor
+        done += sum(
+            files.tensors[name].nbytes for name in set(names) - seen
+        )  # several items may share a tensor
         seen.update(names)
         if progress:
             progress(done, total)
@@ -261,33 +263,6 @@ def read_mxfp4(item: LoadItem, files: ModelFiles, name: str, scales_name: str) -
     decode_mxfp4(blocks, scales, item.target)
 
 
-<<<<<<< HEAD
-=======
-def gate_then_up(rows: Tensor) -> Tensor:
-    """[E, 2 I, ...] with gate and up rows taking turns -> all gates, then all ups."""
-    return torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1)
-
-
-def untangle(rows: Tensor, heads: int, rotated: int = 0, start: int = 0) -> Tensor:
-    """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves: ``rotated`` of them (0 = all) from
-    row ``start`` of the head on."""
-    shape = rows.shape
-    by_head = rows.reshape(heads, -1, *shape[1:])
-    end = start + (rotated or by_head.shape[1] - start)
-    turned = by_head[:, start:end].reshape(heads, -1, 2, *shape[1:]).transpose(1, 2)
-    parts = (by_head[:, :start], turned.reshape(heads, end - start, *shape[1:]), by_head[:, end:])
-    return torch.cat(parts, dim=1).reshape(shape)
-
-
-def by_piece(rows: Tensor, heads: int, pieces: tuple[int, ...]) -> Tensor:
-    """Rows ordered (head, piece, d) to (piece, head, d); pieces of these sizes, or three of the same."""
-    shape = rows.shape
-    by_head = rows.reshape(heads, -1, *shape[1:])
-    split = torch.split(by_head, list(pieces) or by_head.shape[1] // QKV, dim=1)
-    return torch.cat([piece.reshape(-1, *shape[1:]) for piece in split])
-
-
->>>>>>> main
 def fill_random(
     items: list[LoadItem], progress: Callable[[int, int], None] | None = None, seed: int = 0
 ) -> LoadReport:

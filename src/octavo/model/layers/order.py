@@ -21,13 +21,14 @@ def gate_then_up(rows: Tensor) -> Tensor:
     return torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1)
 
 
-def untangle(rows: Tensor, heads: int, rotated: int = 0) -> Tensor:
-    """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves; the first ``rotated`` or all."""
+def untangle(rows: Tensor, heads: int, rotated: int = 0, start: int = 0) -> Tensor:
+    """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves: ``rotated`` of them (0 = all) from
+    row ``start`` of the head on."""
     shape = rows.shape
     by_head = rows.reshape(heads, -1, *shape[1:])
-    rotated = rotated or by_head.shape[1]
-    turned = by_head[:, :rotated].reshape(heads, -1, 2, *shape[1:]).transpose(1, 2)
-    parts = (turned.reshape(heads, rotated, *shape[1:]), by_head[:, rotated:])
+    end = start + (rotated or by_head.shape[1] - start)
+    turned = by_head[:, start:end].reshape(heads, -1, 2, *shape[1:]).transpose(1, 2)
+    parts = (by_head[:, :start], turned.reshape(heads, end - start, *shape[1:]), by_head[:, end:])
     return torch.cat(parts, dim=1).reshape(shape)
 
 
@@ -50,4 +51,4 @@ def stored_rows(part: Part, cut: Cut | None, gguf: bool) -> Tensor:
     if cut is not None and cut.dim == 0:
         rows = torch.arange(cut.start, cut.start + cut.size)
     heads = part.heads if gguf else part.hf_heads
-    return untangle(rows, heads, part.rotated) if heads else rows
+    return untangle(rows, heads, part.rotated, part.turns_at) if heads else rows
