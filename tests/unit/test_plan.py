@@ -234,7 +234,7 @@ def test_a_start_that_cannot_fit_is_refused_with_the_cure() -> None:
     with pytest.raises(OutOfMemoryError, match=r"14\.96 GiB for its weights") as caught:
         start(find_gpu("rtx3080"), FakePlatform(9.2))
     assert "RTX 3080 10GB has 9.20 GiB of 9.77 GiB free" in str(caught.value)
-    assert "It fits with a 4-bit checkpoint" in str(caught.value)
+    assert "It fits with --quantization int4" in str(caught.value)
     with pytest.raises(OutOfMemoryError, match="It fits with --quantization fp8 on H100"):
         start(find_gpu("h100"), FakePlatform(22))  # somebody else has the rest
 
