@@ -152,6 +152,74 @@ def fp8_blocks(name: str = "weight_scale_inv") -> Packer:
     return pack
 
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def nearest(values: Tensor, table: Tensor) -> Tensor:
+    """Index of the table's entry next to each value."""
+    return (values.unsqueeze(-1) - table).abs().argmin(-1)
+
+
+def nvfp4(modelopt: bool) -> Packer:
+    """Groups of 16 with 8-bit float scales under one for the matrix; the first of a pair in the low nibble."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        parts = weight.view(weight.shape[0], -1, 16)
+        outer = weight.abs().max() / (448 * 6)
+        scale = (parts.abs().amax(-1) / 6 / outer).to(torch.float8_e4m3fn)
+        whole = outer * scale.float().unsqueeze(-1)
+        codes = nearest(parts / whole, E2M1).view(weight.shape)
+        packed = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+        stored = {"weight_scale": scale, "input_scale": torch.tensor(0.1)}
+        if modelopt:
+            stored |= {"weight": packed, "weight_scale_2": outer}
+        else:
+            stored |= {"weight_packed": packed, "weight_global_scale": (1 / outer).reshape(1)}
+            whole = (1 / (1 / outer)) * scale.float().unsqueeze(-1)
+        return stored, (E2M1[codes].view(parts.shape) * whole).view(weight.shape)
+
+    return pack
+
+
+NF4_TABLE = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+
+
+def nf4(nested: bool) -> Packer:
+    """bitsandbytes: blocks of 64, the first of a pair in the high nibble; scales may be quantized in blocks of 256."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        parts = weight.reshape(-1, 64)
+        absmax = parts.abs().amax(-1)
+        stored: dict[str, Tensor] = {"weight.quant_map": NF4_TABLE}
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "shape": list(weight.shape)}
+        if nested:
+            offset, table = absmax.mean(), torch.linspace(-1, 1, 256)
+            shifted = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
+            outer = shifted.abs().amax(-1)
+            small = nearest(shifted / outer.unsqueeze(-1), table)
+            absmax = (table[small] * outer.unsqueeze(-1)).flatten()[: len(absmax)] + float(offset)
+            stored |= {
+                "weight.absmax": small.flatten()[: len(absmax)].to(torch.uint8),
+                "weight.nested_absmax": outer,
+                "weight.nested_quant_map": table,
+            }
+            state |= {"nested_blocksize": 256, "nested_offset": float(offset)}
+        else:
+            stored["weight.absmax"] = absmax
+        codes = nearest(parts / absmax.unsqueeze(-1), NF4_TABLE)
+        flat = codes.flatten()
+        stored["weight"] = (flat[::2] << 4 | flat[1::2]).to(torch.uint8).unsqueeze(1)
+        raw = bytearray(json.dumps(state).encode())
+        stored["weight.quant_state.bitsandbytes__nf4"] = torch.frombuffer(raw, dtype=torch.uint8).clone()
+        return stored, (NF4_TABLE[codes] * absmax.unsqueeze(-1)).view(weight.shape)
+
+    return pack
+
+
 def int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """compressed-tensors' "int-quantized", a scale an output."""
     scale = weight.abs().amax(1, keepdim=True) / 127

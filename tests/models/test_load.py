@@ -145,10 +145,10 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_mxfp4_experts_are_decoded(tmp_path: Path) -> None:
+def mxfp4_model(folder: Path, name: str = "gpt_oss") -> tuple[Any, dict[str, torch.Tensor]]:
     """gpt-oss as published: the oracle's experts replaced by what the blocks stand for, written out by hand."""
-    model = oracle("gpt_oss", tmp_path)
-    path = tmp_path / "model.safetensors"
+    model = oracle(name, folder)
+    path = folder / "model.safetensors"
     tensors, generator = load_file(path), torch.Generator().manual_seed(1)
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     table = torch.cat((table, -table))
@@ -164,9 +164,15 @@ def test_mxfp4_experts_are_decoded(tmp_path: Path) -> None:
             tensors[f"{prefix}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
             tensors[f"{prefix}_scales"] = scales.to(torch.uint8)
     save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+    return model, tensors
+
+
+def test_mxfp4_experts_are_decoded(tmp_path: Path) -> None:
+    model, tensors = mxfp4_model(tmp_path)
+    path = tmp_path / "model.safetensors"
     driver, ids = Driver(open_model(str(tmp_path))), prompts(6)[0]
     close(driver.step([driver.row()], [ids])[0], expected(model, ids))
     broken = tensors.pop("model.layers.1.mlp.experts.down_proj_scales")

@@ -58,7 +58,11 @@ GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sl
 DELTA = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
          "linear_value_head_dim": 24}  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 24}
-HEADS = {"GPT2": "GPT2LMHeadModel", "Qwen3_5Text": "Qwen3_5ForCausalLM", "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM"}
+HEADS = {
+    "GPT2": "GPT2LMHeadModel",
+    "Qwen3_5Text": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM",
+}
 MLA = {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
@@ -211,11 +215,20 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4Moe",
         {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "attention_bias": True},
     ),
-    "qwen3_next": ("Qwen3Next", {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "num_hidden_layers": 5}),
+    "qwen3_next": (
+        "Qwen3Next",
+        {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "num_hidden_layers": 5},
+    ),
     "qwen3_next-dense": (
         "Qwen3Next",
-        {**MOE, **DELTA, "shared_expert_intermediate_size": 48, "mlp_only_layers": [0, 2], "linear_num_key_heads": 4,
-         "num_hidden_layers": 4},
+        {
+            **MOE,
+            **DELTA,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [0, 2],
+            "linear_num_key_heads": 4,
+            "num_hidden_layers": 4,
+        },
     ),
     "qwen3_5_text": ("Qwen3_5Text", {**DELTA, "num_hidden_layers": 5}),
     "qwen3_5_moe_text": (

@@ -13,8 +13,8 @@ import torch
 from harness import Driver
 from published import Packer, quantize_folder
 from test_fp8_models import projections
-from test_load import rewrite
-from test_parity import oracle, prompts, to_gguf
+from test_load import mxfp4_model, rewrite
+from test_parity import GPT_OSS, ROWS, oracle, prompts, to_gguf
 from test_shard import Group
 
 from octavo.device.ops.packed import unpack
@@ -22,6 +22,8 @@ from octavo.errors import ModelFileError, UsageError
 from octavo.files.gguf import GGUFFile
 from octavo.files.gguf_write import StoredTensor, write_gguf
 from octavo.files.resolve import open_model
+from octavo.model.layers.moe import MoELayer
+from octavo.model.layers.packed_experts import PackedExpertWeights
 from octavo.model.network import Network
 from octavo.model.quantization.bytes import ByteWeight
 from octavo.model.quantization.choose import SplitWeight
@@ -91,8 +93,20 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
         ),
         published.int8,
     ),
+    "nvfp4": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
+        published.nvfp4(True),
+    ),
+    "nvfp4-compressed": (
+        ct(
+            {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+            "nvfp4-pack-quantized",
+        ),
+        published.nvfp4(False),
+    ),
     **CT,
 }
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
 def values(weight: Any) -> torch.Tensor:
@@ -122,7 +136,7 @@ def same(ours: Driver, dense: Driver, kinds: tuple[type, ...]) -> None:
         assert isinstance(weight, kinds)
         assert torch.equal(found, expected)
         count += 1
-    assert count > 4
+    assert count >= 4
 
 
 def logits_agree(ours: Driver, dense: Driver, bound: float = 2e-4) -> None:
@@ -302,6 +316,153 @@ def test_on_load(name: str, bound: float, tmp_path: Path) -> None:
     ids = prompts(1)[-1]
     found, expected = (driver.step([driver.row()], [ids])[0] for driver in (ours, dense))
     assert 0.002 < (found - expected).norm() / expected.norm() < bound
+
+
+def expert_values(network: Network) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both stacks of every layer that has experts."""
+    for layer in network.layers:
+        if isinstance(layer.mlp, MoELayer):
+            experts = layer.mlp.experts
+            if isinstance(experts, PackedExpertWeights):
+                num, hidden, inner = experts.down.shape
+                yield (
+                    unpack(experts.stacks[0].packed).view(num, 2 * inner, hidden),
+                    unpack(experts.stacks[1].packed).view(num, hidden, inner),
+                )
+            else:
+                yield experts.gate_up, experts.down
+
+
+def same_experts(ours: Network, dense: Network) -> None:
+    count = 0
+    for found, expected in zip(expert_values(ours), expert_values(dense), strict=True):
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        count += 1
+    assert count and all(isinstance(layer.mlp.experts, PackedExpertWeights) for layer in ours.layers if isinstance(layer.mlp, MoELayer))  # fmt: skip
+
+
+def moe_model(folder: Path, stacked: bool) -> None:
+    """Experts of 128 channels over 256; one tensor an expert, or stacks."""
+    import transformers
+
+    torch.manual_seed(5)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=256, moe_intermediate_size=128, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        max_position_embeddings=256, norm_topk_prob=True, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.08)
+    model.save_pretrained(folder)
+
+    def split(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        for name, tensor in found.items():
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                base = name.rsplit(".", 1)[0]
+                for i, matrix in enumerate(tensor):
+                    if name.endswith("down_proj"):
+                        out[f"{base}.{i}.down_proj.weight"] = matrix
+                    else:
+                        gate, up = matrix.chunk(2)
+                        out |= {f"{base}.{i}.gate_proj.weight": gate, f"{base}.{i}.up_proj.weight": up}
+            else:
+                out[name] = tensor
+        return {name: tensor.contiguous() for name, tensor in out.items()}
+
+    def join(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out = {name: tensor for name, tensor in found.items() if ".experts." not in name}
+        for layer in range(2):
+            base = f"model.layers.{layer}.mlp.experts"
+            parts = [
+                [found[f"{base}.{i}.{name}_proj.weight"] for i in range(4)] for name in ("gate", "up", "down")
+            ]
+            out[f"{base}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(*parts[:2])])
+            out[f"{base}.down_proj"] = torch.stack(parts[2])
+        return out
+
+    rewrite(folder, split)
+    if stacked:
+        rewrite(folder, join)
+
+
+EXPERT_FORMATS = {
+    name: FORMATS[name] for name in ("awq-32", "gptq-zero", "fp8-tensor", "int8", "fp8-channel")
+} | {
+    "fp8-block": (
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        published.fp8_blocks(),
+    )
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", EXPERT_FORMATS)
+def test_experts(name: str, size: int, tmp_path: Path) -> None:
+    """To the bit; ranks take channels of every expert, in whole groups."""
+    config, pack = EXPERT_FORMATS[name]
+    moe_model(tmp_path, stacked=False)
+    folder = quantize_folder(tmp_path, config, pack)
+    if name == "fp8-block" and size == 2:
+        with pytest.raises(UsageError, match="no whole groups of 128"):
+            Driver(open_model(str(tmp_path)), ranks=Group(size).ranks()[0])
+        return
+    for rank in range(size):
+        ranks = Group(size).ranks()[rank]
+        ours, dense = (Driver(open_model(str(path)), ranks=ranks) for path in (tmp_path, folder))
+        same(ours, dense, (ByteWeight, BlockFp8Weight, PackedWeight))
+        same_experts(ours.network, dense.network)
+    if size == 1 and name in ("awq-32", "gptq-zero"):
+        logits_agree(ours, dense)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.1), ("int8", 0.04), ("int4", 0.3)])
+def test_experts_on_load(name: str, bound: float, stacked: bool, tmp_path: Path) -> None:
+    moe_model(tmp_path, stacked)
+    ours, dense = (Driver(open_model(str(tmp_path)), quantization=kind) for kind in (name, None))
+    for found, expected in zip(expert_values(ours.network), expert_values(dense.network), strict=True):
+        for a, b in zip(found, expected):
+            assert 0.002 < (a - b).norm() / b.norm() < (0.12 if name == "int4" else 0.04)
+    ids = prompts(1)[-1]
+    a, b = (driver.step([driver.row()], [ids])[0] for driver in (ours, dense))
+    assert 0.002 < (a - b).norm() / b.norm() < bound
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_gpt_oss_stays_packed(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MXFP4 blocks: the same values as decoded ones, on every rank."""
+    monkeypatch.setitem(ROWS, "gpt_oss-wide", ("GptOss", {**GPT_OSS, "intermediate_size": 128}))
+    mxfp4_model(tmp_path, "gpt_oss-wide")
+    for rank in range(size):
+        ranks = Group(size).ranks()[rank]
+        ours = Driver(open_model(str(tmp_path)), ranks=ranks, quantization="mxfp4")
+        dense = Driver(open_model(str(tmp_path)), ranks=ranks)
+        same_experts(ours.network, dense.network)
+        if size == 1:
+            logits_agree(ours, dense)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4(nested: bool, tmp_path: Path) -> None:
+    """Scales for 64 weights, or 8-bit codes of them; nested ones are multiplied in another order."""
+    large_model(tmp_path)
+    dense = Driver(
+        open_model(
+            str(
+                quantize_folder(tmp_path, {**NF4, "bnb_4bit_use_double_quant": nested}, published.nf4(nested))
+            )
+        )
+    )
+    ours = Driver(open_model(str(tmp_path)))
+    for found, expected, weight in pairs(ours.network, dense.network):
+        assert isinstance(weight, PackedWeight)
+        torch.testing.assert_close(
+            found, expected, atol=0.0 if not nested else 1e-7, rtol=0.0 if not nested else 1e-6
+        )
+    logits_agree(ours, dense)
 
 
 GGUF_KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16"]

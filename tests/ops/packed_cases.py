@@ -25,6 +25,8 @@ LAYOUTS = {
     "q6_k": Layout(4, 2, 16, 16, scales="bytes", offset=32),
     "nvfp4": Layout(4, 0, 16, 16, code="e2m1", scales="e4m3"),
     "mxfp4": Layout(4, 0, 32, 32, code="e2m1", half=torch.bfloat16),
+    "fp8": Layout(8, 0, 32, 128, code="e4m3", scales="float"),
+    "fp8-channel": Layout(8, 0, 32, 0, code="e4m3", scales="float"),
     "nf4": Layout(4, 0, 32, 64, code="nf4", scales="float"),
 }
 
@@ -64,8 +66,10 @@ def draw(layout: Layout, outputs: int, inputs: int, seed: int = 0) -> Packed:
     bits = layout.bits + layout.high_bits
     weight = empty_packed(layout, outputs, inputs, torch.device("cpu"))
     codes = torch.randint(0, 2**bits, (outputs, inputs), generator=generator).to(torch.uint8)
+    if layout.code == "e4m3":
+        codes = torch.randn((outputs, inputs), generator=generator).to(torch.float8_e4m3fn).view(torch.uint8)
     weight.words, weight.high = pack_codes(codes, layout)
-    size = inputs**-0.5 / (2 ** (bits - 1) if layout.code == "int" else 2)
+    size = inputs**-0.5 / (2 ** (bits - 1) if layout.code == "int" else 1 if layout.code == "e4m3" else 2)
     inner, outer = fields(layout, layout.num_groups(inputs), outputs, size, generator)
     weight.scale = join_fields(inner, layout.scale_rows(inputs))
     if outer is not None:

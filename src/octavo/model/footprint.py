@@ -89,7 +89,9 @@ class Scheme:
 DENSE = Scheme("dense")
 FP8 = Scheme("fp8", bits=8, row_bytes=4)  # a float32 scale an output channel
 INT8 = Scheme("int8", bits=8, row_bytes=4, experts=False)
-INT4 = Scheme("int4", bits=4, group=128, group_bits=32, experts=False)  # a scale and a zero point of 16 bits a group
+INT4 = Scheme(
+    "int4", bits=4, group=128, group_bits=32, experts=False
+)  # a scale and a zero point of 16 bits a group
 
 
 @dataclass(frozen=True)

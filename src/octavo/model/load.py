@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def take_matrix(item: StoredMatrix, files: ModelFiles, gguf: bool, rename: Calla
         if kind is not None:
             stored[source.key] = raw.view(kind).view(info.shape)
         elif gguf and info.dtype in GGUF_TYPES_BY_NAME:
-            stored[source.key] = raw.view(info.shape[0], -1)
+            stored[source.key] = raw.view(math.prod(info.shape[:-1]), -1)
         else:
             raise ModelFileError(f"Tensor {name} is stored as {info.dtype}, which cannot be loaded.")
     item.take(stored)
@@ -234,11 +235,13 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
 
 def requantize(item: LoadItem, raw: NDArray[np.uint8], dtype_name: str) -> None:
     """Decode a matrix of GGUF blocks into a quantized target, some rows at a time."""
-    row_bytes = raw.size // item.target.shape[0]
-    for rows in item.blocks():
-        shape = (rows.stop - rows.start, item.target.shape[1])
-        piece = raw[rows.start * row_bytes : rows.stop * row_bytes]
-        item.fill_rows(rows, dequantize(piece, dtype_name, shape))
+    count, size = item.target.shape[-2:]
+    row_bytes = raw.size // (item.target.numel() // size)
+    for index, rows in item.blocks():
+        shape = (rows.stop - rows.start, size)
+        first = index * count + rows.start
+        piece = raw[first * row_bytes : (first + shape[0]) * row_bytes]
+        item.fill_rows(index, rows, dequantize(piece, dtype_name, shape))
 
 
 def read_mxfp4(item: LoadItem, files: ModelFiles, name: str, scales_name: str) -> None:
@@ -280,9 +283,10 @@ def fill_random(
         elif item.constant is not None:
             target.fill_(item.constant)
         elif item.store is not None:
-            for rows in item.blocks():
-                drawn = torch.empty(target[rows].shape, dtype=torch.float32, device=device)
-                item.fill_rows(rows, drawn.normal_(0.0, target.shape[1] ** -0.5, generator=generator))
+            size = target.shape[-1]
+            for index, rows in item.blocks():
+                drawn = torch.empty((rows.stop - rows.start, size), dtype=torch.float32, device=device)
+                item.fill_rows(index, rows, drawn.normal_(0.0, size**-0.5, generator=generator))
         else:
             spread = target.shape[-1] ** -0.5 if target.dim() > 1 else 0.02
             target.normal_(0.0, spread, generator=generator)

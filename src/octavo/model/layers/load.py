@@ -32,8 +32,8 @@ class LoadItem:
     stores the sum). ``constant`` is what a random model gets instead of noise. ``cut`` is the part of the stored tensor
     that belongs here (None = all of it).
 
-    ``store(rows, values)`` quantizes float32 values on the way in; ``target`` then says the shape alone, and may be a meta
-    tensor beside ``home``, the tensor that is filled.
+    ``store(rows, values)`` quantizes float32 values on the way in, rows of a stack counted through; ``target`` then says the
+    shape alone, and may be a meta tensor beside ``home``, the tensor that is filled.
     ``scales`` names the scales that belong to ``hf`` where that is stored as MXFP4 blocks.
     ``ways``: the lists of items that fill ``target`` together, one for each way in which files hold it; an item whose
     name is "" is in no file of that format. The first way whose names all exist is taken.
@@ -75,26 +75,33 @@ class LoadItem:
             shape[-2:] = shape[:-3:-1]
         return tuple(shape)
 
-    def blocks(self) -> list[slice]:
-        """Runs of rows of a quantized target that are filled at a time."""
-        rows, size = self.target.shape
+    def blocks(self) -> list[tuple[int, slice]]:
+        """Runs of rows of a quantized target that are filled at a time: (matrix of a stack, its rows)."""
+        *stack, rows, size = self.target.shape
         step = max(1, QUANTIZE_ELEMENTS // size)
-        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return [
+            (index, slice(start, min(start + step, rows)))
+            for index in range(stack[0] if stack else 1)
+            for start in range(0, rows, step)
+        ]
 
     def fill(self, values: Tensor) -> None:
         """Set the target to ``values`` [its shape], of any type and device."""
         if self.store is None:
             self.target.copy_(values)
             return
-        for rows in self.blocks():
-            self.fill_rows(rows, values[rows])
+        stacked = values if values.dim() == 3 else values.unsqueeze(0)
+        for index, rows in self.blocks():
+            self.fill_rows(index, rows, stacked[index, rows])
 
-    def fill_rows(self, rows: slice, values: Tensor) -> None:
-        """Quantize ``values`` into these rows of a target that has ``store``."""
+    def fill_rows(self, index: int, rows: slice, values: Tensor) -> None:
+        """Quantize ``values`` into these rows of a matrix of a target that has ``store``."""
         if self.store is None:
             raise ValueError("only quantized targets are filled by rows")
+        first = index * self.target.shape[-2]
         # Moved before it is widened: half the bytes, and the device does the arithmetic.
-        self.store(rows, values.to(self.device).to(torch.float32))
+        wide = values.to(self.device).to(torch.float32)
+        self.store(slice(first + rows.start, first + rows.stop), wide)
 
 
 @dataclass(frozen=True)

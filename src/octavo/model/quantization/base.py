@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from torch import Tensor
 
-from octavo.model.blocks import Linear, Part
+from octavo.model.blocks import Experts, Linear, Part
 from octavo.model.layers.load import Cut, LoadItem
 
 if TYPE_CHECKING:
     from octavo.model.layers.build import Build
+    from octavo.model.quantization.packed import LoadedPackedWeight, StoredPackedWeight
+
+
+Stack: TypeAlias = "LoadedPackedWeight | StoredPackedWeight"  # the rows of many experts, packed
 
 
 class Weight(Protocol):
@@ -32,3 +36,8 @@ class WeightFormat(Protocol):
 
     def allocate(self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = "") -> Weight:
         """The matrix of all parts, uninitialized; the prefixes come before the parts' names."""
+
+    def allocate_experts(
+        self, block: Experts, build: Build, hf_prefix: str, gguf_prefix: str
+    ) -> tuple[Stack, Stack] | None:
+        """Stacks [E * 2 I, H] and [E * H, I] of a layer's experts; None where they are stored as they are."""

@@ -11,26 +11,33 @@ from torch import Tensor
 
 from octavo.device.ops.bind import OpSpec
 from octavo.device.ops.fp8 import MIN_CAPABILITY
-from octavo.errors import UnsupportedModelError, UsageError
+from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
-from octavo.model.blocks import DecoderSpec, Linear, MoE, Part
+from octavo.model.blocks import DecoderSpec, Experts, Linear, Part
 from octavo.model.layers.load import Cut, LoadItem
 from octavo.model.quantization.awq import AwqCodes
-from octavo.model.quantization.base import Weight, WeightFormat
+from octavo.model.quantization.base import Stack, Weight, WeightFormat
 from octavo.model.quantization.compressed import CompressedCodes
 from octavo.model.quantization.dense import DENSE, DenseWeight
 from octavo.model.quantization.describe import Quantization, Scheme, describe_quantization
+from octavo.model.quantization.experts import ByteCodes, Fp8Stack, Int8Stack
+from octavo.model.quantization.floats4 import Mxfp4Codes, Nf4Codes, Nvfp4Codes
 from octavo.model.quantization.fp8 import BlockFp8Weight, CompressedBlockFp8Weight, Fp8Weight, StoredFp8Weight
 from octavo.model.quantization.gguf import LAYOUTS, GgufCodes
 from octavo.model.quantization.gptq import GptqCodes
 from octavo.model.quantization.int4 import Int4Weight
 from octavo.model.quantization.int8 import Int8Weight, StoredInt8Weight
-from octavo.model.quantization.packed import Codes, PackedWeight, StoredPackedWeight
+from octavo.model.quantization.packed import Codes, LoadedPackedWeight, PackedWeight, StoredPackedWeight
 
 if TYPE_CHECKING:
     from octavo.model.layers.build import Build
 
 Make = Callable[[int, int, "Build"], Weight]
+EXPERTS: dict[str, Callable[[int, int, Build], LoadedPackedWeight]] = {
+    "fp8": Fp8Stack,
+    "int8": Int8Stack,
+    "int4": Int4Weight,
+}
 ON_LOAD: dict[str, Make] = {"fp8": Fp8Weight, "int8": Int8Weight, "int4": Int4Weight}
 CODES: dict[str, Callable[[Scheme, torch.dtype], Codes]] = {
     "awq": AwqCodes,
@@ -87,13 +94,21 @@ def side_by_side(block: Linear, build: Build, makes: list[Make]) -> Weight:
 class OnLoadFormat:
     """Plain weights, quantized while they are loaded. See ``WeightFormat``."""
 
-    make: Make
+    name: str
 
     covers_head: ClassVar[bool] = False
 
     def allocate(self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = "") -> Weight:
         """See ``WeightFormat``."""
-        return self.make(block.out_features, block.in_features, build)
+        return ON_LOAD[self.name](block.out_features, block.in_features, build)
+
+    def allocate_experts(
+        self, block: Experts, build: Build, hf_prefix: str, gguf_prefix: str
+    ) -> tuple[Stack, Stack]:
+        """See ``WeightFormat``."""
+        make = EXPERTS[self.name]
+        gate_up, down = stack_shapes(block)
+        return make(*gate_up, build), make(*down, build)
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,16 @@ class GgufFormat:
             makes.append(_packed(GgufCodes(info.dtype)) if kept and info is not None else DenseWeight)
         return side_by_side(block, build, makes)
 
+    def allocate_experts(
+        self, block: Experts, build: Build, hf_prefix: str, gguf_prefix: str
+    ) -> tuple[Stack, Stack] | None:
+        """See ``WeightFormat``."""
+        infos = [self.files.tensors.get(f"{gguf_prefix}{name}.weight") for name in block.gguf_each]
+        kinds = [info.dtype if info is not None else "" for info in infos]
+        if kinds[0] != kinds[1] or kinds[0] not in LAYOUTS or kinds[2] not in LAYOUTS:
+            return None
+        return stored_stacks(GgufCodes(kinds[0]), GgufCodes(kinds[2]), block, build)
+
 
 @dataclass(frozen=True)
 class CheckpointFormat:
@@ -130,20 +155,42 @@ class CheckpointFormat:
             block, build, [self._make(self.rename(hf_prefix + part.hf)) for part in block.parts]
         )
 
+    def allocate_experts(
+        self, block: Experts, build: Build, hf_prefix: str, gguf_prefix: str
+    ) -> tuple[Stack, Stack] | None:
+        """See ``WeightFormat``; what one expert is, all are."""
+        module = self.rename(hf_prefix + block.hf)
+        scheme = self.quantization.of(f"{module}.0.{block.hf_each[0]}")
+        last = self.quantization.of(f"{module}.0.{block.hf_each[2]}")
+        if scheme is None or last is None:
+            return None
+        return stored_stacks(
+            self._codes(scheme, f"{module}.0.{block.hf_each[0]}"),
+            self._codes(last, f"{module}.0.{block.hf_each[2]}"),
+            block,
+            build,
+        )
+
+    def _codes(self, scheme: Scheme, module: str) -> Codes:
+        """How a scheme's codes are stored."""
+        if scheme.kind == "int":
+            return CODES[scheme.source](scheme, self._half(module))
+        if scheme.kind == "nf4":
+            return Nf4Codes()
+        if scheme.kind in ("nvfp4", "mxfp4"):
+            return Nvfp4Codes(scheme) if scheme.kind == "nvfp4" else Mxfp4Codes()
+        return ByteCodes(scheme)
+
     def _make(self, module: str) -> Make:
         scheme = self.quantization.of(module)
         plain = self.files.tensors.get(f"{module}.weight")
         if scheme is None or (plain is not None and plain.dtype in PLAIN):
             return DenseWeight
-        if scheme.kind == "int":
-            return _packed(CODES[scheme.source](scheme, self._half(module)))
         if scheme.kind == "fp8" and scheme.group:
             return BlockFp8Weight if scheme.source == "fp8" else CompressedBlockFp8Weight
         if scheme.kind in ("fp8", "int8"):
             return StoredFp8Weight if scheme.kind == "fp8" else StoredInt8Weight
-        raise UnsupportedModelError(
-            f"{module}: weights of kind {scheme.kind} ({scheme.source}) are not supported."
-        )
+        return _packed(self._codes(scheme, module))
 
     def _half(self, module: str) -> torch.dtype:
         """The type of the module's 16-bit scales."""
@@ -159,6 +206,18 @@ class _Packed:
 
     def __call__(self, out_features: int, in_features: int, build: Build) -> Weight:
         return StoredPackedWeight(self.codes, out_features, in_features, build)
+
+
+def stack_shapes(block: Experts) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(outputs, inputs) of both stacks of a layer's experts."""
+    inner, hidden = block.intermediate, block.hidden
+    return (block.num * 2 * inner, hidden), (block.num * hidden, inner)
+
+
+def stored_stacks(gate_up: Codes, down: Codes, block: Experts, build: Build) -> tuple[Stack, Stack]:
+    """Both stacks, to be filled with stored codes."""
+    first, last = stack_shapes(block)
+    return StoredPackedWeight(gate_up, *first, build), StoredPackedWeight(down, *last, build)
 
 
 def _packed(codes: Codes) -> Make:
@@ -185,8 +244,8 @@ def choose_format(
                 f"--quantization {asked}: {files.name} is quantized already, as {held.method}.",
                 "Leave --quantization out, or use the unquantized model.",
             )
-        if held.method == "mxfp4":
-            return DENSE
+        if held.method == "mxfp4" and asked is None and spec.device == "cpu":
+            return DENSE  # decoded: there is no kernel to be fast with
         for scheme in held.schemes():
             _check_device(scheme.kind, held.method, spec)
         return CheckpointFormat(held, files, rename)
@@ -204,12 +263,7 @@ def choose_format(
             f"Leave it out, or use one of {', '.join(ON_LOAD)}.",
         )
     _check_device(asked, asked, spec)
-    if any(isinstance(layer.mlp, MoE) for layer in decoder.layers):
-        raise UsageError(
-            f"--quantization {asked} does not cover mixtures of experts, whose experts hold nearly all weights.",
-            "Run this model without --quantization.",
-        )
-    return OnLoadFormat(ON_LOAD[asked])
+    return OnLoadFormat(asked)
 
 
 def _check_device(kind: str, method: str, spec: OpSpec) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from octavo.model.blocks import Linear, Part
+from octavo.model.blocks import Experts, Linear, Part
 from octavo.model.layers.load import Cut, LoadItem
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class DenseFormat:
     ) -> DenseWeight:
         """See ``WeightFormat``."""
         return DenseWeight(block.out_features, block.in_features, build)
+
+    def allocate_experts(self, block: Experts, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
+        """See ``WeightFormat``."""
+        return
 
 
 DENSE = DenseFormat()

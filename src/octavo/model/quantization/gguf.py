@@ -49,7 +49,8 @@ class GgufCodes:
     def read(self, stored: Mapping[str, Tensor], rows: Tensor, inputs: int) -> Rows:
         """See ``Codes``."""
         kind = GGUF_TYPES_BY_NAME[self.kind][1]
-        raw = shaped(stored, "blocks", -1, inputs // kind.block * kind.nbytes, kind=torch.uint8)[rows]
+        blocks = shaped(stored, "blocks", -1, inputs // kind.block * kind.nbytes, kind=torch.uint8)
+        raw = blocks[rows.to(blocks.device)].to(rows.device)
         blocks = raw.view(len(rows), -1, kind.nbytes)
         if kind.block == 256:
             return _q6_k(blocks) if self.kind == "Q6_K" else _k(blocks, fifth=self.kind == "Q5_K")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from octavo.device.ops.packed import Layout
-from octavo.model.blocks import Part
-from octavo.model.layers.load import Cut, LoadItem
-from octavo.model.quantization.packed import PackedWeight, Rows, choose_width, zero_fields
+from octavo.model.quantization.packed import LoadedPackedWeight, Rows, choose_width, zero_fields
 
 if TYPE_CHECKING:
     from octavo.model.layers.build import Build
@@ -54,19 +51,12 @@ def quantize_groups(values: Tensor, group: int) -> Rows:
     return Rows(codes.view(rows, inputs).to(torch.uint8), fields)
 
 
-class Int4Weight(PackedWeight):
-    """See ``PackedWeight``."""
+class Int4Weight(LoadedPackedWeight):
+    """See ``LoadedPackedWeight``."""
 
     def __init__(self, out_features: int, in_features: int, build: Build) -> None:
         super().__init__(int4_layout(in_features), out_features, in_features, build)
 
-    def item(self, hf: str, gguf: str, rows: slice, part: Part, cut: Cut | None) -> LoadItem:
-        """See ``Weight``; the loader quantizes into it, some rows at a time."""
-        shape = torch.empty((part.out_features, self.packed.inputs), dtype=torch.float32, device="meta")
-        home = self.packed.words[:, rows]
-        return LoadItem(hf, gguf, shape, part, cut=cut, home=home, store=partial(self.store, rows.start))
-
-    def store(self, first: int, rows: slice, values: Tensor) -> None:
-        """Quantize float32 values into rows, counted from ``first`` on."""
-        place = slice(first + rows.start, first + rows.stop)
-        self.put(place, quantize_groups(values, self.packed.layout.group))
+    def quantize(self, values: Tensor) -> Rows:
+        """See ``LoadedPackedWeight``."""
+        return quantize_groups(values, self.packed.layout.group)

@@ -6,6 +6,7 @@ share is here: rows in our order, this rank's part, cuts on group boundaries, so
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +89,24 @@ class PackedWeight:
             packed.outer[:, place] = join_fields(rows.outer, packed.outer.shape[0])
 
 
+class LoadedPackedWeight(PackedWeight, ABC):
+    """Quantized while plain values are loaded."""
+
+    def item(self, hf: str, gguf: str, rows: slice, part: Part, cut: Cut | None) -> LoadItem:
+        """See ``Weight``; the loader quantizes into it, some rows at a time."""
+        shape = torch.empty((rows.stop - rows.start, self.packed.inputs), dtype=torch.float32, device="meta")
+        home = self.packed.words[:, rows]
+        return LoadItem(hf, gguf, shape, part, cut=cut, home=home, store=partial(self.store, rows.start))
+
+    def store(self, first: int, rows: slice, values: Tensor) -> None:
+        """Quantize float32 values into rows, counted from ``first`` on."""
+        self.put(slice(first + rows.start, first + rows.stop), self.quantize(values))
+
+    @abstractmethod
+    def quantize(self, values: Tensor) -> Rows:
+        """Codes and scales of rows of float32."""
+
+
 class StoredPackedWeight(PackedWeight):
     """Read as a format stores it."""
 
@@ -98,21 +117,41 @@ class StoredPackedWeight(PackedWeight):
 
     def item(self, hf: str, gguf: str, rows: slice, part: Part, cut: Cut | None) -> LoadItem:
         """See ``Weight``."""
+        return self.rows_item(hf, gguf, rows, part, cut)
+
+    def rows_item(
+        self,
+        hf: str,
+        gguf: str,
+        rows: slice,
+        part: Part,
+        cut: Cut | None,
+        index: Tensor | None = None,
+    ) -> StoredMatrix:
+        """The same; ``index`` says which stored rows these are, where ``part`` and ``cut`` do not."""
         names = hf.removesuffix(".weight"), gguf.removesuffix(".weight")
         return StoredMatrix(
             hf,
             gguf,
-            torch.empty((part.out_features, self.packed.inputs), dtype=torch.uint8, device="meta"),
+            torch.empty((rows.stop - rows.start, self.packed.inputs), dtype=torch.uint8, device="meta"),
             part,
             cut=cut,
             home=self.packed.words[:, rows],
             sources=self.codes.sources(*names),
-            take=partial(self.take, names[0], rows.start, part, cut),
+            take=partial(self.take, names[0] or names[1], rows, part, cut, index),
             randomize=partial(self.randomize, rows),
         )
 
-    def take(self, name: str, first: int, part: Part, cut: Cut | None, stored: Mapping[str, Tensor]) -> None:
-        """Fill the rows from ``first`` on from a checkpoint's tensors, some at a time, on the device."""
+    def take(
+        self,
+        name: str,
+        place: slice,
+        part: Part,
+        cut: Cut | None,
+        index: Tensor | None,
+        stored: Mapping[str, Tensor],
+    ) -> None:
+        """Fill rows from a checkpoint's tensors, some at a time, on the device."""
         layout, device = self.packed.layout, self.packed.words.device
         chosen = range(self.packed.inputs)
         if cut is not None and cut.dim == 1:
@@ -121,21 +160,23 @@ class StoredPackedWeight(PackedWeight):
         bias = stored.get("zero_bias")
         if bias is not None and bias.any():
             raise ModelFileError(f"{name}.bias is not zero, but the architecture has no such bias.", AGAIN)
-        here = {key: tensor.to(device) for key, tensor in stored.items()}
+        # Blocks lie row by row: those of a stack of experts are moved as they are needed.
+        here = {key: tensor if key == "blocks" else tensor.to(device) for key, tensor in stored.items()}
         order = self.codes.order(here, total)
         if total != len(chosen):
             check_cut(name, layout, chosen, order)
-        self._set_order(name, order, first)
-        index = stored_rows(part, cut, gguf="blocks" in stored).to(device)
+        self._set_order(name, order)
+        if index is None:
+            index = stored_rows(part, cut, gguf="blocks" in stored)
+        index = index.to(device)
         step = max(1, CODES_AT_ONCE // total)
         for start in range(0, len(index), step):
             ids = index[start : start + step]
             found = self.codes.read(here, ids, total)
-            self.put(
-                slice(first + start, first + start + len(ids)), cut_rows(found, layout, chosen, total, order)
-            )
+            first = place.start + start
+            self.put(slice(first, first + len(ids)), cut_rows(found, layout, chosen, total, order))
 
-    def _set_order(self, name: str, order: Tensor | None, first: int) -> None:
+    def _set_order(self, name: str, order: Tensor | None) -> None:
         """All parts of a fused matrix see the same input, so they must be in the same order."""
         known = self.packed.order
         same = known is order or (known is not None and order is not None and torch.equal(known, order))

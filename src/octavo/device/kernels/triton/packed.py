@@ -26,7 +26,7 @@ WRITE_OUT_ELEMENTS = 1 << 25  # 64 MiB of bfloat16
 BLOCKS = (8, 16, 32, 64, 128)  # tokens of a tile
 TARGET_PROGRAMS = 512  # a few on every multiprocessor of a large GPU
 MAX_SPLITS = 16
-CODES = {"int": 0, "e2m1": 1, "nf4": 2}
+CODES = {"int": 0, "e2m1": 1, "nf4": 2, "e4m3": 3}
 SCALES = {"zero": 0, "pair": 1, "minimum": 2, "k": 3, "bytes": 4, "e4m3": 5, "float": 6}
 GROUPS_IN_WORD = (1, 2, 1, 2, 4, 4, 1)
 
@@ -110,7 +110,11 @@ def _codes(
     KIND: tl.constexpr,
 ):
     """The codes at one place of all words: base + code, or the value of a small float; NF4 and bytes as float32."""
-    if BITS == 8:
+    if CODE == 3:
+        # Sign, four bits of exponent, three of mantissa; 2^120 makes up for the other bias.
+        byte = words >> (PLACE * 8)
+        return (((byte & 0x7F) << 20) | ((byte & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    elif BITS == 8:
         return ((words >> (PLACE * 8)) & 0xFF).to(tl.float32)
     elif CODE == 2:
         return _nf4((words >> (PLACE // 2 * 4 + PLACE % 2 * 16)) & 0xF)
