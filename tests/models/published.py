@@ -194,7 +194,7 @@ def nf4(nested: bool) -> Packer:
     def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         parts = weight.reshape(-1, 64)
         absmax = parts.abs().amax(-1)
-        stored: dict[str, Tensor] = {"weight.quant_map": NF4_TABLE}
+        stored: dict[str, Tensor] = {"weight.quant_map": NF4_TABLE.clone()}
         state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "shape": list(weight.shape)}
         if nested:
             offset, table = absmax.mean(), torch.linspace(-1, 1, 256)

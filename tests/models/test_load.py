@@ -153,13 +153,13 @@ def mxfp4_model(folder: Path, name: str = "gpt_oss") -> tuple[Any, dict[str, tor
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     table = torch.cat((table, -table))
     for i, layer in enumerate(model.model.layers):
-        for name in ("gate_up_proj", "down_proj"):
-            experts, inputs, rows = getattr(layer.mlp.experts, name).shape
+        for kind in ("gate_up_proj", "down_proj"):
+            experts, inputs, rows = getattr(layer.mlp.experts, kind).shape
             codes = torch.randint(0, 16, (experts, rows, inputs // 32, 32), generator=generator)
             scales = torch.randint(121, 126, (experts, rows, inputs // 32), generator=generator)
             wide = (table[codes] * 2.0 ** (scales.unsqueeze(-1) - 127.0)).view(experts, rows, inputs)
-            getattr(layer.mlp.experts, name).data.copy_(wide.transpose(1, 2))
-            prefix = f"model.layers.{i}.mlp.experts.{name}"
+            getattr(layer.mlp.experts, kind).data.copy_(wide.transpose(1, 2))
+            prefix = f"model.layers.{i}.mlp.experts.{kind}"
             del tensors[prefix]
             tensors[f"{prefix}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
             tensors[f"{prefix}_scales"] = scales.to(torch.uint8)
