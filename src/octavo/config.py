@@ -82,6 +82,12 @@ class CacheOptions:
     )
     num_gpu_blocks_override: int | None = option(None, "Number of pages, for tests.")
     enable_prefix_caching: bool = option(True, "Keep pages of earlier prompts and reuse them.")
+    kv_cache_dtype: str = option(
+        "auto",
+        "Type of cached keys and values: auto: that of activations; fp8: half of its bytes (GPUs of compute capability 8.9 "
+        "or later).",
+        ("auto", "fp8", "fp8_e4m3"),
+    )
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,7 @@ class Resolved:
     scheduling_policy: str
     max_queue_len: int
     seed: int
+    kv_cache_dtype: str = "auto"  # or fp8
 
 
 GIB = 1 << 30
@@ -289,6 +296,7 @@ def resolve(options: EngineOptions, hardware: Hardware, limits: ModelLimits) -> 
         scheduling_policy=scheduler.scheduling_policy,
         max_queue_len=scheduler.max_queue_len,
         seed=model.seed,
+        kv_cache_dtype="auto" if cache.kv_cache_dtype == "auto" else "fp8",
     )
 
 

@@ -25,7 +25,8 @@ def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) 
         return "torch"
     if device.cpu_backend == "torch" or options.model.dtype not in ("auto",):
         return "torch"
-    if options.model.quantization in ON_LOAD:  # none is a type of the compiled kernels
+    # None of these types is one of the compiled kernels'.
+    if options.model.quantization in ON_LOAD or options.cache.kv_cache_dtype != "auto":
         return "torch"
     return "torch" if supports(describe(arch), files) else "compiled"
 

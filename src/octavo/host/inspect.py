@@ -90,9 +90,11 @@ def layer_kind(layer: Layer) -> str:
     return f"{mixer} + {type(layer.mlp).__name__}"
 
 
-def cache_groups(spec: DecoderSpec, page_size: int, element_bytes: int) -> Iterator[Finding]:
+def cache_groups(
+    spec: DecoderSpec, page_size: int, element_bytes: int, kv_bytes: int | None = None
+) -> Iterator[Finding]:
     """Each group's kind, layers and bytes."""
-    layout = plan_layout(cache_specs(spec, page_size, element_bytes))
+    layout = plan_layout(cache_specs(spec, page_size, element_bytes, kv_bytes))
     for index, group in enumerate(layout.groups):
         kind = group.spec
         size = getattr(kind, "window", 0) or getattr(kind, "chunk", 0)

@@ -146,7 +146,8 @@ class Planner:
 
     def layout(self, spec: DecoderSpec, resolved: Resolved) -> CacheLayout:
         """The cache of a part of the model."""
-        return plan_layout(cache_specs(spec, resolved.page_size, ELEMENT_BYTES[resolved.dtype]))
+        kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
+        return plan_layout(cache_specs(spec, resolved.page_size, ELEMENT_BYTES[resolved.dtype], kv_bytes))
 
     def case(self, gpu: GPU, scheme: Scheme, size: int, options: EngineOptions | None = None) -> Case:
         """The answer for ``size`` such cards."""

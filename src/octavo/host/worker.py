@@ -64,7 +64,9 @@ def build_rank(
     timeline.end("joining")
     options = replace(options, device=replace(options.device, threads=threads))
     files = host.open_files(options)
-    return build_torch(options, files, architecture(options.model, files), timeline, progress, platform, world), cards
+    return build_torch(
+        options, files, architecture(options.model, files), timeline, progress, platform, world
+    ), cards
 
 
 def compare(world: World, platform: Platform, index: int, num_local: int) -> str:

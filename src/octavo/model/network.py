@@ -14,7 +14,7 @@ from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch
 from octavo.model.blocks import DecoderSpec
 from octavo.model.cache import CachePlace
-from octavo.model.layers.build import ALONE, Build, Ranks
+from octavo.model.layers.build import ALONE, AS_RUN, Build, CacheType, Ranks
 from octavo.model.layers.decoder import DecoderLayer
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import LoadItem
@@ -53,13 +53,14 @@ class Network:
         ranks: Ranks = ALONE,
         weight_format: WeightFormat = DENSE,
         pipe: Pipe = NO_PIPE,
+        cache_type: CacheType = AS_RUN,
     ) -> None:
         """Parameters are allocated on ``device``, uninitialized; ``load`` fills them. Where ``ranks.size`` > 1,
         ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections. A stage that
         is not the first or not the last needs its ``pipe``."""
         self.spec = spec
         self.pipe = pipe
-        build = Build(dtype, device, binder, op_spec, max_position, ranks)
+        build = Build(dtype, device, binder, op_spec, max_position, ranks, cache_type=cache_type)
         embedding = spec.embedding
         tied = spec.head is None and spec.is_last
         self.embedding = build.empty(embedding.vocab_size if spec.is_first or tied else 0, embedding.hidden)
