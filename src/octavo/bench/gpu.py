@@ -150,7 +150,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantization", default=None, help="store weights in fewer bits: fp8")
+    parser.add_argument("--quantization", default=None, help="store weights in fewer bits: fp8, int8, int4")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="fp8: half the bytes of a bfloat16 cache")
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     return parser.parse_args(argv)
 
@@ -205,6 +206,7 @@ def main(argv: list[str]) -> int:
         max_num_batched_tokens=max([8192, *numbers(args.prefill)]),
         dtype=args.dtype,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
     )
     platform = open_platform("cuda")
     name = platform.hardware().name

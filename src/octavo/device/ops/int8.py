@@ -24,11 +24,11 @@ def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, K] times (weight [N, K] int8, row n times scale [N]) transposed, plus bias [N]: [T, N] in x's type.
 
-    The rows of x are quantized as ``quantize_rows_int8`` does (dynamic, one scale a token); sums are exact.
+    The rows of x are quantized as ``quantize_rows_int8`` does (dynamic, one scale a token); sums are in float32, exact up to
+    2^24 (GPU implementations: up to 2^31).
     """
     tokens, token_scale = quantize_rows_int8(x)
-    sums = tokens.double() @ weight.double().t()  # whole numbers below 2^53
-    y = sums.float() * token_scale.unsqueeze(-1) * scale
+    y = (tokens.float() @ weight.float().t()) * token_scale.unsqueeze(-1) * scale
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 

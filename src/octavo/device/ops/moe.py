@@ -134,5 +134,7 @@ def experts_packed(
 ROUTE = Op("route", route, triton_rows("moe:route"))
 EXPERTS = Op("experts", experts, triton_rows("moe:GroupedExperts", factory=True))
 EXPERTS_PACKED = Op(
-    "experts_packed", experts_packed, triton_rows("moe_packed:GroupedPackedExperts", factory=True)
+    "experts_packed",
+    experts_packed,
+    triton_rows("moe_packed:GroupedPackedExperts", "GroupedPackedExpertsHopper", factory=True),
 )

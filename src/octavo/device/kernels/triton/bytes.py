@@ -134,7 +134,7 @@ class BytesLinear:
     ) -> Tensor:
         (tokens, size), outputs = x.shape, weight.shape[0]
         out = torch.empty((tokens, outputs), dtype=dtype, device=x.device)
-        block_n, warps, stages = (64, 4, 5) if block <= 16 else (128, 4, 4) if block <= 64 else (128, 8, 4)
+        block_n, warps, stages = (64, 4, 5) if block <= 16 else (128, 4, 4) if block <= 64 else (128, 8, 3)
         steps = triton.cdiv(size, BLOCK_K)
         columns, rows = triton.cdiv(outputs, block_n), triton.cdiv(tokens, block)
         per_split = triton.cdiv(steps, max(1, min(MAX_SPLITS, steps, TARGET_PROGRAMS // (columns * rows))))

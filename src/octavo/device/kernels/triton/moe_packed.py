@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.device.kernels.triton.moe import ACTIVATIONS, _gated, block_rows, sorted_rows
-from octavo.device.kernels.triton.packed import SKINNY, constants, packed_products
+from octavo.device.kernels.triton.packed import SKINNY, constants, packed_products, tile
 
-BLOCKS = (16, 32, 64, 128)
+BLOCKS = (16, 32, 64)
+LARGE_BLOCKS = (*BLOCKS, 128)
 
 
 @triton.jit(do_not_specialize=["count", "M"])
@@ -68,7 +69,8 @@ class GroupedPackedExperts:
     The first call runs one token through every block size, so that none compiles later, whatever a step's size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, large: bool = False) -> None:
+        self.blocks = LARGE_BLOCKS if large else BLOCKS
         self.ready = False
 
     def __call__(
@@ -90,11 +92,18 @@ class GroupedPackedExperts:
         options = {"ACTIVATION": ACTIVATIONS[activation], "ALPHA": alpha, "LIMIT": limit}
         matrices = (gate_up, down, gate_up_bias, down_bias)
         if not self.ready:
-            for block in BLOCKS:
+            for block in self.blocks:
                 _two_products(block, x[:1], ids[:1], weights[:1], matrices, options, partial)
             self.ready = True
-        block = block_rows(ids.numel(), down.outputs // gate_up.inputs)
+        block = min(block_rows(ids.numel(), down.outputs // gate_up.inputs), max(self.blocks, default=128))
         return _two_products(block, x, ids, weights, matrices, options, partial)
+
+
+class GroupedPackedExpertsHopper(GroupedPackedExperts):
+    """With larger tiles for many tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(large=True)
 
 
 def _two_products(
@@ -131,7 +140,7 @@ def _product(
     options: dict[str, Any],
 ) -> None:
     few = block <= SKINNY
-    block_n, warps, stages = (64, 2, 3) if few else (64, 4, 3) if block <= 64 else (128, 8, 3)
+    block_n, warps, stages = tile(block)
     _experts_kernel[(order[1].numel(), triton.cdiv(out.shape[1], block_n))](
         out, x, weight.words, weight.high, weight.scale, weight.outer, bias, share, *order, count, x.shape[0],
         weight.outputs, weight.inputs, weight.words.shape[0], x.stride(0), **constants(weight.layout), FEW=few,
