@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from octavo import host
 from octavo.config import EngineOptions
 from octavo.engine.core import EngineCore
@@ -103,8 +105,11 @@ def main(rank: int, size: int, folder: Path) -> None:
     from octavo.device.distributed.cards import check_cards, cuda_card
     from octavo.device.distributed.world import Meeting, join
     from octavo.device.platform.select import open_platform
-    from octavo.host.torch_engine import build
+    from octavo.host import torch_engine
 
+    # Tiny models compile what they meet; the whole warm-up of each would take minutes for all of them.
+    torch_engine.warm = lambda runner, max_model_len: 0
+    torch.backends.cuda.matmul.allow_tf32 = False
     jobs = json.loads((folder / "jobs.json").read_text())
     first = options(**jobs[0])
     platform = open_platform(first.device.device, threads=1, index=rank)
@@ -116,7 +121,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     for job in jobs:
         chosen = options(**job)
         files = host.open_files(chosen)
-        built = build(chosen, files, read_arch(files), Timeline.start(), quiet, platform, world)
+        built = torch_engine.build(chosen, files, read_arch(files), Timeline.start(), quiet, platform, world)
         settings = EngineSettings.of(built.resolved, vocab_size=built.arch.vocab_size)
         core = EngineCore(InlineExecutor(built.runner), settings)
         results.append(answers(core))

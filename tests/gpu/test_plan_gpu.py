@@ -51,7 +51,7 @@ def test_weights_and_cache_of_every_family(family: str, tmp_path: Path) -> None:
     )
     weights = torch.cuda.memory_allocated()
     count = len(network.items())
-    planned = footprint.weight_bytes(spec, footprint.DENSE, 2) + footprint.rope_bytes(spec, 512)
+    planned = footprint.weight_bytes(spec, footprint.DENSE, 2) + footprint.position_bytes(spec, 512)
     assert planned == pytest.approx(weights - before, rel=0.05, abs=BLOCK * count)
     layout = plan_layout(cache_specs(spec, 16, 2))
     pages = PageMemory(layout, 512, platform.device)

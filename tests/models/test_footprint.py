@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import PAGE
-from test_parity import BASE, FOREIGN, ROWS, transformers
+from test_parity import BASE, FOREIGN, ROWS, TEXT, transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.device.ops.bind import Binder, OpSpec
@@ -19,11 +19,13 @@ from octavo.model import footprint
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.blocks import DecoderSpec, MoE
 from octavo.model.describe import cache_specs, describe
+from octavo.model.layers import latent
 from octavo.model.layers.build import Ranks
 from octavo.model.network import Network
 from octavo.model.quantization.choose import choose_format
 from octavo.model.read_arch import from_hf, read_arch
 from octavo.model.shard import shard
+from octavo.model.stage import cut
 from octavo.runner.pages import PageMemory
 
 MAX_POSITION = 128
@@ -33,7 +35,7 @@ def spec_of(name: str, folder: Path) -> DecoderSpec:
     """The blocks of a row of the parity table, from its configuration alone."""
     family, extra = ROWS[name]
     base = {key: value for key, value in BASE.items() if key not in FOREIGN.get(family, ())}
-    config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    config_class = getattr(transformers, f"{family}TextConfig" if family in TEXT else f"{family}Config")
     config_class(**{**base, **extra}).save_pretrained(folder)
     return describe(read_arch(open_dummy(folder)))
 
@@ -44,11 +46,12 @@ def build(
     quantization: str | None = None,
     ranks: int = 1,
     binder: Binder | None = None,
+    local: DecoderSpec | None = None,
 ) -> Network:
     op_spec = OpSpec("cpu", str(dtype).removeprefix("torch."))
     nobody = Ranks(0, ranks, lambda x: x, lambda x: x)
     return Network(
-        shard(spec, ranks),
+        local or shard(spec, ranks),
         dtype=dtype,
         device=torch.device("cpu"),
         binder=binder or Binder(),
@@ -70,7 +73,7 @@ def allocated(network: Network) -> tuple[int, int]:
             return
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            kept = tables if name == "cos_sin" else weights
+            kept = tables if name in ("cos_sin", "temperatures") else weights
             kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, list | tuple):
             for item in value:
@@ -89,12 +92,25 @@ def test_weights_are_exact(name: str, tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weights, tables = allocated(build(spec, dtype))
         assert footprint.weight_bytes(spec, footprint.DENSE, dtype.itemsize) == weights
-        assert footprint.rope_bytes(spec, MAX_POSITION) == tables
+        assert footprint.position_bytes(spec, MAX_POSITION) == tables
     weights, _ = allocated(build(spec, torch.bfloat16, ranks=2))
     assert footprint.weight_bytes(shard(spec, 2), footprint.DENSE, 2) == weights
     if not any(isinstance(layer.mlp, MoE) for layer in spec.layers):
         weights, _ = allocated(build(spec, torch.bfloat16, "fp8"))
         assert footprint.weight_bytes(spec, footprint.FP8, 2) == weights
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss", "qwen2_moe"])
+def test_stages_and_experts_apart_are_exact(name: str, tmp_path: Path) -> None:
+    spec = spec_of(name, tmp_path)
+    for stage in range(2):
+        part = cut(spec, stage, 2)
+        weights, _ = allocated(build(part, torch.bfloat16))
+        assert footprint.weight_bytes(part, footprint.DENSE, 2) == weights
+    if any(isinstance(layer.mlp, MoE) for layer in spec.layers):
+        apart = shard(spec, 2, expert_parallel=True)
+        weights, _ = allocated(build(spec, torch.bfloat16, ranks=2, local=apart))
+        assert footprint.weight_bytes(apart, footprint.DENSE, 2) == weights
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -114,6 +130,10 @@ def test_parameters_are_those_of_the_reference(name: str, tmp_path: Path) -> Non
         )
     count = sum(parameter.numel() for parameter in set(model.parameters()))
     assert footprint.num_parameters(spec) == count
+
+
+def test_the_workspace_of_latent_layers_is_that_of_the_layers() -> None:
+    assert footprint.LATENT_WORK_BYTES == latent.WORK_BYTES
 
 
 def test_published_sizes() -> None:

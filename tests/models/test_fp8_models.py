@@ -29,6 +29,7 @@ from octavo.model.describe import describe
 from octavo.model.layers import load
 from octavo.model.layers.build import ALONE, Ranks
 from octavo.model.layers.linear import LinearLayer
+from octavo.model.layers.norm import NormLayer
 from octavo.model.network import Network
 from octavo.model.quantization import fp8
 from octavo.model.quantization.choose import choose_format
@@ -202,3 +203,34 @@ def test_the_option_reaches_the_model(tmp_path: Path) -> None:
     built = host.build_runner(options, files)
     assert built.kernels["linear_fp8"] == "reference x12"
     assert built.kernels["linear"] == "reference x2"  # the head, and what a tied embedding would use
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen3", "gemma2", "phi3", "gpt2", "cohere"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_joined_layers_compute_what_the_parts_do(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Norms and activations that quantize for the product behind them, and apply the scales of the one before: equal
+    to the bit to each part alone."""
+    oracle(name, tmp_path)
+    files = open_model(str(tmp_path))
+    joined = Driver(files, dtype=dtype, quantization="fp8")
+    apart = Driver(files, dtype=dtype, quantization="fp8")
+    quantizing = leaving = 0
+    for layer in joined.network.layers:
+        norms = [norm for norm in (layer.input_norm, layer.pre_mlp_norm) if isinstance(norm, NormLayer)]
+        quantizing += sum(norm.next is not None for norm in norms)
+        leaving += bool(layer.attention.leaves_scales) + bool(getattr(layer.mlp, "leaves_scales", False))
+    for layer in apart.network.layers:
+        for norm in (layer.input_norm, layer.pre_mlp_norm):
+            if isinstance(norm, NormLayer):
+                norm.next = None
+        layer.attention.leaves_scales = False
+        layer.mlp.leaves_scales = False
+        layer.mlp.act_mul_fp8 = None
+    if name in ("llama", "qwen3", "phi3"):
+        assert (quantizing, leaving) == (6, 6)
+    elif name != "llama-bias":  # norms after the branches, parallel branches, norms of another kind
+        assert leaving == 0
+    rows = [joined.row(), joined.row()], [apart.row(), apart.row()]
+    for tokens in ([[1, 2, 3], [4]], [[5], [6, 7, 8, 9]], [[3], [3]]):
+        for ours, theirs in zip(joined.step(rows[0], tokens), apart.step(rows[1], tokens), strict=True):
+            assert torch.equal(ours, theirs)

@@ -14,7 +14,7 @@ import torch
 from harness import Driver
 
 from octavo.errors import ModelFileError, UnsupportedModelError
-from octavo.files.gguf_write import write_gguf
+from octavo.files.gguf_write import StoredTensor, write_gguf
 from octavo.files.resolve import open_model
 from octavo.model.describe import describe
 from octavo.model.read_arch import read_arch
@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -89,7 +89,7 @@ FOREIGN = {  # keys of BASE that a family does not have
 }  # fmt: skip
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
-    "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-linear": (
         "Llama",
@@ -266,7 +266,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3": (
         "DeepseekV3",
-        {**MLA, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "rope_parameters": YARN_LATENT},
+        {
+            **MLA,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN_LATENT, "mscale": 1.3},
+        },
     ),
     "deepseek_v3-halves": (  # one group, as Kimi-K2
         "DeepseekV3",
@@ -279,11 +285,41 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 0,
         },
     ),
+    "deepseek_v32": (  # fewer keys than the prompts have
+        "DeepseekV32",
+        {
+            **MLA,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "index_n_heads": 16,  # with few heads many scores are exactly 0, and who is chosen among them is nobody's business
+            "index_head_dim": 16,
+            "index_topk": 7,
+        },
+    ),
+    "deepseek_v32-all": ("DeepseekV32", {**MLA, "n_group": 1, "topk_group": 1, "index_head_dim": 24, "index_n_heads": 2}),
     "glm4_moe_lite": ("Glm4MoeLite", MLA),
     "llama4_text": ("Llama4", LLAMA4),  # Scout
     "llama4_text-dense": (  # Maverick: every second layer is dense, no norm of queries and keys
         "Llama4",
         {**LLAMA4, "interleave_moe_layer_step": 2, "use_qk_norm": False, "rope_parameters": LLAMA3},
+    ),
+    "arcee": ("Arcee", {}),
+    "arcee-bias": ("Arcee", {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True}),
+    "nemotron": ("Nemotron", {}),
+    "nemotron-bias": ("Nemotron", {"mlp_bias": True, "attention_bias": True, "head_dim": 32}),
+    "exaone4": ("Exaone4", {"sliding_window": 8, "num_hidden_layers": 5}),
+    "exaone4-full": (
+        "Exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "rope_parameters": LLAMA3},
+    ),
+    "dots1": (
+        "Dots1",
+        {**GLM, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
+    ),
+    "dots1-groups": (
+        "Dots1",
+        {**GLM, "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "norm_topk_prob": True},
     ),
     "gpt_oss": ("GptOss", GPT_OSS),
     "gpt_oss-limits": (  # low enough to clamp often
@@ -385,16 +421,29 @@ GGUF_NAMES = {
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",  # phi3 leaves them fused, under this name
     "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
+}
+SANDWICH = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 NORMS = {
     "llama": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
-    "gemma3": {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-    },
+    "gemma2": SANDWICH,
+    "gemma3": SANDWICH,
+    "gpt-oss": {"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"},
 }
+
+
+def gpt_oss_experts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """Gate and up, which alternate in the last dimension, apart; matrices as [E, out, in]."""
+    kind = "bias" if name.endswith("_bias") else "weight"
+    turned = array if kind == "bias" else array.swapaxes(1, 2)
+    if "down_proj" in name:
+        return {f"ffn_down_exps.{kind}": turned}
+    return {f"ffn_{part}_exps.{kind}": turned[:, i::2] for i, part in enumerate(("gate", "up"))}
 
 
 def to_gguf(model: Any, architecture: str, path: Path) -> None:
@@ -408,6 +457,14 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
             array = array + 1
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
+            if rest == "self_attn.sinks":
+                tensors[f"blk.{layer}.attn_sinks.weight"] = array
+                continue
+            if ".experts." in rest and architecture == "gpt-oss":
+                tensors |= {
+                    f"blk.{layer}.{name}": value for name, value in gpt_oss_experts(rest, array).items()
+                }
+                continue
             if ".experts." in rest:
                 halves = {"gate": array[:, : array.shape[1] // 2], "up": array[:, array.shape[1] // 2 :]}
                 for part, rows in halves.items() if "gate_up" in rest else [("down", array)]:
@@ -456,8 +513,16 @@ def to_gguf(model: Any, architecture: str, path: Path) -> None:
         metadata[f"{architecture}.expert_feed_forward_length"] = getattr(
             config, "moe_intermediate_size", config.intermediate_size
         )
-    if config.model_type in ("phi3", "mixtral") and config.sliding_window:
+    if config.model_type in ("phi3", "mixtral", "gemma2", "gpt_oss") and config.sliding_window:
         metadata[f"{architecture}.attention.sliding_window"] = config.sliding_window
+    if getattr(config, "rope_parameters", {}).get("rope_type") == "yarn":
+        metadata[f"{architecture}.rope.scaling.type"] = "yarn"
+        metadata[f"{architecture}.rope.scaling.factor"] = config.rope_parameters["factor"]
+        original = config.rope_parameters["original_max_position_embeddings"]
+        metadata[f"{architecture}.rope.scaling.original_context_length"] = original
+    if architecture == "gemma2":
+        metadata["gemma2.attn_logit_softcapping"] = config.attn_logit_softcapping
+        metadata["gemma2.final_logit_softcapping"] = config.final_logit_softcapping
     write_gguf(path, metadata, {k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()})
 
 
@@ -470,13 +535,18 @@ GGUF_ROWS = {
     "phi3-long": "phi3",
     "qwen3_moe-all": "qwen3moe",
     "mixtral-full": "llama",
+    "qwen2": "qwen2",
+    "qwen2-yarn": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2-softcaps": "gemma2",
+    "gpt_oss": "gpt-oss",
 }
 
 
 @pytest.mark.parametrize(("name", "architecture"), GGUF_ROWS.items())
 def test_gguf_logits(name: str, architecture: str, tmp_path: Path) -> None:
     model = oracle(name, tmp_path / "hf")
-    if architecture == "gemma3":  # GGUF does not say the scale; the reader takes the head's size
+    if architecture in ("gemma2", "gemma3"):  # GGUF does not say the scale; the reader takes the head's size
         head_dim = model.model.layers[0].self_attn.head_dim
         for layer in model.model.layers:
             layer.self_attn.scaling = head_dim**-0.5
@@ -484,6 +554,31 @@ def test_gguf_logits(name: str, architecture: str, tmp_path: Path) -> None:
     driver = Driver(open_model(str(tmp_path / "model.gguf")))
     ids = prompts(4)[0]
     close(driver.step([driver.row()], [ids])[0], expected(model, ids))
+
+
+def test_gguf_mxfp4_experts_are_decoded_as_the_reference_does(tmp_path: Path) -> None:
+    import gguf
+
+    model = oracle("gpt_oss", tmp_path / "hf")
+    to_gguf(model, "gpt-oss", tmp_path / "plain.gguf")
+    plain = open_model(str(tmp_path / "plain.gguf"))
+    kind = gguf.GGMLQuantizationType.MXFP4
+    packed: dict[str, Any] = {}
+    values: dict[str, np.ndarray] = {}
+    for name, info in plain.tensors.items():
+        array = plain.read(name).view(np.float32).reshape(info.shape)
+        packed[name] = values[name] = array
+        if "_exps.weight" in name:
+            raw = gguf.quantize(array, kind)
+            values[name] = gguf.dequantize(raw, kind).reshape(info.shape)
+            packed[name] = StoredTensor("MXFP4", info.shape, raw.reshape(-1).view(np.uint8))
+    metadata = {key: value for key, value in plain.config.items() if not key.startswith("GGUF.")}
+    write_gguf(tmp_path / "packed.gguf", metadata, packed)
+    write_gguf(tmp_path / "values.gguf", metadata, values)
+    ids = prompts(4)[0]
+    drivers = [Driver(open_model(str(tmp_path / f"{name}.gguf"))) for name in ("packed", "values")]
+    ours, theirs = (driver.step([driver.row()], [ids])[0] for driver in drivers)
+    assert torch.equal(ours, theirs) and ours.std() > 0.1
 
 
 def test_unknown_architecture_names_the_nearest(tmp_path: Path) -> None:

@@ -132,17 +132,15 @@ def test_a_token_has_the_same_bits_in_every_batch(dtype: str) -> None:
 # The other targets' code is built with llvmlite alone, so that this processor runs what it would not choose.
 
 
-def build(
-    target: Target, form: formats.PanelFormat, triple: str | None = None, cpu: str = "", features: str = ""
-) -> Any:
-    """(engine or assembly) of a target's kernel; an execution engine where ``triple`` is None."""
+def build_body(body: Any, triple: str | None = None, cpu: str = "", features: str = "") -> Any:
+    """(engine or assembly) of ``kernel``, whose code ``body(builder, arguments)`` writes; an engine without ``triple``."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     module = ir.Module()
     module.triple = triple or llvm.get_process_triple()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [vector.I64] * 3), "kernel")
     b = ir.IRBuilder(function.append_basic_block())
-    linear._emit_panels(b, target, form, linear.load_args(b, function.args[0], 13), *function.args[1:])
+    body(b, function.args)
     b.ret_void()
     if triple is not None:
         llvm.initialize_all_targets()
@@ -155,6 +153,15 @@ def build(
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
     engine.finalize_object()
     return engine
+
+
+def build(target: Target, form: formats.PanelFormat, *machine: str) -> Any:
+    """A target's kernel of one format."""
+
+    def body(b: Any, arguments: Any) -> None:
+        linear._emit_panels(b, target, form, linear.load_args(b, arguments[0], 13), *arguments[1:])
+
+    return build_body(body, *machine)
 
 
 @pytest.mark.parametrize("dtype", formats.BY_DTYPE)
@@ -207,7 +214,7 @@ def test_repacking_loses_nothing(dtype: str, seed: int, blocks: int) -> None:
     weights, scales = packed(dtype, raw, size)
     form, out = formats.BY_DTYPE[dtype], np.zeros((32, size), np.float32)
     ids, count, one = np.arange(32), np.array([32]), int(np.float32(1).view(np.uint32))
-    table = [count, ids, weights, scales, weights.shape[1], scales.shape[1], form.code, size, out, one]
+    table = [count, ids, weights, scales, weights.shape[1], scales.shape[1], form.code, size, out, one, 0, 0]
     data = np.array([x.ctypes.data if isinstance(x, np.ndarray) else x for x in table], np.int64)
     host_kernel("embed")(data.ctypes.data, 0, 1)
     np.testing.assert_allclose(out, dequantize(dtype, raw), rtol=3e-7, atol=1e-7)

@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.device.ops import fp8
 
 pytest.importorskip("triton")
+from octavo.device.kernels.triton import activation, norm
 from octavo.device.kernels.triton import fp8 as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,3 +106,87 @@ def test_sizes_the_library_does_not_take() -> None:
         kernels.linear_fp8(x, weight, scale), x @ (weight.float() * scale[:, None]).T, atol=1e-4, rtol=1e-4
     )
     assert kernels.linear_fp8(x[:0], weight, scale).shape == (0, 30)
+
+
+def raw(rows: int, size: int, dtype: torch.dtype) -> fp8.Raw:
+    """A product whose scales are still to be applied."""
+    values = draw(rows, size, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    return fp8.Raw(values * 40, draw(rows).abs() / 20 + 0.01, draw(size).abs() + 0.1, dtype)
+
+
+def same(actual: Tensor | fp8.Fp8Rows, expected: Tensor | fp8.Fp8Rows, bound: float) -> None:
+    if isinstance(expected, fp8.Fp8Rows):
+        assert isinstance(actual, fp8.Fp8Rows) and actual.values.dtype == fp8.FP8
+        assert actual.one.item() == 1.0 and actual.dtype == expected.dtype
+        # Scales are near; a value may fall on the neighbouring step of fp8, an eighth of itself at most.
+        torch.testing.assert_close(actual.scale, expected.scale, atol=0, rtol=bound)
+        actual_values, values = (rows.values.float() * rows.scale[:, None] for rows in (actual, expected))
+        torch.testing.assert_close(actual_values, values, atol=bound, rtol=0.13)
+        assert ((actual_values - values).norm() / values.norm()).item() < max(bound, 0.026)
+    else:
+        assert isinstance(actual, Tensor) and actual.dtype == expected.dtype
+        torch.testing.assert_close(actual.float(), expected.float(), atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_the_norm_applies_scales_and_quantizes(dtype: torch.dtype, quantize: bool, unscaled: bool) -> None:
+    for rows, size in ((5, 96), (1, 600)):
+        x = raw(rows, size, dtype) if unscaled else draw(rows, size, dtype=dtype)
+        residual, weight = draw(rows, size, dtype=dtype), draw(size)
+        theirs = residual.clone()
+        expected = fp8.add_rms_norm_fp8(x, theirs, weight, 1e-5, quantize)
+        actual = norm.add_rms_norm_fp8(x, residual, weight, 1e-5, quantize)
+        same(actual, expected, 2 * BOUND[dtype])
+        torch.testing.assert_close(residual.float(), theirs.float(), atol=BOUND[dtype], rtol=BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "gelu"])
+def test_the_activation_applies_scales_and_quantizes(
+    dtype: torch.dtype, quantize: bool, unscaled: bool, name: str
+) -> None:
+    for rows, size in ((5, 96), (1, 1100)):
+        wide = raw(rows, 2 * size, dtype) if unscaled else draw(rows, 2 * size, dtype=dtype)
+        expected = fp8.act_mul_fp8(wide, name, quantize)
+        same(activation.act_mul_fp8(wide, name, quantize), expected, 2 * BOUND[dtype])
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")  # of the interpreter
+def test_a_broken_row_stays_broken_through_the_fused_kernels() -> None:
+    x, residual = draw(4, 64), draw(4, 64)
+    x[2, 5] = float("nan")
+    rows = norm.add_rms_norm_fp8(x, residual, draw(64), 1e-5, True)
+    assert rows.scale.isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantized_rows_and_raw_products_are_the_plain_ones(dtype: torch.dtype) -> None:
+    x, (weight, scale) = draw(7, 96, dtype=dtype), matrix(48, 96)
+    plain = kernels.linear_fp8(x, weight, scale)
+    values, token_scale, one = kernels.quantize_rows(x)
+    rows = fp8.Fp8Rows(values, token_scale, one, dtype)
+    assert torch.equal(kernels.linear_fp8(rows, weight, scale), plain)
+    product = kernels.linear_fp8(rows, weight, scale, None, True)
+    assert isinstance(product, fp8.Raw)
+    torch.testing.assert_close(product.settled(), plain, atol=BOUND[dtype], rtol=BOUND[dtype])
+    assert torch.equal(product.take(torch.tensor([3, 1])).settled(), product.settled()[[3, 1]])
+    assert isinstance(kernels.linear_fp8(x, weight, scale, draw(48, dtype=dtype), True), Tensor), (
+        "a bias ends it"
+    )
+    assert isinstance(kernels.linear_fp8(x[:1], weight, scale, None, True), Tensor), (
+        "one token is not quantized"
+    )
+
+
+def test_who_quantizes_is_told_ahead() -> None:
+    for tokens, outputs in ((1, 64), (2, 64), (1, kernels.WIDE), (600, 64)):
+        x, (weight, scale) = draw(tokens, 32, dtype=torch.bfloat16), matrix(outputs, 32)
+        takes = fp8.takes_rows(outputs, 32, tokens, "cuda")
+        result = kernels.linear_fp8(x, weight, scale, None, True)
+        assert takes == (tokens > 1 or outputs >= kernels.WIDE)
+        assert isinstance(result, fp8.Raw) == (takes and tokens < kernels.ROW_WISE_FROM)
+    assert not fp8.takes_rows(30, 40, 9, "cuda")

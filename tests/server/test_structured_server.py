@@ -85,7 +85,7 @@ def test_the_engine_gets_a_grammar(
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed"),
         ({"structured_outputs": {"grammar": "start: missing"}}, "structured_outputs", "missing"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "length"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "nknown"),
+        ({"structured_outputs": {"regexp": "x"}}, "structured_outputs.regexp", "nknown"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "needs"),
         (
             {

@@ -93,7 +93,11 @@ def test_values_have_the_types_of_their_fields() -> None:
     options = engine_flags(
         *("--model", "m", "--max-model-len", "8k", "--gpu-memory-utilization", "0.5", "--max-num-seqs", "7"),
         *("--no-enable-prefix-caching", "--enforce-eager", "--overlap", "--dtype", "bfloat16"),
+        *("-tp", "4", "-pp", "2", "-dp", "3", "--enable-expert-parallel"),
     )
+    parallel = options.parallel
+    assert (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.ranks) == (4, 2, 8)
+    assert parallel.data_parallel_size == 3 and parallel.enable_expert_parallel
     assert options.model.model == "m"
     assert options.model.max_model_len == "8k"
     assert options.cache.gpu_memory_utilization == 0.5

@@ -12,7 +12,7 @@ from cpu_models import FAMILIES, Driver, MemoryFiles, random_files, spec_of
 from cpu_reference import Reference
 
 from octavo.errors import ModelFileError, UnsupportedModelError, UsageError
-from octavo.protocol.plan import CopyPage, StepPlan, ZeroPage
+from octavo.protocol.plan import CopyPage, GrammarMask, StepPlan, ZeroPage
 from octavo.runner.cpu.runner import NOT_FINITE
 from octavo.runner.cpu.support import kernels_for, supports
 
@@ -145,6 +145,42 @@ def test_a_row_of_nan_fails_alone(drive: Any) -> None:
     assert np.isfinite((driver.runner.pages.view(np.uint16).astype(np.uint32) << 16).view(np.float32)).all()
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}], ids=str)
+def test_a_narrow_head_draws_the_same_tokens(sampling: dict[str, Any], drive: Any) -> None:
+    """Where the likeliest tokens decide, the two-pass head runs; it never changes what is drawn."""
+    spec = spec_of("gemma3_text", vocab_size=700)
+    files = random_files(spec, "Q8_0")
+    drawn = []
+    for logprobs in (None, 0):
+        driver = drive(spec, files, threads=2)
+        admits = [
+            driver.admit(slot, prompt(9 + slot), logprobs=logprobs, slot_seed=slot, **sampling)
+            for slot in range(3)
+        ]
+        tokens = [driver.run([(slot, 0, 9 + slot) for slot in range(3)], admits).tokens]
+        for at in range(12):
+            tokens.append(driver.run([(slot, 9 + slot + at, 1) for slot in range(3)]).tokens)
+        drawn.append(tokens)
+        assert np.isinf(driver.logits(3)).any() == (logprobs is None)
+    assert drawn[0] == drawn[1]
+
+
+def test_a_mask_that_comes_after_a_narrow_head_sees_all_logits(drive: Any) -> None:
+    spec = spec_of("llama", tie_word_embeddings=True, vocab_size=96)
+    driver = drive(spec, random_files(spec, "Q8_0"))
+    want = driver.run([(0, 0, 9)], [driver.admit(0, prompt(9))])
+    logits = driver.logits()[0]
+    allowed = np.argsort(logits)[:40]  # what the likeliest tokens do not include
+    bits = np.zeros(96, np.uint8)
+    bits[allowed] = 1
+    mask = GrammarMask(0, np.packbits(bits, bitorder="little").tobytes())
+    got = driver.run([(1, 0, 9)], [driver.admit(1, prompt(9), logprobs=None)], masks=[mask])
+    assert got.tokens[0] == [int(allowed[-1])] != want.tokens[0]
+    assert driver.runner.masked == {1}
+    driver.run([(1, 9, 1)])  # from now on this slot's heads are whole from the start
+    assert not np.isinf(driver.logits()).any()
+
+
 def test_page_operations(drive: Any) -> None:
     spec = spec_of("llama")
     driver = drive(spec, random_files(spec))
@@ -215,7 +251,7 @@ def test_quantization_on_load(quantization: str | None, drive: Any) -> None:
     driver.run([(0, 0, 30)], [driver.admit(0, tokens)])
     want = Reference(spec, files).logits(tokens)[-1]
     close(driver.logits()[0], want, {None: 0.03, "Q8_0": 0.12, "Q4_0": 1.5}[quantization])
-    used = set(driver.runner.lowered.kernels) | {"draw"}
+    used = set(driver.runner.lowered.kernels) | {"draw", "pack_blocks"}
     assert used == set(kernels_for(spec, files, quantization)) - (set() if quantization else {"linear_zero8"})
     with pytest.raises(UsageError, match="Q4_0"):
         drive(spec, files, quantization="int3")

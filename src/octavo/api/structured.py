@@ -10,10 +10,12 @@ import asyncio
 import json
 import re
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import msgspec
 
+from octavo.api.structural_tags import tag_grammar
 from octavo.errors import RequestError
 from octavo.protocol.generate import SamplingParams, StructuredOutputsParams
 
@@ -75,6 +77,10 @@ def _text(params: StructuredOutputsParams, param: str) -> str:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, 'dw')}/")
     if params.choice is not None:
         return LLMatcher.grammar_from_lark(choice_rule(params.choice))
+    if params.structural_tag is not None:
+        return LLMatcher.grammar_from_lark(
+            tag_grammar(params.structural_tag, param, partial(embedded_schema, params, param=param))
+        )
     return schema_grammar(params, {"type": "object"} if params.json is None else params.json, param)
 
 
@@ -109,18 +115,29 @@ def schema_grammar(params: StructuredOutputsParams, schema: object, param: str) 
             param=param,
         )
     # What a schema says under "x-guidance" cannot make it lenient: these have the last word.
-    pattern = None if params.disable_any_whitespace else (params.whitespace_pattern or WHITESPACE)
     try:
-        return LLMatcher.grammar_from_json_schema(
-            text,
-            overrides={
-                "lenient": False,
-                "whitespace_flexible": not params.disable_any_whitespace,
-                "whitespace_pattern": pattern,
-            },
-        )
+        return LLMatcher.grammar_from_json_schema(text, overrides=_guidance(params))
     except ValueError as error:
         raise RequestError(f"{param}: {error}.", param=param) from None
+
+
+def embedded_schema(params: StructuredOutputsParams, schema: Any, *, param: str) -> dict[str, Any]:
+    """A schema as a part of a larger grammar, under the same rules as one that stands alone."""
+    if schema is False:
+        raise RequestError(f"{param}: the schema false allows nothing.", param=param)
+    made = {} if schema is True else schema
+    if params.disable_additional_properties:
+        made = _closed(made)
+    return {**made, "x-guidance": _guidance(params)}
+
+
+def _guidance(params: StructuredOutputsParams) -> Any:
+    pattern = None if params.disable_any_whitespace else (params.whitespace_pattern or WHITESPACE)
+    return {
+        "lenient": False,
+        "whitespace_flexible": not params.disable_any_whitespace,
+        "whitespace_pattern": pattern,
+    }
 
 
 def _closed(schema: Any) -> Any:

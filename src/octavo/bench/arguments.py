@@ -97,7 +97,19 @@ def add_traffic_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench compare``."""
-    parser.add_argument("urls", nargs=2, metavar="URL", help="The two servers; ratios are first over second.")
+    parser.add_argument("urls", nargs="*", metavar="URL", help="The servers; ratios are first over second.")
+    parser.add_argument(
+        "--rival",
+        metavar="URL|llama.cpp",
+        help="The second side: a server, or llama.cpp in this process (needs llama-cpp-python and --model).",
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="The first side where no URL is given: a model to load, or to serve."
+    )
+    parser.add_argument(
+        "--requantize", metavar="TYPE", help="Store its matrices as Q4_0, Q4_1 or Q8_0 first (llama.cpp)."
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of each side (llama.cpp).")
     parser.add_argument("--names", nargs=2, metavar="NAME", default=None, help="What to call them.")
     parser.add_argument("--models", nargs=2, metavar="MODEL", default=None, help="Model names to ask for.")
     parser.add_argument("--api-key", help="Key sent to both as Authorization: Bearer.")
@@ -130,3 +142,32 @@ def add_offline_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-len", type=int, help="Tokens in an answer (default: --random-output-len).")
     group.add_argument("--output-json", metavar="FILE", help="Write the result as JSON.")
     group.add_argument("--disable-tqdm", action="store_true", help="No progress line.")
+
+
+def add_soak_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bench soak`` beside the engine's own."""
+    group = parser.add_argument_group("soak")
+    group.add_argument("--duration", type=float, default=600.0, help="Seconds.")
+    group.add_argument("--concurrency", type=int, default=256, help="Clients that ask without a pause.")
+    group.add_argument(
+        "--longest-prompt", type=int, default=2048, help="Tokens; lengths are spread below it."
+    )
+    group.add_argument("--longest-answer", type=int, default=512, help="Tokens; lengths are spread below it.")
+    group.add_argument("--load-seed", type=int, default=0, help="Seed of the load.")
+    group.add_argument("--output-json", metavar="FILE", help="Write everything seen as JSON.")
+
+
+def add_cpu_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bench cpu`` beside the engine's own."""
+    group = parser.add_argument_group("kernel benchmark")
+    group.add_argument("--steps", type=int, default=100, help="Decode steps of each kind.")
+    group.add_argument("--output-json", metavar="FILE", help="Write the rows as JSON.")
+
+
+def add_fidelity_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bench fidelity`` beside the engine's own."""
+    group = parser.add_argument_group("fidelity")
+    group.add_argument("--num-tokens", type=int, default=48, help="Tokens behind each prompt.")
+    group.add_argument("--num-prompts", type=int, default=24, help="How many of the built-in prompts.")
+    group.add_argument("--rival", metavar="llama.cpp", help="Another engine to put through the same tokens.")
+    group.add_argument("--output-json", metavar="FILE", help="Write the figures as JSON.")

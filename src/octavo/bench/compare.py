@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 
 from octavo.bench import metrics
@@ -135,6 +142,55 @@ def main(args: argparse.Namespace) -> int:
     """Run the comparison, print the table, write every round with ``--output-json``."""
     if args.rounds < 1 or args.requests_per_client < 1 or args.peak_concurrency < 1:
         raise UsageError("--rounds, --requests-per-client and --peak-concurrency must be at least 1.")
+    if args.rival == "llama.cpp":
+        if args.urls:
+            raise UsageError(
+                "llama.cpp is compared with a model in this process, not with a URL.", "Use --model."
+            )
+        result: int = import_module("octavo.bench.rival").main(args)
+        return result
+    if args.requantize or args.threads:
+        raise UsageError("--requantize and --threads belong to --rival llama.cpp.")
+    with ExitStack() as stack:
+        if args.rival is not None:
+            args.urls = [*args.urls, args.rival]
+            if args.model and len(args.urls) == 1:
+                args.urls = [stack.enter_context(served(args.model)), args.rival]
+                args.names = args.names or [f"octavo {args.model}", args.rival]
+        if len(args.urls) != 2:
+            raise UsageError(
+                f"Two sides are compared, but {len(args.urls)} were named.",
+                "Give two URLs, one URL and --rival, or --model and --rival.",
+            )
+        return compare_servers(args)
+
+
+@contextmanager
+def served(model: str) -> Iterator[str]:
+    """``octavo serve MODEL`` on a free port, ready; its URL. It ends with the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "octavo", "serve", model, "--port", str(port)]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            if child.poll() is not None:
+                raise OctavoError(f"octavo serve {model} ended with status {child.returncode}.")
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def compare_servers(args: argparse.Namespace) -> int:
+    """Both servers on the same load."""
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     names = list(args.names or args.urls)
     if names[0] == names[1]:

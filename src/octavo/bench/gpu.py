@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 
 from octavo import host
+from octavo.bench.ranks import add_rank_arguments, leave, run_ranks, sum_seconds
 from octavo.config import EngineOptions
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.spec import ceil_div
-from octavo.host.built import Timeline
+from octavo.host.built import Timeline, quiet
+from octavo.host.worker import build_rank
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import PageWrite, SlotInit, StepPlan
 from octavo.runner.runner import TorchRunner
@@ -29,13 +31,15 @@ from octavo.runner.runner import TorchRunner
 
 @dataclass
 class Row:
-    """One figure: ``floor_ms`` is the larger of bytes over copy bandwidth and operations over matmul rate."""
+    """One figure: ``floor_ms`` is the larger of bytes over copy bandwidth and operations over matmul rate, on one of the
+    devices; ``sums_ms`` is what its sums over the devices take when nothing else runs."""
 
     name: str
     ms: float
     tokens_per_s: float
     floor_ms: float
     share: float
+    sums_ms: float = 0.0
 
 
 def ceilings(device: torch.device) -> tuple[float, float]:
@@ -152,7 +156,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantization", default=None, help="store weights in fewer bits: fp8, int8, int4")
     parser.add_argument("--kv-cache-dtype", default="auto", help="fp8: half the bytes of a bfloat16 cache")
+    parser.add_argument("--hf-overrides", default=None, help="values of config.json to replace, as JSON")
+    parser.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, default=1, help="GPUs that share every layer"
+    )
+    parser.add_argument(
+        "--disable-custom-all-reduce", action="store_true", help="sum over GPUs by NCCL alone"
+    )
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    add_rank_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -168,22 +180,51 @@ def measure(
     runner: TorchRunner, args: argparse.Namespace, bandwidth: float, flops: dict[torch.dtype, float]
 ) -> list[Row]:
     """All rows of the table; ``flops`` by type of weight, that of bfloat16 for others."""
-    weights = runner.network.matrix_bytes()
     elements = runner.network.matrix_elements()
-    token_s = sum(2 * count / flops.get(dtype, flops[torch.bfloat16]) for dtype, count in elements.items())
+    idle = runner.network.idle_elements(1)  # a token's work: the experts it visits, of those it does not none
+    token_s = sum(
+        2 * (count - idle.get(dtype, 0.0)) / flops.get(dtype, flops[torch.bfloat16])
+        for dtype, count in elements.items()
+    )
     token_bytes = sum(len(g.layers) * g.spec.page_bytes / g.spec.page_size for g in runner.layout.groups)
     sampling = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=4096)
     rows: list[Row] = []
     for batch in numbers(args.batch):
         seconds = decode(runner, batch, args.context, args.steps, sampling)
-        moved = weights + batch * token_bytes * (args.context + args.steps / 2)
+        moved = bytes_read(runner, batch) + batch * token_bytes * (args.context + args.steps / 2)
         floor = max(moved / bandwidth, token_s * batch)
-        rows.append(Row(f"decode x{batch}", seconds * 1e3, batch / seconds, floor * 1e3, floor / seconds))
+        sums = sums_ms(runner, batch)
+        rows.append(
+            Row(f"decode x{batch}", seconds * 1e3, batch / seconds, floor * 1e3, floor / seconds, sums)
+        )
     for size in numbers(args.prefill):
         seconds = prefill(runner, 1, size, 5)
-        floor = max(weights / bandwidth, token_s * size)
-        rows.append(Row(f"prefill {size}", seconds * 1e3, size / seconds, floor * 1e3, floor / seconds))
+        floor = max(bytes_read(runner, size) / bandwidth, token_s * size)
+        sums = sums_ms(runner, size)
+        rows.append(Row(f"prefill {size}", seconds * 1e3, size / seconds, floor * 1e3, floor / seconds, sums))
     return rows
+
+
+def bytes_read(runner: TorchRunner, tokens: int) -> float:
+    """Bytes of the weights that a step reads: all but experts that nobody chose, were all as likely to be."""
+    idle = runner.network.idle_elements(tokens)
+    return sum(
+        (count - idle.get(dtype, 0.0)) * dtype.itemsize
+        for dtype, count in runner.network.matrix_elements().items()
+    )
+
+
+def sums_ms(runner: TorchRunner, tokens: int) -> float:
+    """Milliseconds that a step's sums over the devices take: two a layer, [tokens, hidden] each, recorded."""
+    reduce = runner.network.ranks.reduce
+    if reduce is None:
+        return 0.0
+    x = torch.zeros(
+        (tokens, runner.network.spec.embedding.hidden),
+        dtype=runner.network.embedding.dtype,
+        device=runner.platform.device,
+    )
+    return sum_seconds(reduce, x, runner.platform) * 2e3 * len(runner.network.layers)
 
 
 def numbers(text: str) -> list[int]:
@@ -197,6 +238,8 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         print("octavo bench gpu needs a CUDA device; none is visible.", file=sys.stderr)
         return 1
+    if args.tensor_parallel_size > 1 and args.rank is None:
+        return run_ranks("octavo.bench.gpu", argv, args.tensor_parallel_size)
     options = EngineOptions.of(
         model=args.model,
         load_format="dummy",
@@ -207,33 +250,54 @@ def main(argv: list[str]) -> int:
         dtype=args.dtype,
         quantization=args.quantization,
         kv_cache_dtype=args.kv_cache_dtype,
+        hf_overrides=args.hf_overrides,
+        tensor_parallel_size=args.tensor_parallel_size,
+        disable_custom_all_reduce=args.disable_custom_all_reduce,
     )
-    platform = open_platform("cuda")
+    platform = open_platform("cuda", index=args.rank or 0)
     name = platform.hardware().name
     bandwidth, bf16 = ceilings(platform.device)
     flops = {torch.bfloat16: bf16}
     if args.quantization == "fp8":
         flops[torch.float8_e4m3fn] = fp8_ceiling(platform.device)
+    platform.close()
     timeline = Timeline.start()
-    built = host.build_runner(options, host.open_files(options), timeline=timeline)
+    if args.rank is None:
+        built, cards = host.build_runner(options, host.open_files(options), timeline=timeline), name
+    else:
+        built, cards = build_rank(options, args.rank, args.rank, args.meeting, timeline, quiet)
     runner = built.runner
     if not isinstance(runner, TorchRunner):
         raise TypeError("bench gpu drives the torch runner")
+    rows = measure(runner, args, bandwidth, flops)
+    if args.rank:
+        leave()  # rank 0 tells for all
     rates = ", ".join(
         f"{str(dtype).split('.')[1]} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in flops.items()
     )
-    print(f"{name}: copy {bandwidth / 1e9:.0f} GB/s, {rates}")
+    print(f"{cards}: copy {bandwidth / 1e9:.0f} GB/s, {rates}")
     print("start: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in timeline.phases.items()))
     print("kernels: " + str(built.kernels))
-    rows = measure(runner, args, bandwidth, flops)
-    print(f"{'step':<16}{'ms':>10}{'tok/s':>12}{'floor ms':>11}{'share':>8}")
-    for row in rows:
-        print(f"{row.name:<16}{row.ms:>10.3f}{row.tokens_per_s:>12.0f}{row.floor_ms:>11.3f}{row.share:>8.0%}")
+    show(rows)
     if args.output:
-        table = {"device": name, "model": args.model, "rows": [asdict(row) for row in rows]}
+        table = {"device": cards, "model": args.model, "rows": [asdict(row) for row in rows]}
         table |= {"copy_bytes_per_s": bandwidth, "bf16_flops": bf16, "start_s": timeline.phases}
+        table |= {"tensor_parallel_size": args.tensor_parallel_size, "hf_overrides": args.hf_overrides}
         args.output.write_text(json.dumps(table, indent=1))
+    if args.rank is not None:
+        leave()
     return 0
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table."""
+    print(f"{'step':<16}{'ms':>10}{'tok/s':>12}{'floor ms':>11}{'share':>8}{'sums ms':>10}{'of step':>9}")
+    for row in rows:
+        part = row.sums_ms / row.ms
+        print(
+            f"{row.name:<16}{row.ms:>10.3f}{row.tokens_per_s:>12.0f}{row.floor_ms:>11.3f}{row.share:>8.0%}"
+            f"{row.sums_ms:>10.3f}{part:>9.0%}"
+        )
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from octavo.bench.gpu_kernels import ROTATE_BYTES, SHAPES, Call, Shape, ceilings, normal, time_us
 from octavo.device.kernels.triton import fp8 as kernels
 from octavo.device.ops.fp8 import quantize_rows
 
-WAYS: tuple[tuple[str, Callable[..., Tensor], int, int], ...] = (  # name, function, fewest and most tokens
+WAYS: tuple[tuple[str, Callable[..., object], int, int], ...] = (  # name, function, fewest and most tokens
     ("vector", partial(kernels.vector, pdl=True), 1, 1),
     ("tensor-wise", kernels.tensor_wise, 1, 1 << 20),
     ("row-wise", kernels.row_wise, 2, 1 << 20),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
 from octavo.bench import offline as bench
 from octavo.cli.progress import Reporter
@@ -22,3 +23,21 @@ def offline(args: argparse.Namespace) -> int:
         reporter.close()
     with llm:
         return bench.run(args, llm)
+
+
+def cpu(args: argparse.Namespace) -> int:
+    """Time every kernel of the compiled CPU path in its steps."""
+    return _measure("octavo.bench.cpu_kernels", args)
+
+
+def fidelity(args: argparse.Namespace) -> int:
+    """Compare the compiled CPU path with float32."""
+    return _measure("octavo.bench.fidelity", args)
+
+
+def _measure(module: str, args: argparse.Namespace) -> int:
+    if not (args.model_tag or getattr(args, "model", None)):
+        raise UsageError("No model was named.", "Name one, like smollm2:135m.")
+    args.device = "cpu"
+    result: int = import_module(module).main(args, engine_options(args))
+    return result

@@ -94,6 +94,16 @@ def _pull(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download-dir", metavar="FOLDER", help="Where to keep it.")
 
 
+def _run_batch(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="Requests, one a line.")
+    parser.add_argument(
+        "-o", "--output-file", required=True, metavar="FILE", help="Answers; what is there already is kept."
+    )
+    parser.add_argument("--max-concurrent", type=int, default=256, help="Requests under way at a time.")
+    add_engine_options(parser)
+
+
 def _plan(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     group = parser.add_argument_group("plan")
@@ -126,6 +136,24 @@ def _bench_offline(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser, skip=("seed",))
 
 
+def _bench_soak(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    bench.add_soak_arguments(parser)
+    add_engine_options(parser, skip=("model",))
+
+
+def _bench_cpu(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    bench.add_cpu_arguments(parser)
+    add_engine_options(parser)
+
+
+def _bench_fidelity(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    bench.add_fidelity_arguments(parser)
+    add_engine_options(parser)
+
+
 def _nothing(parser: argparse.ArgumentParser) -> None:
     """The target has its own parser."""
 
@@ -136,6 +164,11 @@ COMMANDS = {
     "chat": Command("Converse with a model or with a running server.", "octavo.cli.chat:run", _chat),
     "complete": Command(
         "Continue text with a model or a running server.", "octavo.cli.complete:run", _complete
+    ),
+    "run-batch": Command(
+        "Answer a file of requests (OpenAI's batch format); resumes where it was stopped.",
+        "octavo.cli.run_batch:run",
+        _run_batch,
     ),
     "pull": Command("Fetch a model into the cache.", "octavo.cli.pull:run", _pull),
     "plan": Command("Will it fit? Memory and concurrency before a download.", "octavo.cli.plan:run", _plan),
@@ -148,6 +181,11 @@ COMMANDS = {
     ),
     "bench offline": Command(
         "Throughput or latency of a model in this process.", "octavo.cli.bench:offline", _bench_offline
+    ),
+    "bench soak": Command(
+        "Minutes of unlike requests in a cache that is too small; watches memory and pages.",
+        "octavo.cli.soak:run",
+        _bench_soak,
     ),
     "bench step": Command(
         "Cost of scheduling alone, without a model.", "octavo.bench.step:main", _nothing, passes_rest=True
@@ -164,11 +202,23 @@ COMMANDS = {
         _nothing,
         passes_rest=True,
     ),
+    "bench front": Command(
+        "CPU time of the API side a token, without a model.",
+        "octavo.bench.front:main",
+        _nothing,
+        passes_rest=True,
+    ),
     "bench gpu": Command(
         "What the runner reaches on this GPU, beside its ceilings.",
         "octavo.bench.gpu:main",
         _nothing,
         passes_rest=True,
+    ),
+    "bench cpu": Command(
+        "Where the time of the compiled CPU path goes, kernel by kernel.", "octavo.cli.bench:cpu", _bench_cpu
+    ),
+    "bench fidelity": Command(
+        "How near the compiled CPU path is to float32.", "octavo.cli.bench:fidelity", _bench_fidelity
     ),
     "bench table": Command(
         "Proofs and every row of the one-GPU table, beside the peer's.",

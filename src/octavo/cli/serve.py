@@ -18,18 +18,21 @@ from octavo.cli.progress import Reporter
 from octavo.cli.talk import engine_options
 from octavo.config import GIB
 from octavo.engine.client.base import EngineClient
+from octavo.host.nodes import follow
 from octavo.protocol.control import EngineInfo
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; the exit status is 0 after a drain and 1 when the engine has died."""
     began = time.perf_counter()
-    options = engine_options(args)
+    options = engine_options(args).for_people()
     server = collect(args, ServerOptions)
     level = server.uvicorn_log_level.upper()
     logging.basicConfig(
         level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    if options.parallel.node_rank > 0:
+        return follow(options)
     reporter = Reporter()
     facts: list[EngineInfo] = []
 
@@ -64,5 +67,6 @@ def timeline(info: EngineInfo, total_s: float) -> str:
         f"Ready in {total_s:.2f} s: {', '.join(parts)}.\n"
         f"{info.architecture} on {info.device}, {info.dtype}; context {info.max_model_len}, "
         f"{info.num_pages} pages of {info.page_size} tokens, at most {info.max_num_seqs} sequences and "
-        f"{info.max_num_batched_tokens} tokens a step." + (f"\nMemory: {', '.join(memory)}." if memory else "")
+        f"{info.max_num_batched_tokens} tokens a step."
+        + (f"\nMemory: {', '.join(memory)}." if memory else "")
     )

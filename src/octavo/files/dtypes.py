@@ -28,6 +28,7 @@ GGUF_TYPES: dict[int, BlockType] = {
     13: BlockType("Q5_K", 256, 2 + 2 + 12 + 32 + 128),
     14: BlockType("Q6_K", 256, 128 + 64 + 16 + 2),
     30: BlockType("BF16", 1, 2),
+    39: BlockType("MXFP4", 32, 1 + 16),  # a power of two as its exponent
 }
 GGUF_TYPES_BY_NAME: dict[str, tuple[int, BlockType]] = {t.name: (n, t) for n, t in GGUF_TYPES.items()}
 
@@ -55,7 +56,6 @@ UNSUPPORTED_GGUF_TYPES: dict[int, str] = {
     29: "IQ1_M",
     34: "TQ1_0",
     35: "TQ2_0",
-    39: "MXFP4",
     40: "NVFP4",
 }
 

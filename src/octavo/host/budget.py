@@ -20,7 +20,7 @@ from octavo.host.plan import (
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import describe
-from octavo.model.footprint import DENSE, Scheme
+from octavo.model.footprint import DENSE, Scheme, work_bytes
 from octavo.runner.memory import plan_pages
 
 
@@ -51,8 +51,17 @@ class StartBudget:
         self.files = files
         self.scheme = self._scheme()
         graphs = self.on_gpu and not options.device.enforce_eager
-        self.parts = predict(spec, self.scheme, resolved, layout, graphs=graphs, counted=arch.num_parameters)
+        self.parts = predict(
+            spec,
+            self.scheme,
+            resolved,
+            layout,
+            graphs=graphs,
+            on_gpu=self.on_gpu,
+            counted=arch.num_parameters,
+        )
         self.pages = table_bytes(layout, resolved)
+        self.work = work_bytes(spec) if self.on_gpu else 0
         self.free = platform.free_bytes()
         self.cache = self._planned_cache()
         self.use: dict[str, tuple[int, int]] = {}
@@ -96,7 +105,7 @@ class StartBudget:
 
     def weights_loaded(self) -> None:
         """Weights and rotary tables are on the device."""
-        self._measure("weights", self.parts.weights + self.parts.tables - self.pages)
+        self._measure("weights", self.parts.weights + self.parts.tables - self.pages - self.work)
 
     def step_measured(self, measured: int) -> None:
         """The largest step has run."""

@@ -6,16 +6,23 @@ import os
 from pathlib import Path
 
 from octavo.config import ON_LOAD, EngineOptions
+from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
-from octavo.model.describe import describe
-from octavo.runner.cpu.support import supports
+from octavo.model.describe import describe, is_encoder
+from octavo.runner.cpu.support import QUANTIZATIONS, supports
 
+CPU_FORMATS = tuple(name.lower() for name in QUANTIZATIONS)  # by --quantization
+PLAIN = {"F32", "F16", "BF16"}
 NVIDIA_SIGNS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
 
 
 def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) -> str:
     """ "compiled" where the device is a CPU, the user did not ask for torch, and the kernels cover the model."""
+    if is_encoder(arch):
+        return "encoder"
+    if options.model.quantization in CPU_FORMATS:
+        return require_compiled(options, files, arch)
     device = options.device
     if arch.implementation != "octavo":  # transformers' modules
         return "torch"
@@ -25,10 +32,37 @@ def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) 
         return "torch"
     if device.cpu_backend == "torch" or options.model.dtype not in ("auto",):
         return "torch"
+    if options.model.runner == "pooling":  # the compiled kernels give tokens, not hidden states
+        return "torch"
     # None of these types is one of the compiled kernels'.
     if options.model.quantization in ON_LOAD or options.cache.kv_cache_dtype != "auto":
         return "torch"
     return "torch" if supports(describe(arch), files) else "compiled"
+
+
+def require_compiled(options: EngineOptions, files: ModelFiles, arch: ArchConfig) -> str:
+    """The compiled backend, which alone knows these formats; a ``UsageError`` with the reason where it cannot run."""
+    asked, reason = f"--quantization {options.model.quantization}", None
+    if options.device.device == "cuda" or (options.device.device == "auto" and gpu_in_sight()):
+        reason = "the model runs on a GPU here"
+    elif options.device.cpu_backend == "torch" or options.model.dtype != "auto":
+        reason = "--cpu-backend torch and --dtype ask for another"
+    elif arch.implementation != "octavo" or options.parallel.ranks > 1:
+        reason = "transformers' modules and several ranks run on the torch path"
+    else:
+        reason = supports(describe(arch), files)
+    if reason:
+        raise UsageError(
+            f"{asked} is a format of the compiled CPU path alone: {reason.rstrip('.')}.",
+            "Leave it out, or use --quantization fp8 on a GPU.",
+        )
+    matrices = {info.dtype for info in files.tensors.values() if len(info.shape) == 2}
+    if not matrices & PLAIN:
+        raise UsageError(
+            f"{asked} has nothing to do: {files.name} is quantized already ({', '.join(sorted(matrices))}).",
+            "Leave it out.",
+        )
+    return "compiled"
 
 
 def gpu_in_sight() -> bool:

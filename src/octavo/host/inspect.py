@@ -147,7 +147,7 @@ def check_tensors(network: Network, files: ModelFiles) -> Finding:
     if files.format == "dummy":
         return Finding("tensors", "none here, only the configuration", "note")
     try:
-        found, ignored = match(network.items(), files, network.spec)
+        found, ignored = match(network.items(), network.named(files), network.spec)
     except OctavoError as error:
         return Finding("tensors", error.cause, "wrong")
     used = len({name for names, _ in found for name in names})

@@ -12,25 +12,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from octavo.config import EngineOptions, Hardware, Resolved, resolve
+from octavo.config import ON_LOAD_CPU, EngineOptions, Hardware, Resolved, resolve
 from octavo.device.platform.gpus import GIB, GPU, GPUS
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.engine.cache.spec import ceil_div
-from octavo.errors import OctavoError, OutOfMemoryError
+from octavo.errors import OctavoError, OutOfMemoryError, UsageError
 from octavo.files.base import ModelFiles
 from octavo.host.built import limits_of
 from octavo.host.implementation import architecture
+from octavo.host.spread import part_of
 from octavo.model import footprint
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
 from octavo.model.footprint import DENSE, FP8, INT4, INT8, Footprint, Scheme
 from octavo.model.quantization.describe import describe_quantization
-from octavo.model.shard import shard
+from octavo.model.stage import cut
 from octavo.runner.memory import MemoryPlan, plan_pages
+from octavo.runner.sizes import recorded_sizes, rows_of
 
 CONTEXT_BYTES = 600 << 20  # CUDA's context, loaded kernels, the libraries' workspaces
-GRAPH_TOKENS, GRAPH_ROWS = 1024, 512  # the largest steps that are recorded
+SLACK_BYTES = 64 << 20  # see runner.measure
 SIZES = (1, 2, 4, 8)  # tensor parallel
 LENGTHS = (4096, 32768, 131072)
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -65,18 +67,20 @@ def predict(
     layout: CacheLayout,
     *,
     graphs: bool,
+    on_gpu: bool = True,
     counted: int = 0,
 ) -> Footprint:
     """What one device holds besides the cache; ``spec`` is that device's part of the model, of which somebody else may
     have ``counted`` the parameters."""
     element = ELEMENT_BYTES[resolved.dtype]
     rows = min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+    by_position = footprint.position_bytes(spec, resolved.max_model_len)
     return Footprint(
         counted or footprint.num_parameters(spec),
         counted * element or footprint.weight_bytes(spec, scheme, element),
-        footprint.rope_bytes(spec, resolved.max_model_len) + table_bytes(layout, resolved),
+        by_position + table_bytes(layout, resolved) + (footprint.work_bytes(spec) if on_gpu else 0),
         footprint.step_bytes(spec, resolved.max_num_batched_tokens, rows, element),
-        footprint.graph_bytes(spec, graph_sizes(resolved), element) if graphs else 0,
+        graphs_of(spec, resolved) if graphs else 0,
     )
 
 
@@ -86,18 +90,18 @@ def table_bytes(layout: CacheLayout, resolved: Resolved) -> int:
     return 4 * (resolved.max_num_seqs + 1) * sum(widths)
 
 
-def graph_sizes(resolved: Resolved) -> dict[int, int]:
-    """Tokens of the recorded steps and their output rows, all decode steps taken together: they are recorded every
-    8 rows up to 256 and every 32 beyond."""
-    rows = min(resolved.max_num_seqs, GRAPH_ROWS)
-    decode = min(rows, 256) ** 2 // 16 + max(0, rows**2 - 256**2) // 64
-    tokens = min(GRAPH_TOKENS, resolved.max_num_batched_tokens)
-    return {1: decode, tokens: 10 * min(256, rows)}
+def graphs_of(spec: DecoderSpec, resolved: Resolved) -> int:
+    """Bytes of all recorded steps, and what is left free beside them."""
+    mixed, decode = recorded_sizes(resolved.max_num_seqs, resolved.max_num_batched_tokens)
+    rows = sum(rows_of(size, resolved.max_num_seqs) for size in mixed) + sum(decode)
+    element = ELEMENT_BYTES[resolved.dtype]
+    kept = footprint.graph_bytes(spec, max(mixed, default=0), rows, len(mixed) + len(decode), element)
+    return kept + SLACK_BYTES
 
 
 @dataclass(frozen=True)
 class Case:
-    """One answer: the model on ``size`` cards of a kind, its weights stored by a scheme.
+    """One answer: the model on ``size`` cards of a kind (times the stages of a pipeline), weights stored by a scheme.
 
     ``cache_bytes`` of one card. ``max_context`` tokens of one sequence. ``concurrency``: length -> sequences at a time,
     None where the model has fewer positions. ``problem`` says why it does not fit ("" = it does).
@@ -132,6 +136,10 @@ class Planner:
     def schemes(self) -> tuple[Scheme, ...]:
         """How the weights may be stored: as they are first; only one where the user says which."""
         asked = self.options.model.quantization
+        if asked in ON_LOAD_CPU:
+            raise UsageError(
+                f"--quantization {asked} is for CPUs; plan answers for GPUs.", "Use fp8, or leave it out."
+            )
         if self.arch.num_parameters:  # transformers' modules know no other form
             return (DENSE,)
         held = held_scheme(self.files, self.spec)
@@ -149,30 +157,45 @@ class Planner:
         kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
         return plan_layout(cache_specs(spec, resolved.page_size, ELEMENT_BYTES[resolved.dtype], kv_bytes))
 
+    def share(self, options: EngineOptions, resolved: Resolved, size: int) -> tuple[DecoderSpec, CacheLayout]:
+        """What the first of ``size`` tensor parallel ranks (times the stages) holds, as ``host.torch_engine`` cuts it."""
+        parallel = replace(options.parallel, tensor_parallel_size=size)
+        whole = part_of(self.spec, replace(options, parallel=parallel))
+        spec, layout = cut(whole, 0, parallel.pipeline_parallel_size), self.layout(whole, resolved)
+        if parallel.pipeline_parallel_size > 1:
+            layout = layout.part(range(len(spec.layers)))
+        return spec, layout
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of tensor parallel ranks to look at: the one that flags name, or all."""
+        asked = self.options.parallel.tensor_parallel_size
+        return (asked,) if asked > 1 else SIZES
+
     def case(self, gpu: GPU, scheme: Scheme, size: int, options: EngineOptions | None = None) -> Case:
         """The answer for ``size`` such cards."""
         options = options or self.options
+        num_cards = size * options.parallel.pipeline_parallel_size
         try:
             resolved = self.resolved(gpu, options)
             self._check(gpu, scheme, size)
-            spec = shard(self.spec, size)
-            layout = self.layout(spec, resolved)
+            spec, layout = self.share(options, resolved, size)
         except OctavoError as error:
-            return Case(gpu, scheme.name, size, None, 0, 0, {}, error.cause)
+            return Case(gpu, scheme.name, num_cards, None, 0, 0, {}, error.cause)
         name = resolved.dtype if scheme is DENSE else scheme.name
         graphs = not options.device.enforce_eager
         parts = predict(spec, scheme, resolved, layout, graphs=graphs, counted=self.arch.num_parameters)
         try:
             memory = self._pages(gpu, options, resolved, layout, parts)
         except OutOfMemoryError as error:
-            return Case(gpu, name, size, parts, 0, 0, {}, error.cause)
+            return Case(gpu, name, num_cards, parts, 0, 0, {}, error.cause)
         many = {
             length: memory.num_pages // layout.pages_for(length, 1)
             if length <= resolved.max_model_len
             else None
             for length in LENGTHS
         }
-        return Case(gpu, name, size, parts, memory.cache_bytes, memory.max_model_len, many)
+        return Case(gpu, name, num_cards, parts, memory.cache_bytes, memory.max_model_len, many)
 
     def _pages(
         self, gpu: GPU, options: EngineOptions, resolved: Resolved, layout: CacheLayout, parts: Footprint
@@ -208,16 +231,16 @@ class Planner:
                 f"{gpu.name} has no fp8 arithmetic (compute capability {gpu.capability / 10:.1f}, needed 8.9)."
             )
 
-    def cases(self, gpus: Sequence[GPU], sizes: Sequence[int] = SIZES) -> Iterator[Case]:
+    def cases(self, gpus: Sequence[GPU]) -> Iterator[Case]:
         """Every card, scheme and number of cards."""
         for gpu in gpus:
             for scheme in self.schemes:
-                for size in sizes:
+                for size in self.sizes:
                     yield self.case(gpu, scheme, size)
 
-    def advice(self, gpu: GPU, scheme: Scheme | None = None, size: int = 1) -> str:
+    def advice(self, gpu: GPU, scheme: Scheme | None = None) -> str:
         """One sentence: that it fits, or the cheapest change after which it does."""
-        scheme = scheme or self.schemes[0]
+        scheme, size = scheme or self.schemes[0], self.options.parallel.tensor_parallel_size
         first = self.case(gpu, scheme, size)
         if not first.problem:
             return (
@@ -232,12 +255,13 @@ class Planner:
     def _changes(self, gpu: GPU, scheme: Scheme, size: int) -> Iterator[tuple[str, Case]]:
         """Flags and what they lead to, the cheapest first: less context and smaller steps, fewer bits, more cards,
         another card."""
-        yield from self._smaller_steps(gpu, scheme, size)
+        yield from self._less_context(gpu, scheme, size)
+        yield self._smaller_steps(gpu, scheme, size, 2048, 64)
         fewer = [other for other in self.schemes[self.schemes.index(scheme) + 1 :] if other.bits]
         for other in fewer:
             yield flag_of(other), self.case(gpu, other, size)
-            for flags, case in self._smaller_steps(gpu, other, size):
-                yield f"{flag_of(other)} {flags}", case
+        for other in [scheme, *fewer]:
+            yield self._smaller_steps(gpu, other, size, 512, 8)
         for more in [count for count in SIZES if count > size]:
             yield f"--tensor-parallel-size {more}", self.case(gpu, scheme, more)
             for other in fewer:
@@ -247,17 +271,21 @@ class Planner:
         for more in SIZES[1:]:
             yield f"--tensor-parallel-size {more}", self.case(GPUS[-1], scheme, more)
 
-    def _smaller_steps(self, gpu: GPU, scheme: Scheme, size: int) -> Iterator[tuple[str, Case]]:
-        options = self.options
-        if options.model.max_model_len not in (None, "auto", "-1"):
-            free = replace(options, model=replace(options.model, max_model_len=None))
+    def _less_context(self, gpu: GPU, scheme: Scheme, size: int) -> Iterator[tuple[str, Case]]:
+        if self.options.model.max_model_len not in (None, "auto", "-1"):
+            free = replace(self.options, model=replace(self.options.model, max_model_len=None))
             case = self.case(gpu, scheme, size, free)
             yield f"--max-model-len {case.max_context}", case
-        if options.scheduler.max_num_batched_tokens is None and options.scheduler.max_num_seqs is None:
-            for tokens, rows in ((2048, 64), (512, 8)):
-                smaller = replace(options.scheduler, max_num_batched_tokens=tokens, max_num_seqs=rows)
-                case = self.case(gpu, scheme, size, replace(options, scheduler=smaller))
-                yield f"--max-num-batched-tokens {tokens} --max-num-seqs {rows}", case
+
+    def _smaller_steps(self, gpu: GPU, scheme: Scheme, size: int, tokens: int, rows: int) -> tuple[str, Case]:
+        scheduler = self.options.scheduler
+        tokens = min(tokens, scheduler.max_num_batched_tokens or tokens)
+        rows = min(rows, scheduler.max_num_seqs or rows, tokens)
+        smaller = replace(scheduler, max_num_batched_tokens=tokens, max_num_seqs=rows)
+        flags = f"--max-num-batched-tokens {tokens} --max-num-seqs {rows}"
+        if scheme is not self.schemes[0]:
+            flags = f"{flag_of(scheme)} {flags}"
+        return flags, self.case(gpu, scheme, size, replace(self.options, scheduler=smaller))
 
 
 def flag_of(scheme: Scheme) -> str:

@@ -5,12 +5,13 @@ engine's process: scheduler, MultiprocExecutor ──plans──> worker 0 (host
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
 from octavo.config import EngineOptions, Resolved
-from octavo.engine.executor.multiproc import LOOPBACK, MultiprocExecutor
+from octavo.engine.executor.multiproc import LOOPBACK, MultiprocExecutor, Node
 from octavo.errors import UsageError
 from octavo.host.built import Progress
 from octavo.model.arch import ArchConfig
@@ -24,15 +25,14 @@ FACTORY = "octavo.host.worker:build"
 
 @dataclass(frozen=True)
 class Facts:
-    """What rank 0 decided and found out while it started; ``cards`` is one line about the devices, ``memory_bytes`` its
+    """What rank 0 decided and found out while it started; ``device`` is one line about the devices, ``memory_use`` its
     memory as planned and as measured."""
 
     resolved: Resolved
     device: str
     kernels: dict[str, str]
     phases: dict[str, float]
-    cards: str = ""
-    memory_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    memory_use: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def part_of(spec: DecoderSpec, options: EngineOptions) -> DecoderSpec:
@@ -46,26 +46,27 @@ def part_of(spec: DecoderSpec, options: EngineOptions) -> DecoderSpec:
 
 
 def launch(
-    options: EngineOptions, arch: ArchConfig, progress: Progress | None = None
+    options: EngineOptions,
+    arch: ArchConfig,
+    progress: Progress | None = None,
+    nodes: Callable[[Callable[[], None]], Sequence[Node]] | None = None,
 ) -> tuple[MultiprocExecutor, Facts]:
-    """Start one worker a rank and wait until all are ready; raises what the first of them has to complain of."""
+    """Start one worker a rank and wait until all are ready, those of other machines too; raises what the first of them
+    has to complain of."""
     parallel = options.parallel
+    if arch.implementation != "octavo":
+        raise UsageError(
+            "Models that transformers computes run on one device.", "Leave out the parallel sizes."
+        )
     cut(part_of(describe(arch), options), 0, parallel.pipeline_parallel_size)
-    if options.model.quantization is not None and options.device.device == "cpu":
-        raise UsageError("--quantization on CPUs does not go with several ranks.", "Leave it out.")
     executor = MultiprocExecutor(
         FACTORY,
         {"options": msgspec.to_builtins(options)},
         num_workers=parallel.ranks // parallel.nnodes,
+        num_ranks=parallel.ranks,
+        nodes=nodes,
         environment=LOOPBACK if parallel.nnodes == 1 else None,
         silence_s=parallel.distributed_timeout_seconds,
         progress=progress,
     )
     return executor, msgspec.json.decode(executor.facts, type=Facts)
-
-
-def alone(options: EngineOptions) -> EngineOptions:
-    """The same for a model on one device."""
-    return replace(
-        options, parallel=replace(options.parallel, tensor_parallel_size=1, pipeline_parallel_size=1)
-    )

@@ -59,7 +59,7 @@ def build(
     resolved = resolve(options, hardware, limits_of(arch))
     dtype = DTYPES[resolved.dtype]
     place = Place() if world is None else take_place(world, options.parallel, dtype)
-    whole = part_of(describe(arch), options)
+    whole = part_of(describe(arch), options) if world is not None else describe(arch)
     spec = cut(whole, place.stage, place.num_stages)
     binder = Binder()
     op_spec = platform.op_spec(dtype)
@@ -75,10 +75,10 @@ def build(
     network.load(files, progress=lambda done, total: progress("loading weights", done, total))
     budget.weights_loaded()
     timeline.end("weights")
+    graphs_wanted = platform.kind == "cuda" and not options.device.enforce_eager and network.recordable
     make = partial(torch_runner, network, layout, platform, binder, place.agree)
-    graphs = platform.kind == "cuda" and not options.device.enforce_eager and network.recordable
     progress("measuring the largest step", 0, 1)
-    peak = measure_peak(make, platform, resolved, graphs)
+    peak = measure_peak(make, platform, resolved, graphs_wanted)
     budget.step_measured(peak.step_bytes)
     timeline.end("profile")
     memory = size_cache(options, layout, platform, resolved, peak, place)
@@ -86,7 +86,7 @@ def build(
     runner = make(resolved, memory.num_pages)
     budget.cache_allocated()
     timeline.end("cache")
-    if graphs:
+    if graphs_wanted:
         record_graphs(runner, resolved, progress)
         budget.graphs_captured()
         timeline.end("graphs")
@@ -94,37 +94,7 @@ def build(
         progress("warming up", 0, 1)
         warm(runner, resolved.max_model_len)
         timeline.end("warm")
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
-
-
-def make_network(
-    arch: ArchConfig,
-    files: ModelFiles,
-    spec: DecoderSpec,
-    binder: Binder,
-    op_spec: OpSpec,
-    platform: Platform,
-    resolved: Resolved,
-    weight_format: WeightFormat,
-    place: Place,
-) -> Network:
-    """The model's modules on the device, not loaded yet: ours, or those of transformers."""
-    dtype, device = DTYPES[resolved.dtype], platform.device
-    kept = cache_type(arch, spec, files, op_spec, resolved)
-    if arch.implementation != "octavo":
-        return TransformersNetwork(arch, files, dtype=dtype, device=device, binder=binder, op_spec=op_spec)
-    return Network(
-        spec,
-        dtype=dtype,
-        device=device,
-        binder=binder,
-        op_spec=op_spec,
-        max_position=resolved.max_model_len,
-        weight_format=weight_format,
-        ranks=place.ranks,
-        pipe=place.pipe,
-        cache_type=kept,
-    )
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use, platform.kind)
 
 
 def cache_type(
@@ -174,7 +144,7 @@ def size_cache(
 
 
 def record_graphs(runner: TorchRunner, resolved: Resolved, progress: Progress) -> None:
-    """Record all sizes of steps."""
+    """Record steps of all sizes."""
     graphs = StepGraphs(runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len)
     graphs.capture(
         resolved.max_num_seqs,
@@ -182,6 +152,36 @@ def record_graphs(runner: TorchRunner, resolved: Resolved, progress: Progress) -
         lambda done, total: progress("capturing graphs", done, total),
     )
     runner.graphs = graphs
+
+
+def make_network(
+    arch: ArchConfig,
+    files: ModelFiles,
+    spec: DecoderSpec,
+    binder: Binder,
+    op_spec: OpSpec,
+    platform: Platform,
+    resolved: Resolved,
+    weight_format: WeightFormat,
+    place: Place,
+) -> Network:
+    """The model's modules on the device, not loaded yet: ours, or those of transformers."""
+    dtype, device = DTYPES[resolved.dtype], platform.device
+    kept = cache_type(arch, spec, files, op_spec, resolved)
+    if arch.implementation != "octavo":
+        return TransformersNetwork(arch, files, dtype=dtype, device=device, binder=binder, op_spec=op_spec)
+    return Network(
+        spec,
+        dtype=dtype,
+        device=device,
+        binder=binder,
+        op_spec=op_spec,
+        max_position=resolved.max_model_len,
+        weight_format=weight_format,
+        ranks=place.ranks,
+        pipe=place.pipe,
+        cache_type=kept,
+    )
 
 
 def torch_runner(

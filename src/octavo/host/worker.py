@@ -30,8 +30,8 @@ def build(arguments: dict[str, Any], seat: Seat) -> Started:
     options = msgspec.convert(arguments["options"], EngineOptions)
     timeline = Timeline.start()
     built, cards = build_rank(options, seat.rank, seat.index, seat.folder, timeline, seat.report)
-    device = f"{options.parallel.ranks} x {built.device}"
-    facts = Facts(built.resolved, device, built.kernels, timeline.phases, cards, built.memory_use)
+    device = cards or f"{options.parallel.ranks} x {built.device}"
+    facts = Facts(built.resolved, device, built.kernels, timeline.phases, built.memory_use)
     return Started(built.runner, msgspec.json.encode(facts))
 
 
@@ -64,9 +64,8 @@ def build_rank(
     timeline.end("joining")
     options = replace(options, device=replace(options.device, threads=threads))
     files = host.open_files(options)
-    return build_torch(
-        options, files, architecture(options.model, files), timeline, progress, platform, world
-    ), cards
+    arch = architecture(options.model, files)
+    return build_torch(options, files, arch, timeline, progress, platform, world), cards
 
 
 def compare(world: World, platform: Platform, index: int, num_local: int) -> str:

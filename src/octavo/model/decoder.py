@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from octavo.errors import ModelFileError
+from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import (
     Attention,
@@ -186,6 +186,8 @@ class Decoder:
     def gated_mlp(self, prefix: str = "mlp", inner: int | None = None, gguf_suffix: str = "") -> GatedMLP:
         """A gated MLP of ``inner`` channels (default: the configuration's)."""
         a = self.arch
+        if a.activation == "relu2":
+            raise UnsupportedModelError("config.json: squared ReLUs are supported without a gate only.")
         inner = inner or a.intermediate_size
         parts = [
             Part(f"{prefix}.gate_proj", f"ffn_gate{gguf_suffix}", inner),
@@ -253,6 +255,8 @@ class Decoder:
 
     def experts(self, num: int, inner: int, hf: str = "mlp.experts") -> Experts:
         """``num`` gated MLPs of ``inner`` channels."""
+        if self.arch.activation == "relu2":
+            raise UnsupportedModelError("config.json: squared ReLUs are supported without a gate only.")
         return Experts(hf, num, self.arch.hidden_size, inner)
 
     def plain_mlp(self, up: str, down: str, *, bias: bool) -> PlainMLP:

@@ -23,6 +23,7 @@ from octavo.model.blocks import (
     Experts,
     FeedForward,
     GatedMLP,
+    LatentAttention,
     Layer,
     Linear,
     Mixer,
@@ -40,17 +41,20 @@ FLOAT32 = 4
 # Logits, their copy for log probabilities, the log probabilities and the penalties' counts: 4 bytes each.
 SAMPLING_BYTES = 16
 COUNTS_BYTES = 4
+LATENT_WORK_BYTES = 512 << 20  # see layers.latent
+RECORDING_BYTES = 1 << 20  # a few hundred launches
 
 
 @dataclass(frozen=True)
 class Held:
     """``count`` equal tensors [rows, inputs] of the network: matrices and experts are stored by the weight scheme,
-    the rest in the run type or in float32."""
+    the rest in the run type or in float32. A ``constant`` is in no file."""
 
     kind: Kind
     rows: int
     inputs: int
     count: int = 1
+    constant: bool = False
 
     @property
     def elements(self) -> int:
@@ -124,6 +128,12 @@ def held_by(block: Any) -> Iterator[Held]:
         yield Held("float32", 1, block.out_features)
     elif isinstance(block, Recurrent):
         yield from _recurrent(block)
+    elif isinstance(block, LatentAttention):
+        yield from held_by((block.down, block.query_norm, block.query, block.latent_norm, block.output))
+        if block.indexer is not None:
+            yield from held_by((block.indexer.query, block.indexer.key, block.indexer.key_norm))
+            yield from _linear(block.indexer.weights, "run")
+        yield from _linear(block.up, "run")  # by heads, in the run type whatever the scheme
     elif isinstance(block, Router):
         yield from _linear(block.linear, "float32" if block.scoring == "sigmoid" else "run")
         if block.correction:
@@ -133,6 +143,8 @@ def held_by(block: Any) -> Iterator[Held]:
         yield Held("experts", block.hidden, block.intermediate, block.num)
         if block.bias:
             yield Held("run", block.num, 2 * block.intermediate + block.hidden)
+        if block.total:  # where each expert is, in int64
+            yield Held("float32", 2, block.total, constant=True)
     elif isinstance(block, DecoderSpec):
         yield from _decoder(block)
     elif isinstance(block, tuple):
@@ -145,6 +157,8 @@ def held_by(block: Any) -> Iterator[Held]:
                 yield from _linear(value, "run")
             else:
                 yield from held_by(value)
+        if isinstance(block, Attention) and block.unit_norm:
+            yield Held("float32", 1, block.head_dim, constant=True)
 
 
 def _linear(block: Linear, kind: Kind) -> Iterator[Held]:
@@ -169,8 +183,11 @@ def _channels(block: Recurrent) -> int:
 
 
 def _decoder(spec: DecoderSpec) -> Iterator[Held]:
-    yield from held_by(spec.embedding)
-    yield from held_by(spec.positions)
+    """A stage of a pipeline has the ends of the model that are its own; a tied embedding is both."""
+    if spec.is_first or (spec.is_last and spec.head is None):
+        yield from held_by(spec.embedding)
+    if spec.is_first:
+        yield from held_by(spec.positions)
     yield from held_by(spec.layers)
     yield from held_by(spec.norm)
     if spec.head is not None:
@@ -179,7 +196,7 @@ def _decoder(spec: DecoderSpec) -> Iterator[Held]:
 
 def num_parameters(spec: DecoderSpec) -> int:
     """Values in all tensors; of the whole model where ``spec`` is not sharded."""
-    return sum(held.elements for held in held_by(spec))
+    return sum(held.elements for held in held_by(spec) if not held.constant)
 
 
 def weight_bytes(spec: DecoderSpec, scheme: Scheme, element_bytes: int) -> int:
@@ -187,9 +204,17 @@ def weight_bytes(spec: DecoderSpec, scheme: Scheme, element_bytes: int) -> int:
     return sum(scheme.nbytes(held, element_bytes) for held in held_by(spec))
 
 
-def rope_bytes(spec: DecoderSpec, max_position: int) -> int:
-    """The tables of cos and sin, one for every different rope."""
-    return sum(2 * len(rope.inv_freq) * max_position * FLOAT32 for rope in set(_ropes(spec.layers)))
+def position_bytes(spec: DecoderSpec, max_position: int) -> int:
+    """Tables by position: cos and sin of every different rope, temperatures of the layers that have them."""
+    ropes = sum(2 * len(rope.inv_freq) for rope in set(_ropes(spec.layers)))
+    warm = sum(getattr(layer.attention, "temperature", None) is not None for layer in spec.layers)
+    return (ropes + warm) * max_position * FLOAT32
+
+
+def work_bytes(spec: DecoderSpec) -> int:
+    """What a GPU keeps for all latent layers together to turn latents into keys and values."""
+    latent = any(isinstance(layer.attention, LatentAttention) for layer in spec.layers)
+    return LATENT_WORK_BYTES if latent else 0
 
 
 def _ropes(block: Any) -> Iterator[Rope]:
@@ -208,7 +233,10 @@ def step_bytes(spec: DecoderSpec, tokens: int, rows: int, element_bytes: int) ->
     vocabulary = spec.embedding.vocab_size
     counts = rows * vocabulary * COUNTS_BYTES
     forward = forward_bytes(spec, tokens, element_bytes) + counts
-    return max(forward, rows * vocabulary * SAMPLING_BYTES)
+    hidden = (
+        tokens * spec.embedding.hidden * element_bytes
+    )  # of the prompt, whose log probabilities are asked too
+    return max(forward, rows * vocabulary * SAMPLING_BYTES + hidden)
 
 
 def forward_bytes(spec: DecoderSpec, tokens: int, element_bytes: int) -> int:
@@ -217,10 +245,11 @@ def forward_bytes(spec: DecoderSpec, tokens: int, element_bytes: int) -> int:
     return tokens * element_bytes * max((_widest(layer, hidden) for layer in set(spec.layers)), default=0)
 
 
-def graph_bytes(spec: DecoderSpec, sizes: dict[int, int], element_bytes: int) -> int:
-    """What graphs of ``sizes`` (tokens -> output rows) keep: the largest step's buffers, and every output."""
-    outputs = sum(sizes.values()) * spec.embedding.hidden * element_bytes
-    return forward_bytes(spec, max(sizes, default=0), element_bytes) + outputs
+def graph_bytes(spec: DecoderSpec, tokens: int, rows: int, recordings: int, element_bytes: int) -> int:
+    """What so many recordings keep: the buffers of the largest, of ``tokens``, and each its outputs (``rows`` of all
+    together) and the driver's notes."""
+    outputs = rows * spec.embedding.hidden * element_bytes
+    return forward_bytes(spec, tokens, element_bytes) + outputs + recordings * RECORDING_BYTES
 
 
 def _widest(layer: Layer, hidden: int) -> int:
@@ -234,7 +263,11 @@ def _widest(layer: Layer, hidden: int) -> int:
 def _mixer_width(block: Mixer) -> int:
     """The projection beside what is taken from it."""
     if isinstance(block, Recurrent):
-        return block.project.out_features + 2 * _channels(block) + 2 * block.num_heads * block.value_dim
+        return block.project.out_features + _channels(block) + 2 * block.num_heads * block.value_dim
+    if isinstance(block, LatentAttention):
+        # Queries, once more as wide as latents, and what the heads give.
+        head = block.nope_dim + block.rope_dim + block.latent_dim + block.rope_dim + block.value_dim
+        return block.down.out_features + block.num_heads * head
     if isinstance(block, Attention):
         gate = block.gate.out_features if block.gate is not None else 0
         return block.qkv.out_features + block.num_heads * block.head_dim + gate
@@ -244,7 +277,7 @@ def _mixer_width(block: Mixer) -> int:
 def _mlp_width(block: FeedForward) -> int:
     """Inner channels before and after the activation."""
     if isinstance(block, MoE):
-        routed = block.router.top_k * (3 * block.experts.intermediate + block.experts.hidden)
+        routed = block.router.top_k * (block.experts.intermediate + block.experts.hidden)
         return max(routed, block.experts.hidden + (_mlp_width(block.shared) if block.shared else 0))
     if isinstance(block, PlainMLP):
         return 2 * block.intermediate

@@ -7,10 +7,14 @@ from typing import Any
 DEEPSEEK_RENAMED = {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"}
 # Spelling of a family -> the common spelling.
 HF_RENAMED: dict[str, dict[str, str]] = {
+    "bert": {"layer_norm_eps": "rms_norm_eps"},
+    "roberta": {"layer_norm_eps": "rms_norm_eps"},
+    "xlm-roberta": {"layer_norm_eps": "rms_norm_eps"},
     "cohere": {"layer_norm_eps": "rms_norm_eps"},
     "cohere2": {"layer_norm_eps": "rms_norm_eps"},
     "deepseek_v2": DEEPSEEK_RENAMED,
     "deepseek_v3": DEEPSEEK_RENAMED,
+    "deepseek_v32": DEEPSEEK_RENAMED,
     "kimi_k2": DEEPSEEK_RENAMED,
     "glm4_moe": DEEPSEEK_RENAMED,
     "glm4_moe_lite": DEEPSEEK_RENAMED,
@@ -33,6 +37,8 @@ HF_RENAMED: dict[str, dict[str, str]] = {
         "rotary_emb_base": "rope_theta",
     },
     "starcoder2": {"norm_epsilon": "rms_norm_eps"},
+    "dots1": {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"},
+    "nemotron": {"norm_eps": "rms_norm_eps"},
 }
 GEMMA_DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 8,
@@ -42,6 +48,12 @@ GEMMA_DEFAULTS: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "tie_word_embeddings": True,
+}
+BERT_DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "type_vocab_size": 2,
+    "max_position_embeddings": 512,
 }
 QWEN_HYBRID: dict[str, Any] = {
     "head_dim": 256,
@@ -65,6 +77,9 @@ DEEPSEEK_V3_DEFAULTS: dict[str, Any] = {
     "v_head_dim": 128,
 }
 HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": BERT_DEFAULTS,
+    "roberta": BERT_DEFAULTS,
+    "xlm-roberta": BERT_DEFAULTS,
     "bamba": {"rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "max_position_embeddings": 262144},
     "qwen3_next": QWEN_HYBRID,
     "qwen3_5_text": QWEN_HYBRID,
@@ -85,6 +100,7 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "v_head_dim": 128,
     },
     "deepseek_v3": DEEPSEEK_V3_DEFAULTS,
+    "deepseek_v32": DEEPSEEK_V3_DEFAULTS,
     "kimi_k2": DEEPSEEK_V3_DEFAULTS,
     "ernie4_5": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "head_dim": 128, "tie_word_embeddings": True},
     "gemma": {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},
@@ -161,6 +177,10 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.25,
         "attention_bias": True,
     },
+    "arcee": {"rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+    "dots1": {"norm_topk_prob": False},
+    "exaone4": {"rms_norm_eps": 1e-5},
+    "nemotron": {"rms_norm_eps": 1e-5, "hidden_act": "relu2", "partial_rotary_factor": 0.5},
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
     "olmoe": {"rms_norm_eps": 1e-5},
@@ -176,7 +196,7 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 # Families whose attention alternates where config.json does not list layer_types: every n-th layer is full.
-HF_PATTERN = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4}
+HF_PATTERN = {"cohere2": 4, "gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 4, "exaone4": 4}
 # Families that look through the window in every layer once config.json gives one.
 HF_ALL_SLIDING = ("mistral", "mixtral", "phi3", "starcoder2")
 # Families that scale the rope of full layers only where config.json gives one set of parameters.

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.device.kernels.rows import Raw
 from octavo.device.ops.bind import Binder, OpSpec
+from octavo.device.ops.fp8 import settled
 from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch
-from octavo.model.blocks import DecoderSpec
+from octavo.model.blocks import DecoderSpec, MoE
 from octavo.model.cache import CachePlace
 from octavo.model.layers.build import ALONE, AS_RUN, Build, CacheType, Ranks
 from octavo.model.layers.decoder import DecoderLayer
@@ -59,6 +61,8 @@ class Network:
         ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections. A stage that
         is not the first or not the last needs its ``pipe``."""
         self.spec = spec
+        self.dtype = dtype
+        self.ranks = ranks
         self.pipe = pipe
         build = Build(dtype, device, binder, op_spec, max_position, ranks, cache_type=cache_type)
         embedding = spec.embedding
@@ -75,7 +79,7 @@ class Network:
             DecoderLayer(layer, layer_build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i))
             for i, layer in enumerate(spec.layers, spec.first_layer)
         ]
-        self.norm = make_norm(spec.norm, build)
+        self.norm = make_norm(spec.norm, layer_build)
         # Quantizing on load leaves the head alone; files may hold it quantized.
         head_build = layer_build if weight_format.covers_head else build
         self.head = LinearLayer(spec.head, head_build, "", "") if spec.head is not None else None
@@ -116,6 +120,10 @@ class Network:
         spec = replace(self.spec, ignored_prefixes=(*self.spec.ignored_prefixes, *elsewhere))
         return fill(self.items(), files, spec, progress)
 
+    def named(self, files: ModelFiles) -> ModelFiles:
+        """The files under the names that ``items`` look for."""
+        return files
+
     def matrix_elements(self) -> dict[torch.dtype, int]:
         """Weights in the matrices that every decode step reads, by the type they are stored in."""
         counts: dict[torch.dtype, int] = {}
@@ -134,6 +142,16 @@ class Network:
         unread = sum(table.numel() * table.element_size() for table in tables if table is not None)
         return sum(item.num_bytes for item in self.items() if item.target.dim() >= 2) - unread
 
+    def idle_elements(self, tokens: int) -> dict[torch.dtype, float]:
+        """Weights of experts that no token of a step is expected to choose, by type; where all are as likely."""
+        counts: dict[torch.dtype, float] = {}
+        for layer, block in zip(self.layers, self.spec.layers):
+            if isinstance(block.mlp, MoE):
+                missed = (1 - block.mlp.router.top_k / block.mlp.experts.num) ** tokens
+                for stacked in [item.target for item in layer.mlp.items() if item.target.dim() == 3]:
+                    counts[stacked.dtype] = counts.get(stacked.dtype, 0.0) + missed * stacked.numel()
+        return counts
+
     def bind_cache(self, places: dict[int, CachePlace]) -> None:
         """Give every layer that keeps something its place in the cache."""
         for i, place in places.items():
@@ -142,15 +160,18 @@ class Network:
     def forward(self, batch: Batch) -> Tensor:
         """Normed hidden states [S, E] of the tokens at ``batch.sample_at``; of a stage that is not the last, tensors of
         that shape, while what counts went through the pipe."""
+        branch: Tensor | Raw | None
         branch, residual = self._enter(batch)
         for layer in self.layers:
             branch = layer(branch, residual, batch)
         if branch is not None and self.pipe.send is not None:
-            self.pipe.send(torch.stack((branch, residual)))
+            self.pipe.send(torch.stack((settled(branch), residual)))
             return residual[batch.sample_at]
         if branch is None:
             return self.norm(residual[batch.sample_at])
-        return self.norm.add(branch[batch.sample_at], residual[batch.sample_at])
+        last = branch.take(batch.sample_at) if isinstance(branch, Raw) else branch[batch.sample_at]
+        normed: Tensor = self.norm.add(last, residual[batch.sample_at])
+        return normed
 
     def _enter(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """What goes into the first layer: (the branch before it, None for the model's first; the residual) [T, E]."""

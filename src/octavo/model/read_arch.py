@@ -22,7 +22,9 @@ from octavo.model.hf_defaults import (
 from octavo.model.keys import Keys
 from octavo.model.quantization.describe import describe_quantization
 
+SOFTMAX = 1  # GGUF's number of that gating function
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+INDEXED = "indexed_attention"
 LINEAR = "linear_attention"
 MULTIMODAL = {  # whose text part has a family
     "gemma3": "gemma3_text",
@@ -40,14 +42,17 @@ GGUF_TYPES = {
     "gemma3": "gemma3_text",
     "phi3": "phi3",
     "qwen3moe": "qwen3_moe",
+    "gpt-oss": "gpt_oss",
+    "deepseek2": "deepseek_v3",
 }
-QUANTIZED_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
+QUANTIZED_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"}
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
 # Keys that a multimodal config.json may hold beside its text_config.
 OUTER_KEYS = (
@@ -59,7 +64,10 @@ OUTER_KEYS = (
     "quantization_config",
 )
 MAX_LAYERS = 4096
-KINDS = {"llama4_text": {FULL, CHUNKED}}  # of attention, where they are not the usual ones
+KINDS = {
+    "llama4_text": {FULL, CHUNKED},
+    "deepseek_v32": {FULL, INDEXED},
+}  # of attention, where they are not the usual ones
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:
@@ -204,11 +212,16 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
     name = str(meta.get("general.architecture"))
     if name not in GGUF_TYPES:
         raise UnsupportedModelError(
-            f"GGUF architecture {name!r} is not supported.", f"Supported: {', '.join(GGUF_TYPES)}."
+            f"GGUF architecture {name!r} is not supported.",
+            f"Supported: {', '.join(GGUF_TYPES)}. Or take the model's safetensors files: more families read those, and "
+            "--model-impl transformers any other.",
         )
     keys = Keys({k.removeprefix(f"{name}."): v for k, v in meta.items()}, f"GGUF metadata {name}.*")
     experts = _gguf_experts(keys)
     model_type = "mixtral" if name == "llama" and experts else GGUF_TYPES[name]
+    latent = _gguf_latent(keys) if name == "deepseek2" else {}
+    if latent and keys.integer("expert_gating_func", SOFTMAX) == SOFTMAX:
+        model_type = "deepseek_v2"
     layers = keys.integer("block_count", most=MAX_LAYERS)
     heads, kv_heads = keys.heads("attention.head_count", "attention.head_count_kv")
     hidden = keys.integer("embedding_length")
@@ -217,14 +230,6 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
     layer_types = tuple(SLIDING if window and every and (i + 1) % every else FULL for i in range(layers))
     if window and model_type == "phi3":
         layer_types = (SLIDING,) * layers
-    theta = keys.number("rope.freq_base", 10000.0)
-    rope: dict[str, Mapping[str, Any]] = {FULL: _gguf_rope(files, keys, theta)}
-    if SLIDING in layer_types:
-        local = 10000.0 if model_type == "gemma3_text" else theta
-        rope[SLIDING] = {"rope_theta": keys.number("rope.freq_base_swa", local)}
-    if model_type == "phi3":
-        rotated = keys.integer("rope.dimension_count", hidden // heads) / (hidden // heads)
-        rope = {kind: {**rope[FULL], "partial_rotary_factor": rotated} for kind in rope}
     bos = meta.get("tokenizer.ggml.bos_token_id")
     return ArchConfig(
         model_type=model_type,
@@ -239,7 +244,7 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-6),
         tie_embeddings="output.weight" not in files.tensors,
         layer_types=layer_types,
-        rope=rope,
+        rope=_gguf_ropes(files, keys, model_type, set(layer_types)),
         sliding_window=window if SLIDING in layer_types else 0,
         attention_bias="blk.0.attn_q.bias" in files.tensors,
         activation="gelu_tanh" if name.startswith("gemma") else "silu",
@@ -251,8 +256,33 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         from_gguf=True,
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=token_ids(meta.get("tokenizer.ggml.eos_token_id")),
-        raw={**meta, **experts},
+        raw={**meta, **experts, **latent},
     )
+
+
+def _gguf_latent(keys: Keys) -> dict[str, Any]:
+    """Latent attention and routing in Hugging Face's words. Newer files give a latent's sizes as those of a head, and
+    the head's own beside them."""
+    rope_dim = keys.integer("rope.dimension_count")
+    key = keys.integer("attention.key_length_mla", keys.integer("attention.key_length"))
+    if key <= rope_dim:
+        raise ModelFileError(f"{keys.where}: keys of {key} values cannot hold {rope_dim} that rotate.")
+    groups = keys.integer("expert_group_count", 0, least=0)
+    found: dict[str, Any] = {
+        "q_lora_rank": keys.integer("attention.q_lora_rank", 0, least=0),
+        "kv_lora_rank": keys.integer("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": key - rope_dim,
+        "v_head_dim": keys.integer("attention.value_length_mla", keys.integer("attention.value_length")),
+        "first_k_dense_replace": keys.integer("leading_dense_block_count", 0, least=0),
+        "n_shared_experts": keys.integer("expert_shared_count", 1),
+        "routed_scaling_factor": keys.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": keys.flag("expert_weights_norm", False),
+    }
+    if groups > 1:
+        used = keys.integer("expert_group_used_count")
+        found |= {"n_group": groups, "topk_group": used, "topk_method": "group_limited_greedy"}
+    return found
 
 
 def _gguf_experts(keys: Keys) -> dict[str, Any]:
@@ -288,6 +318,24 @@ def _gguf_query_scale(name: str, keys: Keys, hidden: int, heads: int) -> float |
     return None
 
 
+def _gguf_ropes(
+    files: ModelFiles, keys: Keys, model_type: str, kinds: set[str]
+) -> dict[str, Mapping[str, Any]]:
+    """Rope parameters by layer type."""
+    theta = keys.number("rope.freq_base", 10000.0)
+    rope: dict[str, Mapping[str, Any]] = {FULL: _gguf_rope(files, keys, theta)}
+    if SLIDING in kinds:
+        local = 10000.0 if model_type == "gemma3_text" else theta
+        rope[SLIDING] = {"rope_theta": keys.number("rope.freq_base_swa", local)}
+    if model_type == "gpt_oss":  # scaled alike in all layers, by whole dimensions nowhere
+        rope = {kind: {**rope[FULL], "truncate": False} for kind in rope}
+    if model_type == "phi3":
+        head_dim = keys.integer("embedding_length") // keys.integer("attention.head_count")
+        rotated = keys.integer("rope.dimension_count", head_dim) / head_dim
+        rope = {kind: {**rope[FULL], "partial_rotary_factor": rotated} for kind in rope}
+    return rope
+
+
 def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
     """Scaling keys as rope parameters; llama3's scaling comes as a tensor of divisors."""
     if "rope_freqs.weight" in files.tensors:
@@ -304,7 +352,11 @@ def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
     kind = keys.source.get("rope.scaling.type")
     if kind in (None, "none"):
         return {"rope_theta": theta}
+    # DeepSeek's files hold 0.1 x mscale_all_dim; its two numbers are the same in every published model.
+    sharp = keys.number("rope.scaling.yarn_log_multiplier", 0.0) * 10
+    mscales: dict[str, Any] = {"mscale": sharp, "mscale_all_dim": sharp} if sharp else {}
     return {
+        **mscales,
         "rope_theta": theta,
         "rope_type": kind,
         "factor": keys.number("rope.scaling.factor", 1.0),

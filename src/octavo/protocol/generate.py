@@ -17,11 +17,12 @@ FinishReason = Literal["stop", "length", "abort", "error", "deadline", "rejected
 class StructuredOutputsParams(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
-    """What an answer must look like; names are vLLM's, and exactly one of the first five says it.
+    """What an answer must look like; names are vLLM's, and exactly one of the first six says it.
 
     ``json`` is a JSON schema (an object, or its text), ``json_object`` any JSON object, ``regex`` a regular expression
     for the whole answer (no look-around, no back references), ``choice`` a list of answers, ``grammar`` a context-free
-    grammar in Lark's form with the rule ``start``. The rest changes how JSON is written: ``disable_any_whitespace``
+    grammar in Lark's form with the rule ``start``, ``structural_tag`` free text with segments that follow schemas (see
+    ``api/structural_tags.py``). The rest changes how JSON is written: ``disable_any_whitespace``
     allows none, ``whitespace_pattern`` is a regular expression for it, ``disable_additional_properties`` closes
     every object of the schema that does not say otherwise. Raises ``RequestError`` where not exactly one is given.
     """
@@ -31,6 +32,7 @@ class StructuredOutputsParams(
     regex: bounds.GrammarText | None = None
     choice: bounds.Choices | None = None
     grammar: bounds.GrammarText | None = None
+    structural_tag: bounds.GrammarText | dict[str, Any] | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
     whitespace_pattern: bounds.WhitespacePattern | None = None
@@ -47,7 +49,7 @@ class StructuredOutputsParams(
             )
 
 
-CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar")
+CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -160,8 +162,11 @@ class Terms(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     max_queue_ms: bounds.Milliseconds | None = None
 
 
+Pooling = Literal["last", "mean", "cls"]  # the last token's hidden state, the mean of all, the first token's
+
+
 class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One sequence to generate (a request with ``n > 1`` is sent as n of these).
+    """One sequence to generate (a request with ``n > 1`` is sent as n of these), or with ``pooling`` to turn into a vector.
 
     ``id`` is chosen by the client and unique among its live requests. ``eos_token_ids`` end the sequence
     unless ``sampling.ignore_eos``. ``arrival_s`` is a wall clock time (queue order, metrics).
@@ -184,6 +189,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     bad_words: list[list[int]] = []
     leader: int | None = None
     terms: Terms = Terms()
+    pooling: Pooling | None = None
 
 
 class Times(msgspec.Struct, array_like=True, gc=False, frozen=True):
@@ -206,7 +212,8 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
 
     ``stop_token`` is the token that ended a "stop" by the engine. It is the last of ``tokens``.
     ``logprobs`` holds one list a token (the drawn token first, then the top ones); ``prompt_logprobs`` likewise
-    for every prompt token but the first, sent once, with the first delta; so are ``times``.
+    for every prompt token but the first, sent once, with the first delta; so are ``times``. ``embedding`` is what a
+    pooling request asked for, as little-endian float32 numbers.
     """
 
     id: int
@@ -218,3 +225,4 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     logprobs: list[list[Logprob]] | None = None
     prompt_logprobs: list[list[Logprob]] | None = None
     times: Times | None = None
+    embedding: bytes | None = None

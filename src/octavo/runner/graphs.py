@@ -20,21 +20,10 @@ from octavo.model.batch import Batch, GroupTables
 from octavo.model.network import Network
 from octavo.protocol.plan import StepPlan
 from octavo.runner.batch import BatchBuilder, Prepared
-from octavo.runner.mixed_graphs import SIZES, MixedGraphs
+from octavo.runner.mixed_graphs import MixedGraphs
 from octavo.runner.record import Replays, record
-from octavo.runner.slots import PROMPT_LOGPROBS, Slots
-
-
-def capture_sizes(limit: int) -> list[int]:
-    """1, 2, 4, then multiples of 8 up to 256, of 32 up to 512 (vLLM's habit), cut at ``limit``."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, 513, 32)]
-    kept = [size for size in sizes if size < limit]
-    return [*kept, limit] if limit <= 512 else kept
-
-
-def recorded_sizes(max_num_seqs: int, max_tokens: int) -> tuple[list[int], list[int]]:
-    """Sizes of the mixed (tokens) and of the decode recordings (rows), ascending."""
-    return [size for size in SIZES if size <= max_tokens], capture_sizes(max_num_seqs)
+from octavo.runner.sizes import recorded_sizes
+from octavo.runner.slots import NEEDS_POSITIONS, Slots
 
 
 class DecodeGraphs:
@@ -73,7 +62,7 @@ class DecodeGraphs:
         starts = np.asarray(plan.starts, np.int64)
         if (starts < self.slots.num_known[slots]).any() or not all(plan.sample):
             return None
-        if (self.slots.wants[slots] & PROMPT_LOGPROBS).any() and (
+        if (self.slots.wants[slots] & NEEDS_POSITIONS).any() and (
             starts < self.slots.num_prompt[slots]
         ).any():
             return None

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import GrammarMask, SlotInit, StepPlan
-from octavo.runner.graphs import StepGraphs, recorded_sizes
+from octavo.runner.graphs import StepGraphs
 from octavo.runner.runner import TorchRunner
+from octavo.runner.sizes import recorded_sizes
 
 LOGPROBS = 20  # the most that the front half lets through
 SLACK_BYTES = 64 << 20  # what the allocator rounds up and libraries allocate when they are first used
@@ -80,7 +81,7 @@ def graph_bytes(runner: TorchRunner, max_model_len: int) -> int:
         return 0  # a device without graphs
     first = max(0, marks[0] - marks[1])
     growth = max(0, marks[1] - marks[-1]) / max(1, len(marks) - 2)
-    element = runner.network.embedding
+    hidden = runner.network.spec.embedding.hidden * runner.network.dtype.itemsize
     outputs = sum(map(graphs.mixed.rows_of, mixed)) + sum(decode)
     records = int(growth * (len(mixed) + len(decode)))
-    return first + records + outputs * element.shape[1] * element.element_size() + SLACK_BYTES
+    return first + records + outputs * hidden + SLACK_BYTES

@@ -21,16 +21,12 @@ from octavo.model.network import Network
 from octavo.protocol.plan import StepPlan
 from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.record import Replays, record
-from octavo.runner.slots import PROMPT_LOGPROBS, Slots
-
-# Tokens; matrix tiles are 128 rows, finer gains little. Larger steps keep even a small model's device busy for longer
-# than the host takes to launch them one by one.
-SIZES = (64, 128, 192, *range(256, 1537, 128))
-MOST_ROWS = 256
+from octavo.runner.sizes import rows_of
+from octavo.runner.slots import NEEDS_POSITIONS, Slots
 
 
 class MixedGraphs:
-    """Graphs by number of tokens; every graph has room for ``min(T, num_slots, MOST_ROWS)`` rows."""
+    """Graphs by number of tokens; every graph has room for ``sizes.rows_of`` rows."""
 
     def __init__(
         self, network: Network, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
@@ -46,7 +42,7 @@ class MixedGraphs:
 
     def rows_of(self, tokens: int) -> int:
         """Rows that a graph of so many tokens has room for."""
-        return min(tokens, self.slots.num_slots, MOST_ROWS)
+        return rows_of(tokens, self.slots.num_slots)
 
     @torch.inference_mode()
     def capture(self, sizes: list[int], pool: object | None, done: Callable[[], None]) -> object | None:
@@ -73,7 +69,7 @@ class MixedGraphs:
         size = next(captured for captured in self.sizes if captured >= total)
         room = self.rows_of(size)
         row_slots = np.asarray(plan.slots, np.int64)
-        if rows > room or (self.slots.wants[row_slots] & PROMPT_LOGPROBS).any():
+        if rows > room or (self.slots.wants[row_slots] & NEEDS_POSITIONS).any():
             return None
         columns, ends = self._columns(plan, row_slots, size, room, total)
         sampling = np.flatnonzero(np.asarray(plan.sample, bool))

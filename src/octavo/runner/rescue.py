@@ -75,23 +75,28 @@ class Parts:
         self.release = release
         self.sampling: list[Tensor] = []
         self.prompts: list[Tensor] = []
+        self.pooled: list[Tensor] = []
         self.errors: dict[int, str] = {}
 
-    def run(self, plan: StepPlan, width: Tensor) -> Tensor:
-        """Like the network's forward pass over the whole plan; failed rows (``errors``) are zeros of ``width``'s kind."""
-        self._run(plan, list(range(plan.num_rows)), width)
-        return torch.cat([*self.sampling, *self.prompts])
+    def run(self, plan: StepPlan, width: int, dtype: torch.dtype) -> Tensor:
+        """Like the network's forward pass over the whole plan; failed rows (``errors``) are zeros."""
+        self._run(plan, list(range(plan.num_rows)), width, dtype)
+        return torch.cat([*self.sampling, *self.prompts, *self.pooled])
 
-    def _run(self, plan: StepPlan, rows: list[int], width: Tensor) -> None:
+    def _run(self, plan: StepPlan, rows: list[int], width: int, dtype: torch.dtype) -> None:
         step = self.build(rows_of(plan, rows))
         hidden = attempt(lambda: self.forward(step), self.release, times=1)
         if hidden is None and len(rows) > 1:
             half = len(rows) // 2
-            self._run(plan, rows[:half], width)
-            self._run(plan, rows[half:], width)
+            self._run(plan, rows[:half], width, dtype)
+            self._run(plan, rows[half:], width, dtype)
             return
         if hidden is None:
             self.errors[rows[0]] = MESSAGE
-            hidden = width.new_zeros(len(step.batch.sample_at), width.shape[-1])
-        self.sampling.append(hidden[: len(step.rows)])
-        self.prompts.append(hidden[len(step.rows) :])
+            sample_at = step.batch.sample_at
+            hidden = torch.zeros((len(sample_at), width), dtype=dtype, device=sample_at.device)
+        first = len(step.rows)
+        second = first + sum(count for _, _, count in step.prompt_rows)
+        self.sampling.append(hidden[:first])
+        self.prompts.append(hidden[first:second])
+        self.pooled.append(hidden[second:])

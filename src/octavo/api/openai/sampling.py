@@ -66,6 +66,11 @@ async def structured_outputs(
         param = "response_format"
         if asked.type == "json_object":
             params = StructuredOutputsParams(json_object=True)
+        elif asked.type == "structural_tag":
+            given = {name: getattr(asked, name) for name in ("structures", "triggers", "format")}
+            params = StructuredOutputsParams(
+                structural_tag={name: value for name, value in given.items() if value is not None}
+            )
         elif asked.json_schema is None or asked.json_schema.schema is None:
             raise RequestError(
                 "response_format of type json_schema needs json_schema.schema.",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from octavo.api.openai.responses.store import StoreLimits
+from octavo.api.server.hosts import LOOPBACK_NAMES
 from octavo.api.server.keys import KeyEntry, read_keys
 from octavo.config import option
 from octavo.errors import UsageError
@@ -31,6 +33,11 @@ class ServerOptions:
     allowed_origins: tuple[str, ...] = option(
         (), "Origins whose web pages may call the server (CORS); '*' for all. None by default."
     )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "Host names the server answers to, repeat for several; '*' for all (default: all, but on the loopback "
+        "interface without keys only localhost and its addresses).",
+    )
     root_path: str = option("", "Path prefix under which a proxy publishes the server.")
     ssl_keyfile: str | None = option(None, "Private key file; with --ssl-certfile turns TLS on.")
     ssl_certfile: str | None = option(None, "Certificate file.")
@@ -50,6 +57,11 @@ class ServerOptions:
     ignore_unknown_fields: bool = option(
         False, "Ignore request fields that are not known instead of answering 400."
     )
+    response_store_size: int = option(
+        256, "Responses of /v1/responses that are kept in memory for each key; 0 keeps none."
+    )
+    response_store_mib: int = option(64, "Mebibytes that the kept responses of one key may take.")
+    response_store_seconds: float = option(3600.0, "How long a response is kept.")
     enable_log_requests: bool = option(
         False, "Log a JSON line for every generation request: who, how much, how long; no text."
     )
@@ -77,9 +89,16 @@ class ServerOptions:
         for flag, seconds in (
             ("--shutdown-timeout", self.shutdown_timeout),
             ("--sse-heartbeat", self.sse_heartbeat),
+            ("--response-store-seconds", self.response_store_seconds),
         ):
             if not 0 <= seconds < 1e6:
                 raise UsageError(f"{flag} must be a number of seconds from 0 on, got {seconds}.")
+        for flag, count in (
+            ("--response-store-size", self.response_store_size),
+            ("--response-store-mib", self.response_store_mib),
+        ):
+            if not 0 <= count < 1 << 20:
+                raise UsageError(f"{flag} must be from 0 to {(1 << 20) - 1}, got {count}.")
         if self.max_log_len < 0:
             raise UsageError(f"--max-log-len must be at least 0, got {self.max_log_len}.")
         if self.admin_api_key is not None and not self.admin_api_key.strip():
@@ -110,6 +129,13 @@ class ServerOptions:
         """The entries of the keys file."""
         return () if self.api_keys_file is None else read_keys(self.api_keys_file)
 
+    def hosts(self) -> tuple[str, ...]:
+        """Names the server answers to; empty for all."""
+        if self.allowed_hosts:
+            return () if "*" in self.allowed_hosts else self.allowed_hosts
+        is_local = self.uds is None and self.host in (*LOOPBACK_NAMES, "::1")
+        return LOOPBACK_NAMES if is_local and self.is_open else ()
+
     @property
     def is_open(self) -> bool:
         """Whether anybody may use the server."""
@@ -121,7 +147,7 @@ class ServerSettings:
     """What ``build_app`` needs: decided values only.
 
     ``served_model_names``: the first is the one in replies, all are accepted. ``api_keys`` and ``key_entries``: both
-    empty means open.
+    empty means open. ``allowed_hosts``: empty means any.
     """
 
     served_model_names: tuple[str, ...]
@@ -132,11 +158,13 @@ class ServerSettings:
     max_log_len: int = 0
     otlp_traces_endpoint: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     root_path: str = ""
     max_body_bytes: int = 32 << 20
     sse_heartbeat_s: float = 15.0
     metrics_prefix: str = "octavo"
     ignore_unknown_fields: bool = False
+    response_limits: StoreLimits = field(default_factory=StoreLimits)
 
     @classmethod
     def of(cls, options: ServerOptions, served_model_names: tuple[str, ...]) -> ServerSettings:
@@ -151,9 +179,15 @@ class ServerSettings:
             max_log_len=options.max_log_len,
             otlp_traces_endpoint=options.otlp_traces_endpoint,
             allowed_origins=options.allowed_origins,
+            allowed_hosts=options.hosts(),
             root_path=options.root_path.rstrip("/"),
             max_body_bytes=options.max_body_bytes,
             sse_heartbeat_s=options.sse_heartbeat,
             metrics_prefix=options.metrics_prefix,
             ignore_unknown_fields=options.ignore_unknown_fields,
+            response_limits=StoreLimits(
+                options.response_store_size,
+                options.response_store_mib << 20,
+                options.response_store_seconds,
+            ),
         )

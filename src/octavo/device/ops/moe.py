@@ -114,7 +114,9 @@ def experts_packed(
     num = down.outputs // gate_up.inputs
     used = sorted(expert for expert in set(ids.flatten().tolist()) if expert < num)
     place = torch.full((num + 1,), len(used), device=ids.device)
-    place[torch.tensor(used, dtype=torch.long, device=ids.device)] = torch.arange(len(used), device=ids.device)
+    place[torch.tensor(used, dtype=torch.long, device=ids.device)] = torch.arange(
+        len(used), device=ids.device
+    )
 
     def matrices(stack: Packed) -> Tensor:
         size = stack.outputs // num

@@ -70,14 +70,16 @@ class CacheLayout:
 
 
 MAX_GROUPS = 16
+MAX_EMPTY = 0.05  # places of groups without a layer, as a share of all layers
 
 
 def plan_layout(specs: dict[int, KVSpec]) -> CacheLayout:
     """Deal layers into groups with equal page bytes.
 
-    ``specs`` maps layer index to its kind (layers without a cache are absent). The group length is the count of
-    the rarest kind, so that kind (usually full attention, the one that grows) wastes nothing; a longer one is
-    taken only where there would be more than ``MAX_GROUPS`` page tables.
+    ``specs`` maps layer index to its kind (layers without a cache are absent). The group length divides the count of
+    the rarest kind, so that kind (usually full attention, the one that grows) wastes nothing: the longest that leaves
+    few places empty in the other kinds' last groups, or else the one that leaves fewest. A longer one is taken only
+    where there would be more than ``MAX_GROUPS`` page tables.
     """
     if not specs:
         return CacheLayout((), 0, 0)
@@ -87,14 +89,30 @@ def plan_layout(specs: dict[int, KVSpec]) -> CacheLayout:
     by_kind: dict[KVSpec, list[int]] = {}
     for layer in sorted(specs):
         by_kind.setdefault(_aligned(_equalize(specs[layer], largest), step), []).append(layer)
-    size = min(len(layers) for layers in by_kind.values())
-    while sum(ceil_div(len(layers), size) for layers in by_kind.values()) > max(MAX_GROUPS, len(by_kind)):
-        size += 1
+    size = _group_length([len(layers) for layers in by_kind.values()])
     groups = []
     for spec, layers in by_kind.items():
         for start in range(0, len(layers), size):
             groups.append(CacheGroup(spec, tuple(layers[start : start + size])))
     return CacheLayout(tuple(groups), largest, size)
+
+
+def _group_length(counts: list[int]) -> int:
+    """Layers in a group, for kinds of so many layers; see ``plan_layout``."""
+    most = max(MAX_GROUPS, len(counts))
+
+    def groups(size: int) -> int:
+        return sum(ceil_div(count, size) for count in counts)
+
+    def empty(size: int) -> int:
+        return groups(size) * size - sum(counts)
+
+    rarest = min(counts)
+    lengths = [size for size in range(rarest, 0, -1) if rarest % size == 0 and groups(size) <= most]
+    if not lengths:
+        return next(size for size in range(rarest, max(counts) + 1) if groups(size) <= most)
+    few = [size for size in lengths if empty(size) <= MAX_EMPTY * sum(counts)]
+    return few[0] if few else min(lengths, key=empty)
 
 
 def _equalize(spec: KVSpec, page_bytes: int) -> KVSpec:

@@ -196,8 +196,9 @@ class MultiprocExecutor:
     """Implements ``Executor`` over worker processes.
 
     ``factory`` is ``module:function`` of an ``executor.base.Factory``; ``arguments`` must be JSON. The cache has as many
-    pages as the worker with the fewest. ``nodes`` are other machines' ranks, which follow this one's. ``silence_s``: a
-    rank that says nothing for so long while it starts, or while a step is waited for, has failed.
+    pages as the worker with the fewest. ``nodes`` waits for other machines, whose ranks follow this one's; it calls what it
+    is given, which raises where a worker here has failed meanwhile. ``silence_s``: a rank that says nothing for so long
+    while it starts, or while a step is waited for, has failed.
     """
 
     def __init__(
@@ -207,7 +208,8 @@ class MultiprocExecutor:
         *,
         num_workers: int = 1,
         environment: Mapping[str, str] | None = None,
-        nodes: Callable[[], Sequence[Node]] | None = None,
+        num_ranks: int | None = None,
+        nodes: Callable[[Callable[[], None]], Sequence[Node]] | None = None,
         silence_s: float = SILENCE_S,
         progress: ProgressCall | None = None,
     ) -> None:
@@ -220,9 +222,9 @@ class MultiprocExecutor:
         self._crew = Crew(num_workers, environment=environment)
         self._crew.ring.check = self._check_others
         try:
-            self._crew.build(factory, arguments, arguments.get("num_ranks", num_workers))
+            self._crew.build(factory, arguments, num_ranks or num_workers)
             if nodes is not None:
-                self._nodes.extend(nodes())
+                self._nodes.extend(nodes(self._check_start))
             hellos = self._greetings()
         except BaseException:
             self._kill()
@@ -330,6 +332,17 @@ class MultiprocExecutor:
         for speaker in others:
             if speaker.socket.fileno() in ready:
                 raise self._dead(*speaker.read())
+
+    def _check_start(self) -> None:
+        """Raise where a worker of this machine has failed while others are waited for."""
+        poll = select.poll()
+        for worker in self._crew.workers:
+            poll.register(worker.socket, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(0)}
+        for worker in [each for each in self._crew.workers if each.socket.fileno() in ready]:
+            rank, message = worker.read()
+            if not isinstance(message, Progress):  # nobody can be ready yet
+                raise self._dead(rank, message)
 
     def _dead(self, rank: int, message: FromWorker | None) -> OctavoError:
         """The error for a rank that failed or vanished; what is left of the others is killed."""

@@ -28,13 +28,13 @@ class Compiled:
     """A grammar before its first token; every answer goes through a copy."""
 
     matcher: LLMatcher
-    num_words: int
+    vocab_size: int
     eos_ids: tuple[int, ...]
 
     def start(self, stop_ids: Iterable[int]) -> TokenGrammar:
         """A new answer, which tokens in ``stop_ids`` end."""
         return TokenGrammar(
-            self.matcher.deep_copy(), num_words=self.num_words, eos_ids=self.eos_ids, stop_ids=stop_ids
+            self.matcher.deep_copy(), vocab_size=self.vocab_size, eos_ids=self.eos_ids, stop_ids=stop_ids
         )
 
 
@@ -86,4 +86,4 @@ class GrammarCompiler:
             matcher.deep_copy().compute_bitmask()  # the first mask fills tables that all copies share
         if matcher.is_error():
             raise GrammarError(f"The grammar cannot be used: {matcher.get_error()}")
-        return Compiled(matcher, (self._vocab_size + 31) // 32, eos_ids)
+        return Compiled(matcher, self._vocab_size, eos_ids)

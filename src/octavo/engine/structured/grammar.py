@@ -20,14 +20,16 @@ class TokenGrammar:
 
     Tokens in ``stop_ids`` are allowed where the answer may end and nowhere else, whether they are text or not (text that
     ends an answer is not part of it). ``eos_ids`` are the ends that ``matcher`` itself knows; one that is not in
-    ``stop_ids`` (ignore_eos) is never allowed. ``num_words`` is the number of 32-bit words of a mask.
+    ``stop_ids`` (ignore_eos) is never allowed. Ids outside ``vocab_size`` (a draft may be anything) are not accepted:
+    the matcher would not survive them.
     """
 
     def __init__(
-        self, matcher: LLMatcher, *, num_words: int, eos_ids: Iterable[int], stop_ids: Iterable[int]
+        self, matcher: LLMatcher, *, vocab_size: int, eos_ids: Iterable[int], stop_ids: Iterable[int]
     ) -> None:
         self._matcher = matcher
-        self._num_bytes = 4 * num_words
+        self._vocab_size = vocab_size
+        self._num_bytes = 4 * ((vocab_size + 31) // 32)
         self._stop_ids = frozenset(stop_ids)
         self._own = self._stop_ids.symmetric_difference(eos_ids)  # whose bits the matcher cannot know
         self._stopped = 0  # stop tokens accepted since; the matcher has not seen them
@@ -39,7 +41,7 @@ class TokenGrammar:
 
     def accept(self, token: int) -> bool:
         """See ``Constraint.accept``."""
-        if self._stopped:
+        if self._stopped or not 0 <= token < self._vocab_size:
             return False
         if token in self._stop_ids:
             if not self._matcher.is_accepting():

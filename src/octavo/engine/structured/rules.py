@@ -47,7 +47,7 @@ class TokenRules:
 
     def accept(self, token: int) -> bool:
         """See ``Constraint.accept``."""
-        if not self._permitted() >> token & 1:
+        if token < 0 or not self._permitted() >> token & 1:
             return False
         if self._inner is not None and not self._inner.accept(token):
             return False

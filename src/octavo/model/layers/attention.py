@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,8 +50,15 @@ class AttentionLayer:
         self.scales = CacheScales(module, build.cache_type)
         self.pages = torch.empty(0)
         self.group = 0
+        self.leaves_scales = False  # to the norm that follows: the layer around it decides
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+    @property
+    def input(self) -> LinearLayer:
+        """The projection that reads what comes in."""
+        return self.qkv
+
+    def __call__(self, x: Any, batch: Batch) -> Any:
+        """[T, E] from [T, E]; fp8 may come in quantized and go out without its scales."""
         block, tables = self.block, batch.groups[self.group]
         heads_normed = not self.whole_norms
         q = self.store(
@@ -81,10 +90,12 @@ class AttentionLayer:
             self.sinks,
             block.chunk,
         )
-        mixed = mixed.view(mixed.shape[0], -1)
+        joined = mixed.view(mixed.shape[0], -1)
         if self.scales.value != 1.0:
-            mixed = mixed * self.scales.value
-        return self.output(mixed if self.gate is None else mixed * self.gate(x).sigmoid())
+            joined = joined * self.scales.value
+        if self.gate is not None:
+            joined = joined * self.gate(x).sigmoid()
+        return self.output.branch(joined) if self.leaves_scales else self.output(joined)
 
     def bind(self, place: CachePlace) -> None:
         """Take pages [num_pages, 2, Hkv, P, D] in the cache's type."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from octavo.model.layers.recurrent import RecurrentLayer
 class MixerLayer(Protocol):
     """The torch form of a ``blocks.Mixer``."""
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, x: Any, batch: Batch) -> Any:
         """The branch output [T, E] for normed input [T, E]; reads and writes this layer's cache."""
 
     def bind(self, place: CachePlace) -> None:
@@ -47,8 +47,26 @@ class DecoderLayer:
         self.pre_mlp_norm = norm(block.pre_mlp_norm)
         self.mlp = make_mlp(block.mlp, build, hf_prefix, gguf_prefix)
         self.post_mlp_norm = norm(block.post_mlp_norm)
+        self._join()
 
-    def __call__(self, branch: Tensor | None, residual: Tensor, batch: Batch) -> Tensor:
+    def _join(self) -> None:
+        """fp8 in a plain layer: norms quantize for the projection that follows, and apply the scales of the one before.
+
+        A norm does so only where nothing but additions lies between.
+        """
+        others = (self.post_attention_norm, self.post_mlp_norm)
+        plain = not self.parallel and self.residual_scale == 1.0 and others == (None, None)
+        for before, part in ((self.input_norm, self.attention), (self.pre_mlp_norm, self.mlp)):
+            if not isinstance(part, AttentionLayer | GatedMLPLayer) or not isinstance(before, NormLayer):
+                continue
+            if not self.parallel:
+                before.next = part.input.fp8
+            joined = (
+                plain and isinstance(self.input_norm, NormLayer) and isinstance(self.pre_mlp_norm, NormLayer)
+            )
+            part.leaves_scales = joined
+
+    def __call__(self, branch: Any, residual: Tensor, batch: Batch) -> Any:
         """``branch`` is None for the first layer, whose input is the residual itself."""
         x = entered(self.input_norm, branch, residual)
         mixed = self.attention(x, batch)
@@ -62,7 +80,7 @@ class DecoderLayer:
             x = self.post_mlp_norm(x)
         return self._scaled(mixed + x if self.parallel else x)
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def _scaled(self, x: Any) -> Any:
         return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def items(self) -> list[LoadItem]:
@@ -78,7 +96,7 @@ class DecoderLayer:
         return [item for part in parts if part is not None for item in part.items()]
 
 
-def entered(norm: NormLayer | LayerNormLayer | None, branch: Tensor | None, residual: Tensor) -> Tensor:
+def entered(norm: NormLayer | LayerNormLayer | None, branch: Any, residual: Tensor) -> Any:
     """A branch's input: the branch before is added to the residual (in place), then normed where there is a norm."""
     if norm is None:
         return residual if branch is None else residual.add_(branch)

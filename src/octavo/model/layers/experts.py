@@ -56,8 +56,12 @@ class ExpertWeights:
         elif self.block.interleaved:
             columns = LoadItem(name, "", self.down, TRANSPOSED, cut=cut)
             packed = LoadItem(f"{name}_blocks", "", self.down, cut=cut, scales=f"{name}_scales")
-            gate_up.ways = (self._stacked(ALTERNATING_COLUMNS), self._stacked(ALTERNATING, packed=True))
-            ways = ((columns,), (packed,))
+            gate_up.ways = (
+                self._stacked(ALTERNATING_COLUMNS),
+                self._stacked(ALTERNATING, packed=True),
+                self._gguf(),
+            )
+            ways = ((columns,), (packed,), (LoadItem("", gguf, self.down, cut=cut),))
         return [gate_up, LoadItem(name, "", self.down, ways=ways), *self._biases()]
 
     def _biases(self) -> list[LoadItem]:
@@ -67,20 +71,26 @@ class ExpertWeights:
         inner, size, rank = self.block.intermediate, self.ranks.size, self.ranks.rank
         halves = (self.gate_up_bias[:, :inner], self.gate_up_bias[:, inner:])
         name = f"{self.hf}.gate_up_proj_bias"
-        down = LoadItem(f"{self.hf}.down_proj_bias", "", self.down_bias, cut=self.whole)
+        down = LoadItem(
+            f"{self.hf}.down_proj_bias",
+            f"{self.gguf}{self.block.gguf_each[2]}.bias",
+            self.down_bias,
+            cut=self.whole,
+        )
+        apart = tuple(
+            LoadItem("", f"{self.gguf}{each}.bias", half, cut=self._cut(1))
+            for each, half in zip(self.block.gguf_each, halves)
+        )
         if self.whole is not None:
-            return [LoadItem(name, "", self.gate_up_bias, ALTERNATING, cut=self.whole), down]
-        found = [
-            LoadItem(
-                name,
-                "",
-                half,
-                ALTERNATING,
-                cut=Cut(1, (index * size + rank) * inner, inner, 2 * size * inner),
+            together: tuple[LoadItem, ...] = (
+                LoadItem(name, "", self.gate_up_bias, ALTERNATING, cut=self.whole),
             )
-            for index, half in enumerate(halves)
-        ]
-        return [*found, down]
+        else:
+            cuts = [Cut(1, (i * size + rank) * inner, inner, 2 * size * inner) for i in range(2)]
+            together = tuple(
+                LoadItem(name, "", half, ALTERNATING, cut=cut) for half, cut in zip(halves, cuts)
+            )
+        return [LoadItem(name, "", self.gate_up_bias, ways=(together, apart)), down]
 
     def _halves(self, stacked: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the gate's and of the up-projection's rows."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from octavo.device.kernels.rows import Fp8Rows, Raw
 from octavo.model.blocks import Linear, Part
 from octavo.model.layers.build import Build, Ranks
 from octavo.model.layers.load import Cut, LoadItem, Source, StoredMatrix
+from octavo.model.quantization.fp8 import Fp8Weight
 
 
 class LinearLayer:
-    """y [T, out] = x [T, in] W^T + b, stored and computed by the build's weight format."""
+    """y [T, out] = x [T, in] W^T + b, stored and computed by the build's weight format.
+
+    Where that is fp8, x may be ``Fp8Rows``: quantized by the op that made it.
+    """
 
     def __init__(self, block: Linear, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
         self.block = block
@@ -21,7 +28,18 @@ class LinearLayer:
         self.reduce = build.ranks.reduce if block.shard == "row" and build.ranks.size > 1 else None
         self.names = [(hf_prefix + part.hf, gguf_prefix + part.gguf, part) for part in block.parts]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def fp8(self) -> Fp8Weight | None:
+        """The weight, where it is fp8 and nothing (a bias, a sum over ranks) follows its scales."""
+        weight = self.weight if isinstance(self.weight, Fp8Weight) else None
+        return weight if self.bias is None and self.reduce is None else None
+
+    def branch(self, x: Tensor | Fp8Rows) -> Tensor | Raw:
+        """The same, but its scales may be left to the op that follows."""
+        weight = self.fp8
+        return self(x) if weight is None else weight.raw(x)
+
+    def __call__(self, x: Any) -> Tensor:
         if self.reduce is None:
             return self.multiply(x, self.bias)
         y = self.reduce(self.multiply(x, None))

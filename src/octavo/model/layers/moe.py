@@ -65,7 +65,7 @@ class MoELayer:
             out = self.reduce(out)
         if self.shared is None:
             return out
-        shared = self.shared(x)
+        shared: Tensor = self.shared(x)
         return out + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
 
     def items(self) -> list[LoadItem]:

@@ -34,6 +34,10 @@ class WeightFormat(Protocol):
     def covers_head(self) -> bool:
         """See above."""
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether some matrices are fp8 with a scale an output, whose activations norms may quantize."""
+
     def allocate(self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = "") -> Weight:
         """The matrix of all parts, uninitialized; the prefixes come before the parts' names."""
 

@@ -98,6 +98,11 @@ class OnLoadFormat:
 
     covers_head: ClassVar[bool] = False
 
+    @property
+    def has_fp8(self) -> bool:
+        """See ``WeightFormat``."""
+        return self.name == "fp8"
+
     def allocate(self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = "") -> Weight:
         """See ``WeightFormat``."""
         return ON_LOAD[self.name](block.out_features, block.in_features, build)
@@ -118,6 +123,7 @@ class GgufFormat:
     files: ModelFiles
 
     covers_head: ClassVar[bool] = True
+    has_fp8: ClassVar[bool] = False
 
     def allocate(self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = "") -> Weight:
         """See ``WeightFormat``; types this format does not keep are decoded."""
@@ -148,6 +154,11 @@ class CheckpointFormat:
     rename: Callable[[str], str]
 
     covers_head: ClassVar[bool] = True
+
+    @property
+    def has_fp8(self) -> bool:
+        """See ``WeightFormat``."""
+        return any(scheme.kind == "fp8" and not scheme.group for scheme in self.quantization.schemes())
 
     def allocate(self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = "") -> Weight:
         """See ``WeightFormat``."""
@@ -259,7 +270,7 @@ def choose_format(
         return DENSE
     if asked not in ON_LOAD:
         raise UsageError(
-            f"--quantization {asked}: the model's files are not quantized so, and it is none that is applied on load.",
+            f"--quantization {asked}: the model's files are not quantized so, and it is none that is applied on load here.",
             f"Leave it out, or use one of {', '.join(ON_LOAD)}.",
         )
     _check_device(asked, asked, spec)

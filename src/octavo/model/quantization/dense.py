@@ -35,6 +35,7 @@ class DenseFormat:
     """See ``WeightFormat``."""
 
     covers_head: ClassVar[bool] = False
+    has_fp8: ClassVar[bool] = False
 
     def allocate(
         self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = ""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from octavo.device.ops.fp8 import FP8, GROUP, LINEAR_FP8, LINEAR_FP8_BLOCK, quantize_rows
+from octavo.device.kernels.rows import Fp8Rows, Raw
+from octavo.device.ops.fp8 import FP8, GROUP, LINEAR_FP8, LINEAR_FP8_BLOCK, quantize_rows, takes_rows
 from octavo.errors import UsageError
 from octavo.model.blocks import Part
 from octavo.model.layers.load import Cut, LoadItem, Source, StoredMatrix
@@ -30,6 +31,25 @@ class Fp8Weight(ByteWeight):
 
     kind = FP8
     op = LINEAR_FP8
+
+    def __init__(self, out_features: int, in_features: int, build: Build) -> None:
+        super().__init__(out_features, in_features, build)
+        self.device_kind = build.spec.device
+
+    def multiply(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
+        """See ``Weight``; rows that are quantized already are taken too."""
+        out: Tensor = self.linear(x, self.matrix, self.scale, bias)
+        return out
+
+    def raw(self, x: Tensor | Fp8Rows) -> Tensor | Raw:
+        """The product without its scales, where leaving them to what follows saves a pass."""
+        out: Tensor | Raw = self.linear(x, self.matrix, self.scale, None, True)
+        return out
+
+    def takes_rows(self, tokens: int) -> bool:
+        """Whether so many tokens are quantized before they are multiplied."""
+        outputs, size = self.matrix.shape
+        return takes_rows(outputs, size, tokens, self.device_kind)
 
     def quantize(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """See ``ByteWeight``."""

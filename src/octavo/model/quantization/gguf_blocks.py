@@ -19,6 +19,7 @@ from octavo.files.dtypes import GGUF_TYPES_BY_NAME
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+MXFP4_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
 
 def dequantize_blocks(raw: Bytes, type_name: str) -> Floats:
@@ -97,6 +98,15 @@ def _decode_q4_0(blocks: Bytes) -> Floats:
 def _decode_q4_1(blocks: Bytes) -> Floats:
     """half d | half m | 16 bytes; d * q + m."""
     return _half(blocks, 0) * _nibbles(blocks[:, 4:]).astype(np.float32) + _half(blocks, 2)
+
+
+def _decode_mxfp4(blocks: Bytes) -> Floats:
+    """exponent e | 16 bytes; 2^(e - 128) times twice the 4-bit float, so that both are whole."""
+    exponent = blocks[:, :1].astype(np.uint32)
+    scale = np.where(
+        exponent < 2, np.uint32(0x00200000) << exponent, (exponent - np.uint32(1)) << np.uint32(23)
+    )
+    return scale.view(np.float32) * MXFP4_DOUBLED[_nibbles(blocks[:, 1:])]
 
 
 def _decode_q5_0(blocks: Bytes) -> Floats:
@@ -234,6 +244,7 @@ DECODERS: dict[str, Callable[[Bytes], Floats]] = {
     "BF16": _decode_bf16,
     "Q4_0": _decode_q4_0,
     "Q4_1": _decode_q4_1,
+    "MXFP4": _decode_mxfp4,
     "Q5_0": _decode_q5_0,
     "Q5_1": _decode_q5_1,
     "Q8_0": _decode_q8_0,

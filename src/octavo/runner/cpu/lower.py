@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.device.kernels.numba import attention as attention_kernels
+from octavo.device.kernels.numba import formats
+from octavo.device.kernels.numba import scan as kernels
 from octavo.device.kernels.numba.linear import META_BYTES
 from octavo.device.kernels.numba.rows import ACTIVATIONS
 from octavo.engine.cache.layout import CacheLayout
 from octavo.errors import UnsupportedModelError
-from octavo.model.blocks import Attention, DecoderSpec, GatedMLP, Layer, Linear, Norm, Rope
-from octavo.runner.cpu.program import Program, aligned, attention_of, float_bits
+from octavo.model.blocks import Attention, DecoderSpec, GatedMLP, Layer, Norm, Rope
+from octavo.runner.cpu.program import Program, Tape, aligned, attention_of, float_bits
 from octavo.runner.cpu.weights import Panels, WeightReader
 
 COUNTER_LINE = 8  # int64 entries between two work counters: a cache line
@@ -66,11 +68,27 @@ class Buffers:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """The head for few rows that need their likeliest tokens only: ``scan``, then thresholds, then ``refine``.
+
+    ``lows`` [rows, candidates] receives lower bounds of logits, all of different tokens; ``leasts`` [rows] tells
+    which logits to compute: those that may reach it. ``arguments`` are both kernels' tables.
+    """
+
+    scan: Tape
+    refine: Tape
+    lows: NDArray[np.float32]
+    leasts: NDArray[np.float32]
+    arguments: list[NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
 class Lowered:
     """Everything a step needs. ``head_out`` is the argument table of the head's linear: OUT may be changed."""
 
-    body: NDArray[np.int64]
-    head: NDArray[np.int64]
+    body: Tape
+    head: Tape
+    narrow: Narrow | None
     tables: StepTables
     buffers: Buffers
     head_out: list[NDArray[np.int64]]
@@ -157,14 +175,18 @@ class Lowering:
             self._attention(index, layer)
             self._mlp(index, layer)
         body = self.program.tape()
-        self.program.instructions.clear()
-        head_out = self._head(embedding)
+        parts = [embedding] if self.spec.head is None else self.weights.linear(self.spec.head, "")
+        head_out = self._head(parts)
         self.weights.finish()
-        names = self.program.names
+        head = self.program.tape()
+        narrow = self._narrow(parts)
+        tapes = [body, head] if narrow is None else [body, head, narrow.scan, narrow.refine]
+        names = [fact.kernel for tape in tapes for fact in tape.facts]
         kernels = {name: names.count(name) for name in dict.fromkeys(names)}
         return Lowered(
             body=body,
-            head=self.program.tape(),
+            head=head,
+            narrow=narrow,
             tables=self.tables,
             buffers=self.memory,
             head_out=head_out,
@@ -196,6 +218,8 @@ class Lowering:
                 table.in_features,
                 self.memory.x.ctypes.data,
                 float_bits(self.spec.embedding.scale),
+                0 if table.lower is None else self._keep(table.lower),
+                0 if table.lower is None else table.lower.shape[1],
             ],
         )
 
@@ -233,29 +257,44 @@ class Lowering:
         """out [tokens, width] = (or +=) alpha * (inputs x weights) + bias."""
         tables, first = [], 0
         for index, part in enumerate(parts):
-            if part.quantized:
-                source = [self.memory.quants.ctypes.data, self.memory.meta.ctypes.data]
-            else:
-                source = [self.memory.plain.ctypes.data, part.in_features * 4]
-            bias = part.bias if part.bias is not None else self.no_bias
-            arguments = [
-                self._count(count),
-                self._keep(part.weights),
-                self._keep(part.scales),
-                part.in_features // 32,
-                len(part.weights),
-                *source,
-                out.ctypes.data + 4 * first,
-                width * 4,
-                self._keep(bias),
-                64 if part.bias is not None else 0,
-                float_bits(alpha),
-                int(add),
-            ]
-            tables.append(self.program.add(part.kernel, arguments, barrier=index == len(parts) - 1))
+            arguments = self._arguments(part, out, first, width, alpha, add, count)
+            last, products = index == len(parts) - 1, part.in_features * part.out_features
+            tables.append(self.program.add(part.kernel, arguments, last, part.nbytes, products))
             first += part.out_features
             self.weight_bytes += part.nbytes
         return tables
+
+    def _arguments(
+        self,
+        part: Panels,
+        out: NDArray[np.float32],
+        first: int,
+        width: int,
+        alpha: float,
+        add: bool,
+        count: int,
+    ) -> list[int]:
+        """The table of one part's kernel, which writes columns ``first``.. of ``out``."""
+        if part.quantized:
+            source = [self.memory.quants.ctypes.data, self.memory.meta.ctypes.data]
+        else:
+            source = [self.memory.plain.ctypes.data, part.in_features * 4]
+        bias = part.bias if part.bias is not None else self.no_bias
+        arguments = [
+            self._count(count),
+            self._keep(part.weights),
+            self._keep(part.scales),
+            part.in_features // 32,
+            len(part.weights),
+            *source,
+            out.ctypes.data + 4 * first,
+            width * 4,
+            self._keep(bias),
+            64 if part.bias is not None else 0,
+            float_bits(alpha),
+            int(add),
+        ]
+        return arguments if part.lower is None else [*arguments, self._keep(part.lower)]
 
     def _branch(self, parts: list[Panels], layer: Layer, post: Norm | None, prefix: str) -> None:
         """The end of a branch: its last linear, the post norm where there is one, and the residual addition."""
@@ -379,11 +418,32 @@ class Lowering:
         )
         self._branch(down, layer, layer.post_mlp_norm, prefix)
 
-    def _head(self, embedding: Panels) -> list[NDArray[np.int64]]:
-        head: Linear | None = self.spec.head
-        parts = [embedding] if head is None else self.weights.linear(head, "")
+    def _head(self, parts: list[Panels]) -> list[NDArray[np.int64]]:
         self._norm(self.spec.norm, "", parts, rows=self.tables.head_rows.ctypes.data, count=1)
         return self._linear(parts, self.logits, self.logits.shape[1], self.spec.logit_scale, False, count=1)
+
+    def _narrow(self, parts: list[Panels]) -> Narrow | None:
+        """The two tapes for a head in two planes whose products are the logits themselves."""
+        spec, head = self.spec, parts[0]
+        if len(parts) > 1 or head.lower is None or head.bias is not None:
+            return None
+        if spec.logit_scale != 1 or spec.logit_softcap:
+            return None
+        blocks = head.in_features // 32
+        spreads = aligned((self.memory.scratch.shape[0] * kernels.MOST_ROWS, blocks), np.float32)
+        segments = -(-len(head.weights) // kernels.SEGMENT)
+        lows = aligned((kernels.MOST_ROWS, segments * formats.ROWS), np.float32)
+        leasts = aligned(kernels.MOST_ROWS, np.float32)
+        extra = [self._keep(spreads), self._keep(lows), spec.embedding.vocab_size, self._keep(leasts)]
+        self._norm(spec.norm, "", parts, rows=self.tables.head_rows.ctypes.data, count=1)
+        arguments = [*self._arguments(head, self.logits, 0, self.logits.shape[1], 1.0, False, 1), *extra]
+        upper = head.weights.nbytes + head.scales.nbytes
+        scan = self.program.add(
+            "scan", arguments, nbytes=upper, products=head.in_features * head.out_features
+        )
+        first = self.program.tape()
+        refine = self.program.add("refine", arguments)
+        return Narrow(first, self.program.tape(), lows, leasts, [scan, refine])
 
 
 def _forms(users: list[Panels]) -> tuple[bool, bool]:

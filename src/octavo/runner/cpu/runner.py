@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from octavo.device.kernels.numba.library import KernelLibrary
 from octavo.device.kernels.numba.linear import HOST, OUT
+from octavo.device.kernels.numba.scan import MOST_ROWS
 from octavo.engine.cache.layout import CacheLayout
 from octavo.errors import UnsupportedModelError, UsageError
 from octavo.files.base import ModelFiles
 from octavo.model.blocks import DecoderSpec
 from octavo.protocol.generate import Logprob
 from octavo.protocol.plan import CopyPage, GrammarMask, PageOp, StepPlan, StepResult
-from octavo.runner.cpu.lower import Lowering, buffers, step_tables
+from octavo.runner.cpu.lower import Lowering, Narrow, buffers, step_tables
+from octavo.runner.cpu.packing import Packer
 from octavo.runner.cpu.program import Program, aligned
 from octavo.runner.cpu.sampling import Row, Sampler, logprobs
 from octavo.runner.cpu.slots import Slots
@@ -38,6 +40,8 @@ class Drawn:
 
     plan: StepPlan
     rows: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)  # their last tokens in the last chunk
+    narrow: bool = False  # only the likeliest tokens have logits
     broken: set[int] = field(default_factory=set)
     prompt: dict[int, list[list[Logprob]]] = field(default_factory=dict)
 
@@ -96,7 +100,7 @@ class CPURunner:
         self.lowered = Lowering(
             spec,
             layout,
-            WeightReader(files, spec, progress, quantization),
+            WeightReader(files, spec, Packer(self.team, self.library), progress, quantization),
             self.program,
             buffers(spec, tokens, self.team.threads),
             self.tables,
@@ -104,6 +108,7 @@ class CPURunner:
             self.logits,
         ).lower()
         self.head_out = [int(table[OUT]) for table in self.lowered.head_out]
+        self.masked: set[int] = set()  # slots that brought a grammar mask
         self.writer = StepWriter(spec, layout, self.slots, self.tables, self.team.threads)
         self.current: Drawn | None = None
         self.done: deque[StepResult] = deque()
@@ -117,6 +122,7 @@ class CPURunner:
         self._page_ops(plan.page_ops)
         self.slots.admit(plan.admits)
         self.sampler.admit(plan.admits)
+        self.masked.difference_update(admit.slot for admit in plan.admits)
         self.slots.write_pages(plan.page_writes)
         self.current = Drawn(plan)
         ends = [start + count for start, count in zip(plan.starts, plan.num_tokens)]
@@ -136,6 +142,10 @@ class CPURunner:
         drawn, self.current = self.current, None
         plan = drawn.plan
         by_row = {mask.row: mask for mask in masks}
+        if masks:
+            self.masked.update(plan.slots[row] for row in by_row)
+            if drawn.narrow:  # which tokens a mask leaves was not known when the likeliest were looked for
+                self._head(np.array(drawn.wanted, np.int64), 0)
         tokens: list[list[int]] = [[] for _ in range(plan.num_rows)]
         errors = dict.fromkeys(drawn.broken, NOT_FINITE)
         found: list[list[list[Logprob]] | None] = [None] * plan.num_rows
@@ -211,8 +221,34 @@ class CPURunner:
             if drawn.plan.sample[row] and end == ends[row]:
                 drawn.rows.append(row)
                 wanted.append(last)
-        if wanted:
-            self._head(np.array(wanted, np.int64), before)
+        if not wanted:
+            return
+        narrow, drawn.wanted = self.lowered.narrow, wanted
+        if narrow is not None and len(wanted) <= MOST_ROWS and self._is_whole(drawn.plan):
+            numbers = [self._num_likeliest(drawn.plan.slots[row]) for row in drawn.rows]
+            if all(numbers):
+                drawn.narrow = True
+                self._narrow_head(narrow, wanted, numbers)
+                return
+        self._head(np.array(wanted, np.int64), before)
+
+    def _is_whole(self, plan: StepPlan) -> bool:
+        """Whether the chunk that was just computed is the step."""
+        return int(self.tables.counts[0]) == sum(plan.num_tokens)
+
+    def _num_likeliest(self, slot: int) -> int:
+        """How many of the likeliest tokens a slot's next draw needs; 0 = all of them."""
+        return 0 if slot in self.masked else self.sampler.num_likeliest(slot)
+
+    def _narrow_head(self, narrow: Narrow, rows: list[int], numbers: list[int]) -> None:
+        """Logits of chunk tokens ``rows`` for the ``numbers`` likeliest tokens of each at least, -inf for others."""
+        count = self.tables.counts[1] = len(rows)
+        self.tables.head_rows[:count] = rows
+        self.team.run(narrow.scan)
+        for i, number in enumerate(numbers):
+            lows = narrow.lows[i]
+            narrow.leasts[i] = lows.max() if number == 1 else np.partition(lows, -number)[-number]
+        self.team.run(narrow.refine)
 
     def _prompt_logprobs(self, chunk: Chunk) -> None:
         """Log probabilities of prompt tokens where a request asks for them, some positions at a time."""

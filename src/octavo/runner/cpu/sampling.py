@@ -23,6 +23,8 @@ from octavo.runner.cpu.threads import Team
 
 Floats = NDArray[np.float32]
 
+MOST_LIKELIEST = 128  # more of them leave little to save
+
 
 @dataclass(frozen=True)
 class Row:
@@ -74,6 +76,18 @@ class Sampler:
             self.generated[admit.slot] = np.bincount(
                 tokens[admit.num_prompt :], minlength=self.vocab_size
             ).astype(np.int32)
+
+    def num_likeliest(self, slot: int) -> int:
+        """How many of the likeliest tokens decide the slot's next draw; 0 = all of them do, or may."""
+        sampling = self.slots.sampling[slot]
+        if (
+            sampling.logprobs is not None
+            or sampling.logit_bias
+            or sampling.min_tokens
+            or slot in self.generated
+        ):
+            return 0
+        return 1 if sampling.greedy else sampling.top_k if 0 < sampling.top_k <= MOST_LIKELIEST else 0
 
     def draw(self, rows: list[Row]) -> list[int]:
         """One token a row; the rows' logits may be overwritten."""

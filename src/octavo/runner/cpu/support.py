@@ -20,7 +20,7 @@ from octavo.model.blocks import (
     Part,
     Rope,
 )
-from octavo.runner.cpu.weights import kernel_of, stored_as
+from octavo.runner.cpu.weights import head_names, kernel_of, stored_as
 
 # The fields of the blocks that the lowering reads. Any other field must have its default, so that a block which learns
 # something new is refused here until the lowering learns it too.
@@ -38,7 +38,7 @@ KNOWN: dict[type, set[str]] = {
     },
     GatedMLP: {"gate_up", "down", "intermediate", "activation"},
     Linear: {"in_features", "parts", "bias", "shard"},
-    Part: {"hf", "gguf", "out_features", "heads", "copies"},
+    Part: {"hf", "gguf", "out_features", "heads", "copies", "start", "total", "hf_heads", "rotated"},
     Norm: {"hf", "gguf", "size", "eps", "offset"},
     Rope: {"dim", "inv_freq", "scale", "short", "original"},
 }  # fmt: skip
@@ -88,15 +88,20 @@ def _unknown(block: Any) -> str | None:
 
 
 QUANTIZATIONS = ("Q4_0", "Q4_1", "Q8_0")
-ALWAYS = ("embed", "norm", "gate", "rope_store", "attend", "combine", "draw")
+ALWAYS = ("pack_blocks", "embed", "norm", "gate", "rope_store", "attend", "combine", "draw")
 
 
 def kernels_for(spec: DecoderSpec, files: ModelFiles, quantization: str | None = None) -> list[str]:
     """Names of the kernels a model needs, for ``KernelLibrary.warm``."""
-    matrices = {info.dtype for info in files.tensors.values() if len(info.shape) == 2}
-    names = {kernel_of(stored_as(dtype, quantization)) for dtype in matrices}
-    if quantization and matrices & formats.DENSE_CODES.keys():
-        names.add(kernel_of("Q8_0"))
+    heads, names = head_names(spec, files), set[str]()
+    for info in files.tensors.values():
+        if len(info.shape) == 2:
+            splits = info.name in heads
+            tied = splits and spec.head is None
+            stored = stored_as(info.dtype, quantization and ("Q8_0" if tied else quantization))
+            names.add(kernel_of(stored, splits))
+    if "linear_split8" in names:
+        names |= {"scan", "refine"}
     if any(layer.post_attention_norm or layer.post_mlp_norm for layer in spec.layers):
         names.add("add_norm")
     return sorted(names) + list(ALWAYS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,10 @@ from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles, TensorInfo
 from octavo.model.blocks import DecoderSpec, Embedding, Linear, Norm, Part
 from octavo.model.quantization.gguf_blocks import dequantize_blocks, quantize_blocks
+from octavo.runner.cpu.packing import Packer
 from octavo.runner.cpu.program import Arena
 
+T = TypeVar("T", np.uint8, np.float32)
 PACK_BYTES = 8 << 20  # raw bytes repacked at a time: bounds the temporary copies
 
 
@@ -30,11 +33,12 @@ class Panels:
     in_features: int
     out_features: int
     bias: NDArray[np.float32] | None = None
+    lower: NDArray[np.uint8] | None = None  # the second plane of a split matrix [panels, bytes]
 
     @property
     def nbytes(self) -> int:
         """Bytes that a pass over the matrix reads."""
-        return self.weights.nbytes + self.scales.nbytes
+        return self.weights.nbytes + self.scales.nbytes + (0 if self.lower is None else self.lower.nbytes)
 
 
 def stored_as(dtype: str, quantization: str | None) -> str:
@@ -42,9 +46,22 @@ def stored_as(dtype: str, quantization: str | None) -> str:
     return quantization if quantization and dtype in formats.DENSE_CODES else dtype
 
 
-def kernel_of(stored: str) -> str:
-    """The kernel that multiplies a stored type."""
+def form_of(stored: str, splits: bool = False) -> formats.PanelFormat | None:
+    """How a stored type is packed, None for plain numbers; ``splits``: in two planes where the type has that form."""
     form = formats.BY_DTYPE.get(stored)
+    return formats.SPLIT8 if splits and form is formats.ZERO8 else form
+
+
+def head_names(spec: DecoderSpec, files: ModelFiles) -> set[str]:
+    """The tensors of the output matrix."""
+    gguf = files.format == "gguf"
+    parts = spec.head.parts if spec.head is not None else (spec.embedding,)
+    return {(part.gguf if gguf else part.hf) + ".weight" for part in parts}
+
+
+def kernel_of(stored: str, splits: bool = False) -> str:
+    """The kernel that multiplies a stored type."""
+    form = form_of(stored, splits)
     return f"linear_{form.name}" if form else f"dense_{stored.lower()}"
 
 
@@ -58,10 +75,12 @@ class WeightReader:
         self,
         files: ModelFiles,
         spec: DecoderSpec,
+        packer: Packer,
         progress: Callable[[int, int], None] | None = None,
         quantization: str | None = None,
     ) -> None:
         self.files = files
+        self.packer = packer
         self.spec = spec
         self.gguf = files.format == "gguf"
         self.progress = progress
@@ -69,6 +88,7 @@ class WeightReader:
         self.done = 0
         self.used: set[str] = set()
         self.arena = Arena()
+        self.heads = head_names(spec, files)
         self.quantization = quantization
 
     def prefix(self, layer: int) -> str:
@@ -137,9 +157,9 @@ class WeightReader:
         return raw.view(np.float32 if info.dtype == "F32" else np.float16).astype(np.float32)
 
     def _read(self, name: str) -> NDArray[np.uint8]:
-        self.used.add(name)
         raw = self.files.read(name)
-        self.done += raw.nbytes
+        self.done += 0 if name in self.used else raw.nbytes
+        self.used.add(name)
         if self.progress is not None:
             self.progress(self.done, self.total)
         return raw
@@ -150,8 +170,13 @@ class WeightReader:
         stored = stored_as(dtype, self.quantization and (coarsest or self.quantization))
         outputs = sum(part.out_features for part in parts)
         panels = -(-outputs // formats.ROWS)
-        form = formats.BY_DTYPE.get(stored)
-        if form is not None:
+        form = form_of(stored, self._name(prefix, parts[0]) + ".weight" in self.heads)
+        lower = None
+        if form is not None and form.split:
+            size = inputs // formats.BLOCK
+            shape = (panels, size * form.planes[0]), (panels, form.scale_bytes(inputs))
+            lower = self.arena.take((panels, size * form.planes[1]))
+        elif form is not None:
             shape = (panels, form.panel_bytes(inputs)), (panels, form.scale_bytes(inputs))
         else:
             shape = (panels, inputs * formats.ROWS * formats.DENSE_BYTES[stored]), (panels, 0)
@@ -161,31 +186,40 @@ class WeightReader:
         for part in parts:
             self._check(prefix, part, inputs)
             name = self._name(prefix, part)
-            raw = self._read(name + ".weight").reshape(part.out_features, -1)
+            raw = self._rows(self._read(name + ".weight").reshape(part.total or part.out_features, -1), part)
             order = self._order(part)
-            target = weights[first // formats.ROWS :], scales[first // formats.ROWS :]
+            panel = first // formats.ROWS
+            target = weights[panel:], scales[panel:], None if lower is None else lower[panel:]
             self._fill((dtype, stored), raw, order, inputs, *target)
             if bias is not None:
-                values = self._floats(name + ".bias", part.out_features)
+                values = self._rows(self._floats(name + ".bias", part.total or part.out_features), part)
                 bias[first : first + part.out_features] = values if order is None else values[order]
             first += part.out_features
-        kernel = kernel_of(stored)
+        kernel = f"linear_{form.name}" if form else kernel_of(stored)
         code = form.code if form else formats.DENSE_CODES[stored]
-        return Panels(kernel, code, form is not None, weights, scales, inputs, outputs, bias)
+        return Panels(kernel, code, form is not None, weights, scales, inputs, outputs, bias, lower)
 
     def _check(self, prefix: str, part: Part, inputs: int) -> None:
         info = self._info(prefix, part)
-        if info.shape != (part.out_features, inputs):
+        expected = part.total or part.out_features, inputs
+        if info.shape != expected:
             raise ModelFileError(
-                f"{self.files.name}: {info.name} has shape {info.shape}, expected {(part.out_features, inputs)}."
+                f"{self.files.name}: {info.name} has shape {info.shape}, expected {expected}."
             )
+
+    def _rows(self, stored: NDArray[T], part: Part) -> NDArray[T]:
+        """A part's own rows of a tensor that several may share."""
+        return stored[part.start : part.start + part.out_features]
 
     def _order(self, part: Part) -> NDArray[np.int64] | None:
         """Rows in the order that puts each head's rotary halves one after the other."""
-        if not (self.gguf and part.heads):
+        heads = part.heads if self.gguf else part.hf_heads
+        if not heads:
             return None
-        pairs = np.arange(part.out_features).reshape(part.heads, -1, 2)
-        return pairs.transpose(0, 2, 1).reshape(-1)
+        rows = np.arange(part.out_features).reshape(heads, -1)
+        rotated = part.rotated or rows.shape[1]
+        pairs = rows[:, :rotated].reshape(heads, -1, 2).transpose(0, 2, 1).reshape(heads, rotated)
+        return np.concatenate([pairs, rows[:, rotated:]], axis=1).reshape(-1)
 
     def _fill(
         self,
@@ -195,6 +229,7 @@ class WeightReader:
         inputs: int,
         weights: NDArray[np.uint8],
         scales: NDArray[np.uint8],
+        lower: NDArray[np.uint8] | None,
     ) -> None:
         """Pack rows piece by piece, so that temporaries stay small; ``dtypes``: of the file, of the panels."""
         dtype, stored = dtypes
@@ -209,7 +244,9 @@ class WeightReader:
                 piece = np.concatenate([piece, padding])
             panel = start // formats.ROWS
             body = weights[panel : panel + len(piece) // formats.ROWS]
+            count = len(body)
             if stored in formats.BY_DTYPE:
-                formats.pack(stored, piece, inputs, body, scales[panel : panel + len(body)])
+                second = None if lower is None else lower[panel : panel + count]
+                self.packer.pack(stored, piece, inputs, body, scales[panel : panel + count], second)
             else:
                 formats.pack_dense(stored, piece, body)

@@ -7,6 +7,8 @@ bytes holds, for each of the 16 rows, the four weights 4g .. 4g+3: one int32 lan
     4 bits   4 vectors                       low nibble: weights 0..15 (vectors 0..3), high nibble: 16..31 (4..7)
     5 bits   4 bits + 64 bytes               bit r*4+j of 8-byte word g = fifth bit of weight 4g+j of row r
     6 bits   4 bits + 128 bytes              two bits of vectors 0..3 in the first 64 bytes, of 4..7 in the second
+    split    8 bits in two planes: the upper six bits of all panels, as above; behind them the lower two bits of all
+             panels, 128 bytes a block in the order of the 6-bit layout's pairs. A pass may read the first plane alone.
 
 Scales lie in a stream of their own, per block of 32 ("zero": 16 scales; "min": 16 scales, 16 minima; all float16) or
 per super-block of 256 ("super": 16 d, 16 dmin, then 8 x (16 scales, 16 minima) as bytes; "super16": 16 d, then 16 x 16
@@ -34,12 +36,18 @@ class PanelFormat:
     code: int
     bits: int
     scheme: str
-    zero: int = 0
+    zero: float = 0
+    split: bool = False
 
     @property
     def block_bytes(self) -> int:
-        """Quant bytes of one block of a panel."""
+        """Quant bytes of one block of a panel, all planes together."""
         return 64 * self.bits
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bytes of one block in each plane."""
+        return (UPPER6.block_bytes, 64 * LOWER_BITS) if self.split else (self.block_bytes,)
 
     @property
     def group(self) -> int:
@@ -68,6 +76,10 @@ ZERO8 = PanelFormat("zero8", 4, 8, "zero", 128)
 SUPER4 = PanelFormat("super4", 5, 4, "super")
 SUPER5 = PanelFormat("super5", 6, 5, "super")
 SUPER6 = PanelFormat("super6", 7, 6, "super16", 32)
+LOWER_BITS = 2
+SPLIT8 = PanelFormat("split8", 8, 8, "zero", 128, split=True)
+# Its first plane alone: four times (q - zero), half way between what the lower bits can add.
+UPPER6 = PanelFormat("upper6", 9, 6, "zero", (128 - 1.5) / 4)
 FORMATS = (ZERO4, MIN4, ZERO5, MIN5, ZERO8, SUPER4, SUPER5, SUPER6)
 
 BY_DTYPE = {
@@ -121,6 +133,24 @@ def pack(dtype: str, raw: Bytes, in_features: int, weights: Bytes, scales: Bytes
         start += wide.shape[2]
 
 
+def split_planes(packed: Bytes, blocks: int, upper: Bytes, lower: Bytes) -> None:
+    """8-bit panels [panels, blocks x 512] in two planes: ``upper`` [panels, blocks x 384], ``lower`` [panels, blocks x 128]."""
+    vectors = packed.reshape(len(packed), blocks, 2, 4, 64)  # half, vector, lane
+    body = upper.reshape(len(packed), blocks, 384)
+    six = vectors >> LOWER_BITS
+    body[:, :, :256] = ((six[:, :, 0] & 15) | (six[:, :, 1] << 4)).reshape(len(packed), blocks, 256)
+    body[:, :, 256:] = _pairs(six >> 4).reshape(len(packed), blocks, 128)
+    lower.reshape(len(packed), blocks, 128)[:] = _pairs(vectors & 3).reshape(len(packed), blocks, 128)
+
+
+def _pairs(bits):
+    """Two bits each of vectors [.., half, 4, lane] -> bytes [.., half, lane]."""
+    packed = bits[..., 0, :].copy()
+    for part in range(1, 4):
+        packed |= bits[..., part, :] << (2 * part)
+    return packed
+
+
 def _lanes(words):
     """[panel, row, block, word] -> [panel, block, word, row]: one lane a row."""
     return np.ascontiguousarray(words.transpose(0, 2, 3, 1)).view(np.uint8)
@@ -133,11 +163,7 @@ def _high_bits(form, high):
     if form.bits == 5:
         flat = np.ascontiguousarray(high).reshape(panels, blocks, 512)
         return np.packbits(flat, axis=-1, bitorder="little")
-    halves = high.reshape(panels, blocks, 2, 4, ROWS * 4)
-    packed = halves[:, :, :, 0].copy()
-    for part in range(1, 4):
-        packed |= halves[:, :, :, part] << (2 * part)
-    return packed.reshape(panels, blocks, 128)
+    return _pairs(high.reshape(panels, blocks, 2, 4, ROWS * 4)).reshape(panels, blocks, 128)
 
 
 def _blocks(raw, size):

@@ -18,7 +18,10 @@ from octavo.device.kernels.numba.target import Target, choose_target, host_featu
 AHEAD = 16  # blocks between fetching weights and using them: the processor stops at 4 KiB borders
 META_BYTES = 16  # d, sum, first half sum, second half sum
 # Entries of ``args``.
-COUNT, WEIGHTS, SCALES, BLOCKS, PANELS, QUANTS, META, OUT, OUT_BYTES, BIAS, BIAS_BYTES, ALPHA, ADD = range(13)
+COUNT, WEIGHTS, SCALES, BLOCKS, PANELS, QUANTS, META, OUT, OUT_BYTES, BIAS, BIAS_BYTES, ALPHA, ADD, LOWER = (
+    range(14)
+)
+ENTRIES = 13  # of a table without LOWER, the second plane of a split format
 TOKENS, TOKEN_BYTES = QUANTS, META  # dense kernels: float32 tokens and the bytes of one
 
 
@@ -34,8 +37,22 @@ def share(b, total, thread, threads):
     return first, last
 
 
-def unpack_block(b, form, address):
+def unpack_split(b, address, lower):
+    """The 8 vectors of a block in two planes."""
+    six, words = unpack_block(b, formats.UPPER6, address), v.vector(v.I16, 32)
+    out = []
+    for g, upper in enumerate(six):
+        pair = b.bitcast(v.load(b, v.at(b, lower, g // 4 * 64), v.VBYTES, 64), words)
+        pair = b.lshr(pair, v.ints(2 * (g % 4), words)) if g % 4 else pair
+        moved = b.bitcast(b.shl(b.bitcast(upper, words), v.ints(2, words)), v.VBYTES)
+        out.append(b.or_(moved, b.and_(b.bitcast(pair, v.VBYTES), v.ints(3, v.VBYTES))))
+    return out
+
+
+def unpack_block(b, form, address, lower=None):
     """The 8 vectors <64 x i8> of a block; see ``formats`` for the layout."""
+    if form.split:
+        return unpack_split(b, address, lower)
     if form.bits == 8:
         return [v.load(b, v.at(b, address, 64 * g), v.VBYTES, 64) for g in range(8)]
     low, high = [], []
@@ -71,7 +88,7 @@ def _halves(b, target, address):
     return v.widen_half(b, v.load(b, address, v.vector(v.I16), 32), target)
 
 
-def _block_scales(b, target, form, address, outer, inner):
+def block_scales(b, target, form, address, outer, inner):
     """(scale of weights 0..15, scale of 16..31, minimum or (minimum, minimum) of the halves) of a block."""
     zero = 0 if form.bits == 8 and target.signed_bytes else form.zero
     if form.scheme == "zero":
@@ -91,7 +108,7 @@ def _block_scales(b, target, form, address, outer, inner):
     return first, second, (b.fmul(first, v.floats(-zero)), b.fmul(second, v.floats(-zero)))
 
 
-def _block_tokens(b, target, form, weights, scales, quants, meta, strides, sums):
+def block_tokens(b, target, form, weights, scales, quants, meta, strides, sums):
     """Add one block's products to the running sums, token by token."""
     first, second, low = scales
     for m, slot in enumerate(sums):
@@ -115,6 +132,19 @@ def _block_tokens(b, target, form, weights, scales, quants, meta, strides, sums)
         b.store(total, slot)
 
 
+def prefetch_block(b, start, index, size):
+    """Fetch the block of ``size`` bytes that will be used AHEAD blocks from now."""
+    ahead = b.add(start, b.mul(b.add(index, v.const(AHEAD)), v.const(size)))
+    for line in range(0, size, 64):
+        v.prefetch(b, v.at(b, ahead, line))
+
+
+def panel_planes(b, form, values, blocks, p):
+    """Addresses of panel ``p`` in each plane."""
+    starts = [values[WEIGHTS], values[LOWER]] if form.split else [values[WEIGHTS]]
+    return [b.add(start, b.mul(p, b.mul(blocks, v.const(size)))) for start, size in zip(starts, form.planes)]
+
+
 def quantized_tile(b, target, form, tokens, a, panel, fetch):
     """Sums of one panel over ``tokens`` tokens: a list of <16 x float>. ``a``: named argument values.
 
@@ -134,17 +164,16 @@ def quantized_tile(b, target, form, tokens, a, panel, fetch):
                 outer.append(_halves(b, target, v.at(b, scale_at, 32)))
 
         def block(index, inner):
-            if fetch:
-                ahead = b.add(
-                    panel["weights"], b.mul(b.add(index, v.const(AHEAD)), v.const(form.block_bytes))
-                )
-                for line in range(0, form.block_bytes, 64):
-                    v.prefetch(b, v.at(b, ahead, line))
-            weights = unpack_block(b, form, b.add(panel["weights"], b.mul(index, v.const(form.block_bytes))))
-            scales = _block_scales(b, target, form, scale_at, outer, inner)
+            planes = []
+            for start, size in zip(panel["planes"], form.planes):
+                if fetch:
+                    prefetch_block(b, start, index, size)
+                planes.append(b.add(start, b.mul(index, v.const(size))))
+            weights = unpack_block(b, form, *planes)
+            scales = block_scales(b, target, form, scale_at, outer, inner)
             quants = b.add(panel["quants"], b.mul(index, v.const(32)))
             meta = b.add(panel["meta"], b.mul(index, v.const(META_BYTES)))
-            _block_tokens(b, target, form, weights, scales, quants, meta, strides, sums)
+            block_tokens(b, target, form, weights, scales, quants, meta, strides, sums)
 
         if per_group == 1:
             block(outer_loop.index, v.const(0))
@@ -196,18 +225,17 @@ def _emit_panels(b, target, form, values, thread, threads):
         "add": b.icmp_signed("!=", values[ADD], v.const(0)),
     }
     tokens = v.load(b, values[COUNT], v.I64, 8)
-    panel_bytes = b.mul(a["blocks"], v.const(form.block_bytes))
     groups = b.sdiv(a["blocks"], v.const(form.group // formats.BLOCK))
     scale_bytes = b.mul(groups, v.const(form.group_bytes))
     first, last = share(b, values[PANELS], thread, threads)
     with cgutils.for_range_slice(b, first, last, v.const(1)) as (p, _):
-        weights = b.add(values[WEIGHTS], b.mul(p, panel_bytes))
+        planes = panel_planes(b, form, values, a["blocks"], p)
         scales = b.add(values[SCALES], b.mul(p, scale_bytes))
         bias = b.add(values[BIAS], b.mul(p, values[BIAS_BYTES]))
 
         def tile(size, m, first):
             panel = {
-                "weights": weights,
+                "planes": planes,
                 "scales": scales,
                 "quants": b.add(values[QUANTS], b.mul(m, b.mul(a["blocks"], v.const(32)))),
                 "meta": b.add(values[META], b.mul(m, b.mul(a["blocks"], v.const(META_BYTES)))),
@@ -224,7 +252,8 @@ def quantized(form: formats.PanelFormat, target: Target):
     @intrinsic
     def linear(context, args, thread, threads):
         def generate(ctx, b, signature, values):
-            _emit_panels(b, target, form, load_args(b, values[0], 13), values[1], values[2])
+            entries = ENTRIES + (1 if form.split else 0)
+            _emit_panels(b, target, form, load_args(b, values[0], entries), values[1], values[2])
             return ctx.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), generate
@@ -241,6 +270,7 @@ ZERO8 = quantized(formats.ZERO8, HOST)
 SUPER4 = quantized(formats.SUPER4, HOST)
 SUPER5 = quantized(formats.SUPER5, HOST)
 SUPER6 = quantized(formats.SUPER6, HOST)
+SPLIT8 = quantized(formats.SPLIT8, HOST)
 
 
 def linear_zero4(args, thread, threads):
@@ -266,6 +296,11 @@ def linear_min5(args, thread, threads):
 def linear_zero8(args, thread, threads):
     """Q8_0 panels."""
     ZERO8(args, thread, threads)
+
+
+def linear_split8(args, thread, threads):
+    """Q8_0 panels in two planes."""
+    SPLIT8(args, thread, threads)
 
 
 def linear_super4(args, thread, threads):

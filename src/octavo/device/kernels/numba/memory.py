@@ -120,6 +120,17 @@ def pause(context):
 
 
 @intrinsic
+def ticks(context):
+    """A counter of constant rate: the time stamp counter, or the virtual timer of ARM processors."""
+
+    def generate(_, b, signature, args):
+        arm = b.module.triple.startswith(("aarch64", "arm64"))
+        return v.call(b, "llvm.readsteadycounter" if arm else "llvm.readcyclecounter", v.I64)
+
+    return types.int64(), generate
+
+
+@intrinsic
 def call_kernel(context, function, args, thread, threads):
     """Call the compiled kernel at an address: void(int64 args, int64 thread, int64 threads)."""
 

@@ -187,7 +187,7 @@ def np_int(x):
 
 
 @register_jitable
-def unpack_row(weights, scales, row, size, code, out):
+def unpack_row(weights, scales, lower, row, size, code, out):
     """Row ``row`` (0..15) of a panel as ``size`` float32 at ``out``; ``code`` as in ``formats``."""
     if code >= 16:
         for k in range(size):
@@ -199,12 +199,12 @@ def unpack_row(weights, scales, row, size, code, out):
                 word = types.uint32(mem.load_u16(weights + (k // 2 * 32 + row * 2 + k % 2) * 2))
                 mem.store_f32(out + 4 * k, mem.bits_float(types.uint32(word << 16)))
         return
-    bits = 8 if code == 4 else 4 if code in (0, 1, 5) else 6 if code == 7 else 5
-    zero = 8 if code == 0 else 16 if code == 2 else 128 if code == 4 else 32 if code == 7 else 0
+    bits = 8 if code == 4 else 4 if code in (0, 1, 5) else 6 if code in (7, 8) else 5
+    zero = 8 if code == 0 else 16 if code == 2 else 128 if code in (4, 8) else 32 if code == 7 else 0
     for block in range(size // 32):
         address = weights + block * 64 * bits
         for k in range(32):
-            if code in (0, 2, 4):
+            if code in (0, 2, 4, 8):
                 scale, low = load_half(scales + block * 32 + row * 2), types.float32(0)
             elif code in (1, 3):
                 scale = load_half(scales + block * 64 + row * 2)
@@ -219,8 +219,11 @@ def unpack_row(weights, scales, row, size, code, out):
                 entry = group + 64 + block % 8 * 32 + row
                 scale = load_half(group + row * 2) * types.float32(mem.load_u8(entry))
                 low = -load_half(group + 32 + row * 2) * types.float32(mem.load_u8(entry + 16))
-            q = types.float32(quant_at(address, row, k, bits) - zero)
-            mem.store_f32(out + 4 * (block * 32 + k), scale * q + low)
+            stored = quant_at(address, row, k, bits)
+            if code == 8:
+                pair = mem.load_u8(lower + block * 128 + k // 16 * 64 + row * 4 + k % 4)
+                stored = stored << 2 | np_int(pair) >> (2 * (k % 16 // 4)) & 3
+            mem.store_f32(out + 4 * (block * 32 + k), scale * types.float32(stored - zero) + low)
 
 
 @register_jitable
@@ -237,7 +240,7 @@ def float_of(args, index):
 
 def embed(args, thread, threads):
     """x[m] = scale * row token_ids[m]. args: count, token ids, weights, scales, panel bytes, scale bytes, code, size,
-    x, scale."""
+    x, scale, lower plane, its panel bytes."""
     tokens = mem.load_i64(address_of(args, 0))
     ids, size, out = address_of(args, 1), address_of(args, 7), address_of(args, 8)
     factor = float_of(args, 9)
@@ -245,8 +248,9 @@ def embed(args, thread, threads):
         token = mem.load_i64(ids + 8 * m)
         weights = address_of(args, 2) + token // 16 * address_of(args, 4)
         scales = address_of(args, 3) + token // 16 * address_of(args, 5)
+        lower = address_of(args, 10) + token // 16 * address_of(args, 11)
         target = out + m * size * 4
-        unpack_row(weights, scales, token % 16, size, address_of(args, 6), target)
+        unpack_row(weights, scales, lower, token % 16, size, address_of(args, 6), target)
         if factor != types.float32(1):
             for k in range(size):
                 mem.store_f32(target + 4 * k, mem.load_f32(target + 4 * k) * factor)

@@ -8,6 +8,10 @@ and never hang it. (Giving way without sleeping would cost more: the scheduler t
 Control block, one int64 per 64-byte line:
     0 barrier arrivals   1 generation x 1024 + threads that run it   2 tape   3 instructions   4 stop
     5 parked helpers     6 naps taken   7 helpers done   8 barrier arrivals when the generation began
+    9 address of a table of times, or 0
+
+The table of times [threads, 1 + 2 x instructions] takes the processor's counter at the start, and behind each kernel and
+each barrier: what ``octavo bench cpu`` reads.
 
 The generation's word says itself who takes part. A helper that does not must not read the other entries: nobody waits for
 it, so they may belong to the next generation already.
@@ -21,11 +25,11 @@ from numba.extending import register_jitable
 from octavo.device.kernels.numba import memory as mem
 
 LINE = 64
-ARRIVALS, GENERATION, TAPE, LENGTH, STOP, PARKED, NAPS, DONE, BASE = range(9)
+ARRIVALS, GENERATION, TAPE, LENGTH, STOP, PARKED, NAPS, DONE, BASE, TICKS = range(10)
 MEMBERS = 1024  # more threads than this are never asked for
 INSTRUCTION_BYTES = 24
 SPINS = 2000  # about 40 microseconds
-IDLE_SPINS = 4000
+IDLE_SPINS = 12000  # a helper is still awake when the next step comes: the host takes some 100 microseconds
 # What helpers call, by address: usleep and syscall; and the number of the futex call (0 = there is none).
 NAP, SYSCALL, FUTEX = range(3)
 
@@ -62,12 +66,20 @@ def barrier(control, system, target):
 @register_jitable
 def execute(control, system, tape, length, thread, threads, arrivals):
     """All instructions of a tape; ``arrivals`` is the barrier count at its start."""
+    ticks = mem.load_i64(line(control, TICKS))
+    if ticks != 0:
+        ticks += thread * (1 + 2 * length) * 8
+        mem.store_i64(ticks, mem.ticks())
     for i in range(length):
         entry = tape + INSTRUCTION_BYTES * i
         mem.call_kernel(mem.load_i64(entry), mem.load_i64(entry + 8), thread, threads)
+        if ticks != 0:
+            mem.store_i64(ticks + 8 + 16 * i, mem.ticks())
         if threads > 1 and mem.load_i64(entry + 16) != 0:
             arrivals += threads
             barrier(control, system, arrivals)
+        if ticks != 0:
+            mem.store_i64(ticks + 16 + 16 * i, mem.ticks())
 
 
 def run(control, system, tape, length, threads):

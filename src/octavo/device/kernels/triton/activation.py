@@ -9,14 +9,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.device.kernels.rows import Fp8Rows, Raw
+from octavo.device.kernels.triton.quantize import empty_rows, quantized_row
+
 BLOCK = 1024
+KINDS = {"silu": 0, "gelu_tanh": 1}
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    """ACTIVATION 0 = silu, 1 = gelu_tanh, 2 = gelu; never overflows."""
+    if ACTIVATION == 0:
+        small = tl.exp(-tl.abs(gate))
+        gate = gate * tl.where(gate > 0, 1.0, small) / (1.0 + small)
+    elif ACTIVATION == 1:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        small = tl.exp(-2.0 * tl.abs(inner))
+        gate = gate * tl.where(inner > 0, 1.0, small) / (1.0 + small)  # (1 + tanh(inner)) / 2
+    else:
+        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    return gate
 
 
 @triton.jit
 def _act_mul_kernel(
     out, gate_up, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr
 ):
-    """BLOCK values of one row; ACTIVATION 0 = silu, 1 = gelu_tanh, 2 = gelu."""
+    """BLOCK values of one row."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -25,18 +44,36 @@ def _act_mul_kernel(
     inside = at < SIZE
     gate = tl.load(gate_up + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + SIZE + at, mask=inside, other=0.0).to(tl.float32)
-    if ACTIVATION == 0:
-        small = tl.exp(-tl.abs(gate))
-        gate = gate * tl.where(gate > 0, 1.0, small) / (1.0 + small)
-    elif ACTIVATION == 1:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        small = tl.exp(-2.0 * tl.abs(inner))
-        gate = (
-            gate * tl.where(inner > 0, 1.0, small) / (1.0 + small)
-        )  # (1 + tanh(inner)) / 2, never overflows
+    tl.store(out + row * SIZE + at, (_activate(gate, ACTIVATION) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _act_mul_fp8_kernel(
+    out, gate_up, stride, token_scale, scale, out_scale, one, kind,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, RAW: tl.constexpr, QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    """One program a row, or BLOCK values of it without QUANTIZE; RAW and QUANTIZE as in the norm. ``kind`` is of the run
+    type, to which values are rounded as if they were stored."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    gate = tl.load(gate_up + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + SIZE + at, mask=inside, other=0.0).to(tl.float32)
+    if RAW:
+        unit = tl.load(token_scale + row)
+        gate = gate * unit * tl.load(scale + at, mask=inside, other=0.0)
+        up = up * unit * tl.load(scale + SIZE + at, mask=inside, other=0.0)
+        gate = gate.to(kind.dtype.element_ty).to(tl.float32)
+        up = up.to(kind.dtype.element_ty).to(tl.float32)
+    result = _activate(gate, ACTIVATION) * up
+    if QUANTIZE:
+        values, unit = quantized_row(result.to(kind.dtype.element_ty).to(tl.float32))
+        tl.store(out + row * SIZE + at, values.to(out.dtype.element_ty), mask=inside)
+        tl.store(out_scale + row, unit)
+        if row == 0:
+            tl.store(one, 1.0)
     else:
-        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    tl.store(out + row * SIZE + at, (gate * up).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row * SIZE + at, result.to(out.dtype.element_ty), mask=inside)
 
 
 def act_mul(gate_up: Tensor, activation: str, *, pdl: bool = False) -> Tensor:
@@ -49,9 +86,37 @@ def act_mul(gate_up: Tensor, activation: str, *, pdl: bool = False) -> Tensor:
     launch = {"launch_pdl": True} if pdl else {}
     _act_mul_kernel[(rows, triton.cdiv(size, BLOCK))](
         out, gate_up, gate_up.stride(0), SIZE=size, BLOCK=BLOCK,
-        ACTIVATION={"silu": 0, "gelu_tanh": 1}.get(activation, 2), PDL=pdl, num_warps=4, **launch,
+        ACTIVATION=KINDS.get(activation, 2), PDL=pdl, num_warps=4, **launch,
     )  # fmt: skip
     return out
 
 
 act_mul_hopper = partial(act_mul, pdl=True)
+
+
+def act_mul_fp8(
+    gate_up: Tensor | Raw, activation: str, quantize: bool, *, pdl: bool = False
+) -> Tensor | Fp8Rows:
+    """``octavo.device.ops.fp8.act_mul_fp8`` on a GPU; rows of gate_up are contiguous."""
+    raw = None if isinstance(gate_up, Tensor) else gate_up
+    if raw is None and not quantize:
+        return act_mul(gate_up, activation, pdl=pdl)
+    values = gate_up if raw is None else raw.values
+    rows, size = values.shape[0], values.shape[1] // 2
+    kind = torch.empty(0, dtype=gate_up.dtype, device=values.device)
+    if quantize:
+        out, scale, one = empty_rows(rows, size, values.device)
+        block = triton.next_power_of_2(size)
+    else:
+        out, scale, one, block = kind.new_empty(rows, size), None, None, BLOCK
+    if rows:
+        _act_mul_fp8_kernel[(rows, triton.cdiv(size, block))](
+            out, values, values.stride(0), None if raw is None else raw.token_scale,
+            None if raw is None else raw.scale, scale, one, kind, SIZE=size, BLOCK=block,
+            ACTIVATION=KINDS.get(activation, 2), RAW=raw is not None, QUANTIZE=quantize,
+            num_warps=max(4, min(16, block // 512)),
+        )  # fmt: skip
+    return Fp8Rows(out, scale, one, gate_up.dtype) if quantize else out
+
+
+act_mul_fp8_hopper = partial(act_mul_fp8, pdl=True)

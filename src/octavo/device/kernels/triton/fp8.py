@@ -18,12 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDE = (
-    16384  # outputs from which the library is faster even for one token: widening takes the time, not reading
-)
+from octavo.device.kernels.rows import ALIGNMENT, WIDE, Fp8Rows, Raw
+from octavo.device.kernels.triton.quantize import empty_rows, quantized_row
+
 ROW_WISE_FROM = 512  # tokens from which scales inside the product cost less than a pass over its result
-ALIGNMENT = 16  # of both sizes of a weight that the library's product takes
-FP8 = torch.float8_e4m3fn
 
 
 @triton.jit
@@ -57,17 +55,9 @@ def _quantize_kernel(out, scale, one, x, stride, SIZE: tl.constexpr, BLOCK: tl.c
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
     wide = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(wide), 0)
-    unit = tl.maximum(largest, 1e-12) * (1.0 / 448.0)
-    scaled = tl.div_rn(wide, unit)
-    scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
-    # Rounded here to 3 bits of mantissa, nearest even, so that the conversion is exact wherever it runs: beside
-    # 1.5 * 2^20 times its power of two (2^-6 for subnormals) only those bits of a value survive.
-    power = (scaled.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    beside = tl.maximum(power, 0.015625) * 1572864.0
-    tl.store(out + row * SIZE + at, (scaled + beside - beside).to(out.dtype.element_ty), mask=inside)
-    # max() passes over NaN, the sum does not.
-    tl.store(scale + row, unit + tl.sum(wide * 0.0, 0))
+    values, unit = quantized_row(wide)
+    tl.store(out + row * SIZE + at, values.to(out.dtype.element_ty), mask=inside)
+    tl.store(scale + row, unit)
     if row == 0:
         tl.store(one, 1.0)
 
@@ -93,9 +83,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A row with a NaN is NaN by its scale alone.
     """
     rows, size = x.shape
-    out = torch.empty((rows, size), dtype=FP8, device=x.device)
-    numbers = torch.empty(rows + 4, dtype=torch.float32, device=x.device)  # scales from an aligned address on
-    scale, one = numbers[4:], numbers[0]
+    out, scale, one = empty_rows(rows, size, x.device)
     block = triton.next_power_of_2(size)
     warps = max(1, min(16, block // 256))
     _quantize_kernel[(rows,)](out, scale, one, x, x.stride(0), SIZE=size, BLOCK=block, num_warps=warps)
@@ -131,12 +119,13 @@ def vector(
 
 
 def linear_fp8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, pdl: bool = False
-) -> Tensor:
+    x: Tensor | Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None = None, raw: bool = False, *,
+    pdl: bool = False,
+) -> Tensor | Raw:  # fmt: skip
     """``octavo.device.ops.fp8.linear_fp8`` on a GPU; the weight is contiguous."""
     tokens, outputs = x.shape[0], weight.shape[0]
     if tokens == 0:
-        return torch.empty((0, outputs), dtype=x.dtype, device=x.device)
+        return torch.empty((0, outputs), dtype=x.dtype, device=weight.device)
     fits = outputs % ALIGNMENT == 0 and weight.shape[1] % ALIGNMENT == 0
     if tokens == 1 and not (fits and outputs >= WIDE):
         return vector(x, weight, scale, bias, pdl=pdl)
@@ -145,12 +134,17 @@ def linear_fp8(
     # The library returns row-wise scaled products in bfloat16 alone.
     if tokens >= ROW_WISE_FROM and x.dtype == torch.bfloat16:
         return row_wise(x, weight, scale, bias)
-    return tensor_wise(x, weight, scale, bias)
+    return tensor_wise(x, weight, scale, bias, raw and bias is None)
 
 
-def row_wise(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def _rows(x: Tensor | Fp8Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized values, scales and the number 1, of what may be quantized already."""
+    return quantize_rows(x) if isinstance(x, Tensor) else (x.values, x.scale, x.one)
+
+
+def row_wise(x: Tensor | Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear_fp8`` by the library's product with a scale for each token and output; x is bfloat16."""
-    quantized, token_scale, _ = quantize_rows(x)
+    quantized, token_scale, _ = _rows(x)
     y = torch._scaled_mm(
         quantized, weight.t(), scale_a=token_scale.unsqueeze(1), scale_b=scale.unsqueeze(0),
         out_dtype=torch.bfloat16, use_fast_accum=True,
@@ -158,15 +152,22 @@ def row_wise(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = Non
     return y if bias is None else y.add_(bias)
 
 
-def tensor_wise(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear_fp8`` by the library's product without scales, then both of them in a pass over the result."""
-    quantized, token_scale, one = quantize_rows(x)
+def tensor_wise(
+    x: Tensor | Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None = None, raw: bool = False
+) -> Tensor | Raw:
+    """``linear_fp8`` by the library's product without scales, then both of them in a pass over the result (``raw``:
+    without that pass)."""
+    quantized, token_scale, one = _rows(x)
     # Sums of products up to 448^2 overflow float16.
     raw_type = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    raw = torch._scaled_mm(
+    product = torch._scaled_mm(
         quantized, weight.t(), scale_a=one, scale_b=one, out_dtype=raw_type, use_fast_accum=True
     )
-    return scaled(raw, token_scale, scale, bias, x.dtype)
+    return (
+        Raw(product, token_scale, scale, x.dtype)
+        if raw
+        else scaled(product, token_scale, scale, bias, x.dtype)
+    )
 
 
 linear_fp8_hopper = partial(linear_fp8, pdl=True)
