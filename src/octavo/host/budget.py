@@ -18,7 +18,7 @@ from octavo.host.plan import (
 )
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
-from octavo.model.footprint import Scheme, work_bytes
+from octavo.model.footprint import DENSE, Scheme, work_bytes
 from octavo.runner.memory import plan_pages
 
 
@@ -45,7 +45,7 @@ class StartBudget:
         self.platform = platform
         self.capability = capability
         self.on_gpu = platform.kind == "cuda"
-        self.scheme: Scheme = SCHEMES[options.model.quantization]
+        self.scheme: Scheme = SCHEMES.get(options.model.quantization, DENSE)
         graphs = self.on_gpu and not options.device.enforce_eager
         self.parts = predict(
             spec, self.scheme, resolved, layout, graphs=graphs, on_gpu=self.on_gpu, counted=arch.num_parameters
