@@ -179,15 +179,18 @@ def measure(
     runner: TorchRunner, args: argparse.Namespace, bandwidth: float, flops: dict[torch.dtype, float]
 ) -> list[Row]:
     """All rows of the table; ``flops`` by type of weight, that of bfloat16 for others."""
-    weights = runner.network.matrix_bytes()
     elements = runner.network.matrix_elements()
-    token_s = sum(2 * count / flops.get(dtype, flops[torch.bfloat16]) for dtype, count in elements.items())
+    idle = runner.network.idle_elements(1)  # a token's work: the experts it visits, of those it does not none
+    token_s = sum(
+        2 * (count - idle.get(dtype, 0.0)) / flops.get(dtype, flops[torch.bfloat16])
+        for dtype, count in elements.items()
+    )
     token_bytes = sum(len(g.layers) * g.spec.page_bytes / g.spec.page_size for g in runner.layout.groups)
     sampling = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=4096)
     rows: list[Row] = []
     for batch in numbers(args.batch):
         seconds = decode(runner, batch, args.context, args.steps, sampling)
-        moved = weights + batch * token_bytes * (args.context + args.steps / 2)
+        moved = bytes_read(runner, batch) + batch * token_bytes * (args.context + args.steps / 2)
         floor = max(moved / bandwidth, token_s * batch)
         sums = sums_ms(runner, batch)
         rows.append(
@@ -195,10 +198,19 @@ def measure(
         )
     for size in numbers(args.prefill):
         seconds = prefill(runner, 1, size, 5)
-        floor = max(weights / bandwidth, token_s * size)
+        floor = max(bytes_read(runner, size) / bandwidth, token_s * size)
         sums = sums_ms(runner, size)
         rows.append(Row(f"prefill {size}", seconds * 1e3, size / seconds, floor * 1e3, floor / seconds, sums))
     return rows
+
+
+def bytes_read(runner: TorchRunner, tokens: int) -> float:
+    """Bytes of the weights that a step reads: all but experts that nobody chose, were all as likely to be."""
+    idle = runner.network.idle_elements(tokens)
+    return sum(
+        (count - idle.get(dtype, 0.0)) * dtype.itemsize
+        for dtype, count in runner.network.matrix_elements().items()
+    )
 
 
 def sums_ms(runner: TorchRunner, tokens: int) -> float:

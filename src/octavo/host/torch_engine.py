@@ -88,7 +88,7 @@ def build(
         progress("warming up", 0, 1)
         warm(runner, resolved.max_model_len)
         timeline.end("warm")
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use, platform.kind)
 
 
 def size_cache(

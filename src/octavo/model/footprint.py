@@ -127,6 +127,9 @@ def held_by(block: Any) -> Iterator[Held]:
         yield from _recurrent(block)
     elif isinstance(block, LatentAttention):
         yield from held_by((block.down, block.query_norm, block.query, block.latent_norm, block.output))
+        if block.indexer is not None:
+            yield from held_by((block.indexer.query, block.indexer.key, block.indexer.key_norm))
+            yield from _linear(block.indexer.weights, "run")
         yield from _linear(block.up, "run")  # by heads, in the run type whatever the scheme
     elif isinstance(block, Router):
         yield from _linear(block.linear, "float32" if block.scoring == "sigmoid" else "run")

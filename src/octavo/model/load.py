@@ -15,6 +15,7 @@ from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles
 from octavo.files.dtypes import GGUF_TYPES_BY_NAME
 from octavo.model.blocks import DecoderSpec, Part
+from octavo.model.encoder import EncoderSpec
 from octavo.model.layers.load import LoadItem
 from octavo.model.quantization.decode import dequantize
 from octavo.model.quantization.mxfp4 import BLOCK, decode_mxfp4
@@ -37,7 +38,7 @@ class LoadReport:
 def fill(
     items: list[LoadItem],
     files: ModelFiles,
-    spec: DecoderSpec,
+    spec: DecoderSpec | EncoderSpec,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Fill every item from ``files``; see ``Network.load``."""
@@ -58,7 +59,7 @@ def fill(
 
 
 def match(
-    items: list[LoadItem], files: ModelFiles, spec: DecoderSpec
+    items: list[LoadItem], files: ModelFiles, spec: DecoderSpec | EncoderSpec
 ) -> tuple[list[tuple[str, LoadItem]], tuple[str, ...]]:
     """(stored name, item) of all that must be read, and the names that are known to be of no use.
 
@@ -79,7 +80,7 @@ def match(
     return list(zip(names, items)), ignored
 
 
-def renaming(files: ModelFiles, spec: DecoderSpec) -> Callable[[str], str]:
+def renaming(files: ModelFiles, spec: DecoderSpec | EncoderSpec) -> Callable[[str], str]:
     """From a block's name of a tensor to the file's."""
     return (lambda name: name) if files.format == "gguf" else hf_renaming(files, spec.bare_prefix)
 
@@ -116,7 +117,7 @@ def hf_renaming(files: ModelFiles, bare_prefix: str = "") -> Callable[[str], str
 
 
 def check_names(
-    names: list[str], files: ModelFiles, spec: DecoderSpec, rename: Callable[[str], str]
+    names: list[str], files: ModelFiles, spec: DecoderSpec | EncoderSpec, rename: Callable[[str], str]
 ) -> tuple[str, ...]:
     """Raise ``ModelFileError`` for missing or unknown tensors; returns those that are known to be of no use."""
     missing = [name for name in names if name not in files.tensors]
@@ -143,7 +144,7 @@ def check_names(
     return tuple(useless)
 
 
-def useless_name(name: str, spec: DecoderSpec, rename: Callable[[str], str]) -> bool:
+def useless_name(name: str, spec: DecoderSpec | EncoderSpec, rename: Callable[[str], str]) -> bool:
     """Whether the family says that a tensor is of no use."""
     return name.endswith(spec.ignored) or name.startswith(tuple(map(rename, spec.ignored_prefixes)))
 

@@ -14,7 +14,7 @@ from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.ops.fp8 import settled
 from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch
-from octavo.model.blocks import DecoderSpec
+from octavo.model.blocks import DecoderSpec, MoE
 from octavo.model.cache import CachePlace
 from octavo.model.layers.build import ALONE, Build, Ranks
 from octavo.model.layers.decoder import DecoderLayer
@@ -134,6 +134,16 @@ class Network:
     def matrix_bytes(self) -> int:
         """Bytes of those matrices (the floor of a step)."""
         return sum(count * dtype.itemsize for dtype, count in self.matrix_elements().items())
+
+    def idle_elements(self, tokens: int) -> dict[torch.dtype, float]:
+        """Weights of experts that no token of a step is expected to choose, by type; where all are as likely."""
+        counts: dict[torch.dtype, float] = {}
+        for layer, block in zip(self.layers, self.spec.layers):
+            if isinstance(block.mlp, MoE):
+                missed = (1 - block.mlp.router.top_k / block.mlp.experts.num) ** tokens
+                for stacked in [item.target for item in layer.mlp.items() if item.target.dim() == 3]:
+                    counts[stacked.dtype] = counts.get(stacked.dtype, 0.0) + missed * stacked.numel()
+        return counts
 
     def bind_cache(self, places: dict[int, CachePlace]) -> None:
         """Give every layer that keeps something its place in the cache."""

@@ -24,6 +24,7 @@ from octavo.model.quantization.describe import describe_quantization
 
 SOFTMAX = 1  # GGUF's number of that gating function
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+INDEXED = "indexed_attention"
 LINEAR = "linear_attention"
 MULTIMODAL = {  # whose text part has a family
     "gemma3": "gemma3_text",
@@ -63,7 +64,7 @@ OUTER_KEYS = (
     "quantization_config",
 )
 MAX_LAYERS = 4096
-KINDS = {"llama4_text": {FULL, CHUNKED}}  # of attention, where they are not the usual ones
+KINDS = {"llama4_text": {FULL, CHUNKED}, "deepseek_v32": {FULL, INDEXED}}  # of attention, where they are not the usual ones
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:

@@ -231,6 +231,10 @@ class TransformersNetwork(Network):
         """See ``Network``."""
         return self.rename(files)
 
+    def idle_elements(self, tokens: int) -> dict[torch.dtype, float]:
+        """See ``Network.idle_elements``; which experts a foreign module has is not known."""
+        return {}
+
     def matrix_elements(self) -> dict[torch.dtype, int]:
         """See ``Network``; without a head of its own the embedding is read too."""
         counts: dict[torch.dtype, int] = {}
