@@ -162,6 +162,8 @@ def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
         find_gpu("voodoo")
     assert main(["plan", "llama-3.1-8b", "--gpu-memory-gib", "0"]) == 2
     assert main(["plan"]) == 2
+    assert main(["plan", "llama-2-7b", "--max-model-len", "9999"]) == 2
+    assert "more than the model's 4096 positions" in capsys.readouterr().err
     assert main(["plan", "llama-2-70b", "--gpu-memory-gib", "4", "--quantization", "fp8"]) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "It fits on H100" in out

@@ -16,7 +16,7 @@ from octavo.config import ON_LOAD_CPU, EngineOptions, Hardware, Resolved, resolv
 from octavo.device.platform.gpus import GIB, GPU, GPUS
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.engine.cache.spec import ceil_div
-from octavo.errors import OctavoError, OutOfMemoryError, UsageError
+from octavo.errors import OutOfMemoryError, UnsupportedModelError, UsageError
 from octavo.files.base import ModelFiles
 from octavo.host.built import limits_of
 from octavo.host.implementation import architecture
@@ -176,13 +176,13 @@ class Planner:
         """The answer for ``size`` such cards."""
         options = options or self.options
         num_cards = size * options.parallel.pipeline_parallel_size
+        resolved = self.resolved(gpu, options)
+        name = resolved.dtype if scheme is DENSE else scheme.name
         try:
-            resolved = self.resolved(gpu, options)
             self._check(gpu, scheme, size)
             spec, layout = self.share(options, resolved, size)
-        except OctavoError as error:
-            return Case(gpu, scheme.name, num_cards, None, 0, 0, {}, error.cause)
-        name = resolved.dtype if scheme is DENSE else scheme.name
+        except UnsupportedModelError as error:
+            return Case(gpu, name, num_cards, None, 0, 0, {}, error.cause)
         graphs = not options.device.enforce_eager
         parts = predict(spec, scheme, resolved, layout, graphs=graphs, counted=self.arch.num_parameters)
         try:
@@ -225,9 +225,9 @@ class Planner:
 
     def _check(self, gpu: GPU, scheme: Scheme, size: int) -> None:
         if self.arch.num_parameters and size > 1:
-            raise OctavoError("Models that transformers computes run on one card.")
+            raise UnsupportedModelError("Models that transformers computes run on one card.")
         if scheme is FP8 and 0 < gpu.capability < FP8_CAPABILITY:
-            raise OctavoError(
+            raise UnsupportedModelError(
                 f"{gpu.name} has no fp8 arithmetic (compute capability {gpu.capability / 10:.1f}, needed 8.9)."
             )
 
