@@ -18,7 +18,7 @@ import test_family_engine
 import test_parity
 import test_shard
 
-from octavo.model.describe import supported
+from octavo.model.describe import ENCODERS, supported
 
 PAGE = TESTS.parent / "docs" / "models.md"
 BEGIN, END = "<!-- parity table: made by tests/models/parity_table.py -->\n", "<!-- end of the parity table -->\n"
@@ -55,7 +55,7 @@ def gpu_families() -> set[str]:
 
 def compared() -> dict[str, dict[str, int]]:
     """Family -> column -> how many configurations are compared."""
-    found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in supported()}
+    found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in supported() if family not in ENCODERS}
     for column, test in COLUMNS.items():
         for row in rows_of(test):
             found[test_family_engine.family_of(row)][column] += 1
