@@ -24,14 +24,13 @@ from octavo.engine.client.base import EngineClient
 from octavo.engine.client.inprocess import InProcessClient
 from octavo.engine.client.socket import SocketClient
 from octavo.engine.core import EngineCore
-from octavo.engine.executor.base import Executor
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.settings import EngineSettings
 from octavo.engine.structured.compiler import GrammarCompiler
 from octavo.engine.structured.vocabulary import Vocabulary
 from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
-from octavo.files.resolve import open_model
+from octavo.files.resolve import open_description, open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
 from octavo.host.implementation import architecture
@@ -58,6 +57,15 @@ def open_files(options: EngineOptions, progress: Progress | None = None) -> Mode
         download_dir=model.download_dir,
         load_format=model.load_format,
         progress=progress,
+    )
+    return files if model.hf_overrides is None else override(files, model.hf_overrides)
+
+
+def open_headers(options: EngineOptions, progress: Progress | None = None) -> ModelFiles:
+    """What describes the model the options name, without weights that would have to be downloaded."""
+    model = options.model
+    files = open_description(
+        model.model, revision=model.revision, download_dir=model.download_dir, progress=progress
     )
     return files if model.hf_overrides is None else override(files, model.hf_overrides)
 
@@ -114,18 +122,36 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
             "Only machine 0 has an engine.", "Use octavo serve on the others: it computes for machine 0."
         )
     arch = architecture(options.model, files)
-    executor: Executor
-    built: Built | None = None
-    if options.parallel.ranks > 1:
+    grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
+    if options.parallel.uses_workers:
         if choose_pooler(options.model, files, arch).pools:
             raise UsageError("Embeddings are computed on one device.", "Leave out the parallel sizes.")
         executor, facts = launch(options, arch, progress, waiting_for(options))
-    else:
-        timeline = Timeline.start()
-        built = build_runner(options, files, progress, timeline)
-        executor = InlineExecutor(built.runner)
+        return EngineCore(executor, settings_of(options, files, arch, facts, None), grammars)
+    timeline = Timeline.start()
+
+    def describe(built: Built) -> EngineSettings:
+        built.backend = built.backend or "compiled"  # those that relieve each other give no vectors
         facts = Facts(built.resolved, built.device, built.kernels, timeline.phases, built.memory_use)
-    settings = EngineSettings.of(
+        return settings_of(options, files, arch, facts, built)
+
+    both = None
+    if options.device.kernel_warm_up == "background" and choose_backend(options, files, arch) == "compiled":
+        start = import_module("octavo.host.standby").start
+        both = start(options, files, arch, timeline, progress or quiet, describe)
+    if both is not None:
+        core = EngineCore(InlineExecutor(both[0].runner), describe(both[0]), grammars)
+        core.relief = both[1]
+        return core
+    built = build_runner(options, files, progress, timeline)
+    return EngineCore(InlineExecutor(built.runner), describe(built), grammars)
+
+
+def settings_of(
+    options: EngineOptions, files: ModelFiles, arch: ArchConfig, facts: Facts, built: Built | None
+) -> EngineSettings:
+    """What the engine is told; see ``model_facts`` for ``built``."""
+    return EngineSettings.of(
         facts.resolved,
         vocab_size=arch.vocab_size,
         model=options.model.served_model_name or files.name,
@@ -136,8 +162,6 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         memory_bytes=facts.memory_use,
         facts=model_facts(options, files, arch, built),
     )
-    grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
-    return EngineCore(executor, settings, grammars)
 
 
 def model_facts(

@@ -14,6 +14,7 @@ HF_RENAMED: dict[str, dict[str, str]] = {
     "cohere2": {"layer_norm_eps": "rms_norm_eps"},
     "deepseek_v2": DEEPSEEK_RENAMED,
     "deepseek_v3": DEEPSEEK_RENAMED,
+    "deepseek_v32": DEEPSEEK_RENAMED,
     "kimi_k2": DEEPSEEK_RENAMED,
     "glm4_moe": DEEPSEEK_RENAMED,
     "glm4_moe_lite": DEEPSEEK_RENAMED,
@@ -54,7 +55,11 @@ BERT_DEFAULTS: dict[str, Any] = {
     "type_vocab_size": 2,
     "max_position_embeddings": 512,
 }
-QWEN_HYBRID: dict[str, Any] = {"head_dim": 256, "partial_rotary_factor": 0.25, "max_position_embeddings": 32768}
+QWEN_HYBRID: dict[str, Any] = {
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "max_position_embeddings": 32768,
+}
 # Families with recurrent layers, and every how many layers one has attention (0 = the configuration lists them).
 HF_HYBRID = {"qwen3_next": 4, "qwen3_5_text": 4, "qwen3_5_moe_text": 4, "bamba": 0, "granitemoehybrid": 0}
 DEEPSEEK_V3_DEFAULTS: dict[str, Any] = {
@@ -95,6 +100,7 @@ HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "v_head_dim": 128,
     },
     "deepseek_v3": DEEPSEEK_V3_DEFAULTS,
+    "deepseek_v32": DEEPSEEK_V3_DEFAULTS,
     "kimi_k2": DEEPSEEK_V3_DEFAULTS,
     "ernie4_5": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "head_dim": 128, "tie_word_embeddings": True},
     "gemma": {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True},

@@ -203,13 +203,16 @@ class Scheduler:
         Only places of sequences that were let in before this call: what a plan brings in it does not throw out again.
         """
         wanted = n
-        while (n := self._admit(seq, wanted)) == 0:
+        if (n := self._admit(seq, wanted)) or not self.waiting.charges:
+            return n
+        while not n:
             old = [other for other in self.running() if other.id not in step.admitted]
             victim = self.waiting.victim(seq, old)
             if victim is None:
                 break
             self._preempt(victim, step)
             step.swapped.add(victim.id)
+            n = self._admit(seq, wanted)
         else:
             self._preempted = False  # the place is taken by the one it was made for
         return n
@@ -276,11 +279,19 @@ class Scheduler:
         """
         if seq in step.rows:
             self._take_back(step, step.rows.index(seq))
+        self._put_back(seq)
+        self._preempted = True
+
+    def put_back_all(self) -> None:
+        """Every running sequence back in line, to be computed from the start; only while no step is in flight."""
+        for seq in list(self.running()):
+            self._put_back(seq)
+
+    def _put_back(self, seq: Sequence) -> None:
         self._release(seq)
         seq.num_computed = seq.num_queued = seq.room = seq.num_drafts = 0
         seq.drafts = []
         self.waiting.push(seq)
-        self._preempted = True
         self.counters.num_preemptions += 1
 
     def _take_back(self, step: Step, row: int) -> None:
