@@ -194,7 +194,7 @@ HOSTILE: list[tuple[str, tuple[ToolSyntax, ...]]] = [
 def test_a_megabyte_of_hostile_text_takes_linear_time(text: str, syntaxes: tuple[ToolSyntax, ...]) -> None:
     for syntax in syntaxes:
         begin = time.process_time()
-        read(syntax, [text[i : i + 4096] for i in range(0, len(text), 4096)])
+        read(syntax, [text])
         assert time.process_time() - begin < 10, syntax.name
 
 
