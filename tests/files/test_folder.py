@@ -357,4 +357,4 @@ def test_presets_have_the_published_shapes() -> None:
 
     assert parameters(open_model("llama-3.1-8b", load_format="dummy").config) == 8_030_261_248
     assert parameters(open_model("Qwen3-0.6B", load_format="dummy").config) == 596_049_920
-    assert set(PRESETS) == {"llama-3.1-8b", "qwen3-0.6b"}
+    assert {"llama-3.1-8b", "qwen3-0.6b"} <= set(PRESETS)

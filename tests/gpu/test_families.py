@@ -52,6 +52,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("Qwen2Moe", {**MOE, "shared_expert_intermediate_size": 64}),
     "deepseek_v2": ("DeepseekV2", {**DIRECT, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
     "deepseek_v3": ("DeepseekV3", {**LATENT, "n_group": 4, "topk_group": 2}),
+    "deepseek_v32": (
+        "DeepseekV32",
+        {**LATENT, "n_group": 4, "topk_group": 2, "index_n_heads": 16, "index_head_dim": 32, "index_topk": 40},
+    ),
     "glm4_moe_lite": ("Glm4MoeLite", LATENT),
     "llama4_text": ("Llama4", LLAMA4),
     "phi3": ("Phi3", {}),

@@ -1,6 +1,6 @@
 """The table of what is compared for each family, made from the tests' own parameters.
 
-    python tests/models/parity_table.py            # rewrites the table in docs/models.md
+python tests/models/parity_table.py            # rewrites the table in docs/models.md
 """
 
 from __future__ import annotations
@@ -15,30 +15,38 @@ TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS / "models")]
 
 import test_family_engine
+import test_gguf_deepseek
 import test_parity
 import test_shard
 
 from octavo.model.describe import supported
 
 PAGE = TESTS.parent / "docs" / "models.md"
-BEGIN, END = "<!-- parity table: made by tests/models/parity_table.py -->\n", "<!-- end of the parity table -->\n"
-# A column and the test whose parameters are the rows it holds for.
-COLUMNS: dict[str, Callable[..., None]] = {
-    "Prefill": test_parity.test_logits,
-    "Paged decode": test_parity.test_logits,
-    "Chunked": test_parity.test_logits,
-    "Prefix hit": test_family_engine.test_prefix_hits_and_preemption,
-    "Preempted": test_family_engine.test_prefix_hits_and_preemption,
-    "TP 2": test_shard.test_two_ranks_give_the_whole_logits,
-    "GGUF": test_parity.test_gguf_logits,
+BEGIN, END = (
+    "<!-- parity table: made by tests/models/parity_table.py -->\n",
+    "<!-- end of the parity table -->\n",
+)
+# A column and the tests whose parameters are the rows it holds for.
+Test = Callable[..., None]
+COLUMNS: dict[str, tuple[Test, ...]] = {
+    "Prefill": (test_parity.test_logits,),
+    "Paged decode": (test_parity.test_logits,),
+    "Chunked": (test_parity.test_logits,),
+    "Prefix hit": (test_family_engine.test_prefix_hits_and_preemption,),
+    "Preempted": (test_family_engine.test_prefix_hits_and_preemption,),
+    "TP 2": (test_shard.test_two_ranks_give_the_whole_logits,),
+    "GGUF": (test_parity.test_gguf_logits, test_gguf_deepseek.test_logits),
 }
 GPU_TESTS = ("test_engine.py", "test_families.py")
 
 
-def rows_of(test: Callable[..., None]) -> list[str]:
-    """The rows that a test is run for: the first parameter of each case."""
+def rows_of(test: Test) -> list[str]:
+    """The rows that a test is run for: those of its parameter ``name``, which comes first."""
     marks: list[Any] = test.pytestmark  # type: ignore[attr-defined]
-    cases = [case for mark in marks if mark.name == "parametrize" for case in mark.args[1]]
+    named = [
+        mark for mark in marks if mark.name == "parametrize" and "name" in (mark.args[0], mark.args[0][0])
+    ]
+    cases = [case for mark in named for case in mark.args[1]]
     return [case if isinstance(case, str) else case[0] for case in cases]
 
 
@@ -49,15 +57,17 @@ def gpu_families() -> set[str]:
         for node in ast.walk(ast.parse((TESTS / "gpu" / name).read_text())):
             named = isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "FAMILIES"
             if named and isinstance(node.value, ast.Dict):
-                found |= {key.value.partition("-")[0] for key in node.value.keys if isinstance(key, ast.Constant)}
+                found |= {
+                    key.value.partition("-")[0] for key in node.value.keys if isinstance(key, ast.Constant)
+                }
     return found
 
 
 def compared() -> dict[str, dict[str, int]]:
     """Family -> column -> how many configurations are compared."""
     found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in supported()}
-    for column, test in COLUMNS.items():
-        for row in rows_of(test):
+    for column, tests in COLUMNS.items():
+        for row in [row for test in tests for row in rows_of(test)]:
             found[test_family_engine.family_of(row)][column] += 1
     for family in gpu_families():
         found[family]["GPU"] += 1

@@ -285,6 +285,19 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 0,
         },
     ),
+    "deepseek_v32": (  # fewer keys than the prompts have
+        "DeepseekV32",
+        {
+            **MLA,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "index_n_heads": 16,  # with few heads many scores are exactly 0, and who is chosen among them is nobody's business
+            "index_head_dim": 16,
+            "index_topk": 7,
+        },
+    ),
+    "deepseek_v32-all": ("DeepseekV32", {**MLA, "n_group": 1, "topk_group": 1, "index_head_dim": 24, "index_n_heads": 2}),
     "glm4_moe_lite": ("Glm4MoeLite", MLA),
     "llama4_text": ("Llama4", LLAMA4),  # Scout
     "llama4_text-dense": (  # Maverick: every second layer is dense, no norm of queries and keys

@@ -154,7 +154,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantization", default=None, help="store weights in fewer bits: fp8")
+    parser.add_argument("--quantization", default=None, help="store weights in fewer bits: fp8, int8, int4")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="fp8: half the bytes of a bfloat16 cache")
     parser.add_argument("--hf-overrides", default=None, help="values of config.json to replace, as JSON")
     parser.add_argument(
         "--tensor-parallel-size", "-tp", type=int, default=1, help="GPUs that share every layer"
@@ -179,15 +180,18 @@ def measure(
     runner: TorchRunner, args: argparse.Namespace, bandwidth: float, flops: dict[torch.dtype, float]
 ) -> list[Row]:
     """All rows of the table; ``flops`` by type of weight, that of bfloat16 for others."""
-    weights = runner.network.matrix_bytes()
     elements = runner.network.matrix_elements()
-    token_s = sum(2 * count / flops.get(dtype, flops[torch.bfloat16]) for dtype, count in elements.items())
+    idle = runner.network.idle_elements(1)  # a token's work: the experts it visits, of those it does not none
+    token_s = sum(
+        2 * (count - idle.get(dtype, 0.0)) / flops.get(dtype, flops[torch.bfloat16])
+        for dtype, count in elements.items()
+    )
     token_bytes = sum(len(g.layers) * g.spec.page_bytes / g.spec.page_size for g in runner.layout.groups)
     sampling = SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=4096)
     rows: list[Row] = []
     for batch in numbers(args.batch):
         seconds = decode(runner, batch, args.context, args.steps, sampling)
-        moved = weights + batch * token_bytes * (args.context + args.steps / 2)
+        moved = bytes_read(runner, batch) + batch * token_bytes * (args.context + args.steps / 2)
         floor = max(moved / bandwidth, token_s * batch)
         sums = sums_ms(runner, batch)
         rows.append(
@@ -195,10 +199,19 @@ def measure(
         )
     for size in numbers(args.prefill):
         seconds = prefill(runner, 1, size, 5)
-        floor = max(weights / bandwidth, token_s * size)
+        floor = max(bytes_read(runner, size) / bandwidth, token_s * size)
         sums = sums_ms(runner, size)
         rows.append(Row(f"prefill {size}", seconds * 1e3, size / seconds, floor * 1e3, floor / seconds, sums))
     return rows
+
+
+def bytes_read(runner: TorchRunner, tokens: int) -> float:
+    """Bytes of the weights that a step reads: all but experts that nobody chose, were all as likely to be."""
+    idle = runner.network.idle_elements(tokens)
+    return sum(
+        (count - idle.get(dtype, 0.0)) * dtype.itemsize
+        for dtype, count in runner.network.matrix_elements().items()
+    )
 
 
 def sums_ms(runner: TorchRunner, tokens: int) -> float:
@@ -236,6 +249,7 @@ def main(argv: list[str]) -> int:
         max_num_batched_tokens=max([8192, *numbers(args.prefill)]),
         dtype=args.dtype,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         hf_overrides=args.hf_overrides,
         tensor_parallel_size=args.tensor_parallel_size,
         disable_custom_all_reduce=args.disable_custom_all_reduce,

@@ -36,7 +36,11 @@ class Shape:
     value: int = 128
 
 
-SHAPES = (Shape("deepseek-v3", 128), Shape("deepseek-v3 / 8", 16), Shape("glm-4.7-flash", 20, nope=192, value=256))
+SHAPES = (
+    Shape("deepseek-v3", 128),
+    Shape("deepseek-v3 / 8", 16),
+    Shape("glm-4.7-flash", 20, nope=192, value=256),
+)
 
 
 def tables(rows: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
@@ -123,7 +127,10 @@ def prefill_case(shape: Shape, tokens: int, context: int) -> Case:
 def cases(shape: Shape) -> list[Case]:
     """What is timed."""
     decodes = [decode_case(shape, batch, context) for batch in (1, 32, 128) for context in (1024, 8192)]
-    return [*decodes, *(prefill_case(shape, *size) for size in ((512, 0), (2048, 0), (8192, 0), (2048, 16384)))]
+    return [
+        *decodes,
+        *(prefill_case(shape, *size) for size in ((512, 0), (2048, 0), (8192, 0), (2048, 16384))),
+    ]
 
 
 def main() -> int:
@@ -144,7 +151,9 @@ def main() -> int:
             name = case.op.name
             row = measure(case, binder.explain()[name], bound[name], bandwidth, rate)
             rows.append(asdict(row))
-            print(f"{row.model:16} {row.shape:26} {row.us:9.1f} us  floor {row.floor_us:9.1f} us  {100 * row.share:5.1f} %")
+            print(
+                f"{row.model:16} {row.shape:26} {row.us:9.1f} us  floor {row.floor_us:9.1f} us  {100 * row.share:5.1f} %"
+            )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     return 0

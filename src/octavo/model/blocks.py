@@ -194,6 +194,23 @@ class Recurrent:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """Chooses the ``top_k`` keys that a query sees (DeepSeek-AI 2025): those with the highest sum_h w_h relu(q_h·k).
+
+    ``query`` reads the normed queries' latent; ``key`` (then ``key_norm``) and ``weights`` (w) read the layer's input. The
+    first values of q_h and k rotate, as many as the attention's. The keys [head_dim] are kept beside the latents.
+    """
+
+    query: Linear
+    key: Linear
+    key_norm: Norm
+    weights: Linear
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+
+@dataclass(frozen=True)
 class LatentAttention:
     """Multi-head latent attention: of a token, one small latent is kept for all heads (DeepSeek-AI 2024).
 
@@ -203,7 +220,8 @@ class LatentAttention:
         k_h = [K_h c | r]     v_h = V_h c     ``up`` holds K_h [nope_dim, latent_dim], V_h [value_dim, latent_dim] by head
 
     ``down``'s parts are the queries (where there is a ``query_norm``), the latent and the key. ``scale`` multiplies q·k.
-    ``split_up`` names K and V where GGUF files hold them apart ([H, latent, nope] and [H, value, latent]).
+    ``split_up`` names K and V where GGUF files hold them apart ([H, latent, nope] and [H, value, latent]). With an
+    ``indexer`` a query sees the keys it chooses.
     """
 
     down: Linear
@@ -220,10 +238,12 @@ class LatentAttention:
     scale: float
     rope: Rope
     split_up: tuple[str, str] = ("attn_k_b", "attn_v_b")
+    indexer: Indexer | None = None
 
     def cache(self, page_size: int, element_bytes: int) -> KVSpec:
         """What this layer keeps, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
-        return FullKV(page_size, (self.latent_dim + self.rope_dim) * element_bytes)
+        index = self.indexer.head_dim if self.indexer is not None else 0
+        return FullKV(page_size, (self.latent_dim + self.rope_dim + index) * element_bytes)
 
 
 # What mixes a layer's tokens with those before them. Each states what it keeps of them (``cache``); the torch form is

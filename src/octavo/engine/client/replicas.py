@@ -110,14 +110,12 @@ def together(infos: list[EngineInfo]) -> EngineInfo:
 
 
 def add_up(stats: list[EngineStats]) -> EngineStats:
-    """Sums; the share of the cache in use is the mean, the size of a step the largest."""
+    """Sums, of lists entry by entry; the share of the cache in use is the mean, the size of a step the largest."""
     values: dict[str, Any] = {}
     for name in EngineStats.__struct_fields__:
-        each_value = [getattr(each, name) for each in stats]
-        if isinstance(each_value[0], list):  # counts by place; engines may know different numbers of places
-            values[name] = [sum(places) for places in zip_longest(*each_value, fillvalue=0)]
-        else:
-            values[name] = sum(each_value)
+        found = [getattr(each, name) for each in stats]
+        lists = isinstance(found[0], list)
+        values[name] = [sum(entries) for entries in zip_longest(*found, fillvalue=0)] if lists else sum(found)
     values["kv_cache_usage"] /= len(stats)
     values["step_tokens"] = max(each.step_tokens for each in stats)
     return EngineStats(**values)

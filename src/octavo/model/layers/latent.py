@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from octavo.device.ops.latent import LATENT_ATTENTION, LATENT_PREFILL, LATENT_STORE, prefill_bytes
+from octavo.device.ops.sparse import SPARSE_ATTENTION
 from octavo.model.batch import Batch, Prompts
 from octavo.model.blocks import LatentAttention
 from octavo.model.cache import CachePlace
 from octavo.model.layers.build import Build
+from octavo.model.layers.indexer import IndexLayer
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import Cut, LoadItem
 from octavo.model.layers.norm import NormLayer
@@ -68,6 +70,10 @@ class LatentLayer:
         self.store = build.binder.bind(LATENT_STORE, build.spec)
         self.attend = build.binder.bind(LATENT_ATTENTION, build.spec)
         self.prefill = build.binder.bind(LATENT_PREFILL, build.spec)
+        self.indexer = (
+            IndexLayer(block.indexer, block.rope, build, hf_prefix, gguf_prefix) if block.indexer else None
+        )
+        self.attend_chosen = build.binder.bind(SPARSE_ATTENTION, build.spec) if block.indexer else None
         self.build = build
         self.pages = torch.empty(0)
         self.work = torch.empty(0)
@@ -75,15 +81,14 @@ class LatentLayer:
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         block = self.block
-        down = self.down(x)
-        if self.query_norm is None:
-            q, compressed = self.query(x), down
-        else:
+        compressed = self.down(x)
+        queries = x
+        if self.query_norm is not None:
             queries, compressed = torch.split(
-                down, [self.query_norm.weight.shape[0], block.latent_dim + block.rope_dim], dim=1
+                compressed, [self.query_norm.weight.shape[0], block.latent_dim + block.rope_dim], dim=1
             )
-            q = self.query(self.query_norm(queries))
-        q = q.view(-1, block.num_heads, block.nope_dim + block.rope_dim)
+            queries = self.query_norm(queries)
+        q = self.query(queries).view(-1, block.num_heads, block.nope_dim + block.rope_dim)
         wide: Tensor = self.store(
             q,
             compressed,
@@ -94,7 +99,10 @@ class LatentLayer:
             self.pages,
             batch.groups[self.group].slot_mapping,
         )
-        if batch.prompts is not None and self._full_heads_are_cheaper(batch.prompts):
+        chosen = self.indexer(x, queries, batch) if self.indexer is not None else None
+        if chosen is not None:
+            mixed = self._over(chosen, q, wide, batch)
+        elif batch.prompts is not None and self._full_heads_are_cheaper(batch.prompts):
             mixed = self._in_full_heads(q, wide, batch, batch.prompts)
         else:
             table = batch.groups[self.group].page_table
@@ -131,6 +139,17 @@ class LatentLayer:
         )
         return self.up.values(mixed)
 
+    def _over(self, chosen: Tensor, q: Tensor, wide: Tensor, batch: Batch) -> Tensor:
+        """[T, H, value], by comparing queries with the chosen latents."""
+        block = self.block
+        if self.attend_chosen is None:
+            raise ValueError("only an indexer chooses keys")
+        self.up.absorb(q[..., : block.nope_dim], wide[..., : block.latent_dim])
+        counts = batch.positions + 1
+        return self.up.values(
+            self.attend_chosen(wide, self.pages, chosen, counts, block.scale, block.latent_dim)
+        )
+
     def _in_full_heads(self, q: Tensor, wide: Tensor, batch: Batch, prompts: Prompts) -> Tensor:
         """[T, H, value]: rows with many queries in full heads, single tokens absorbed."""
         key = f"latent {self.group}"
@@ -164,6 +183,8 @@ class LatentLayer:
         shape = (place.spec.page_size, self.block.latent_dim + self.block.rope_dim)
         self.pages = place.typed(shape, self.build.dtype)
         self.group = place.group
+        if self.indexer is not None:
+            self.indexer.bind(place, shape[0] * shape[1] * self.build.dtype.itemsize)
         if self.build.spec.device != "cpu":
             if "latent work" not in self.build.shared:
                 self.build.shared["latent work"] = self.build.empty(WORK_BYTES, dtype=torch.uint8)
@@ -173,6 +194,7 @@ class LatentLayer:
         """What the loader must fill."""
         norms = self.query_norm.items() if self.query_norm is not None else []
         parts = (self.down, self.query, self.latent_norm, self.up, self.output)
+        norms += self.indexer.items() if self.indexer is not None else []
         return norms + [item for part in parts for item in part.items()]
 
 
