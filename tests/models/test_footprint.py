@@ -182,6 +182,13 @@ class KernelBinder(Binder):
             return lambda x, residual, weight, eps: torch.empty_like(x)
         if op.name == "act_mul":
             return lambda x, activation: x.new_empty((x.shape[0], x.shape[1] // 2))
+        if op.name == "gated_linear":  # many tokens: the product, then the activation
+
+            def gated(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
+                wide = x.new_empty((x.shape[0], weight.shape[0]))
+                return wide.new_empty((x.shape[0], weight.shape[0] // 2))
+
+            return gated
         if op.name in ("paged_attention", "rms_norm"):
             return lambda x, *rest: torch.empty_like(x)
         return op.reference
