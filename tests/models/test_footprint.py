@@ -72,13 +72,15 @@ def allocated(network: Network) -> tuple[int, int]:
         if id(value) in seen:
             return
         seen.add(id(value))
+        if isinstance(value, torch.Tensor) and value.device.type == "meta":
+            return  # shapes of stacks that are held packed
         if isinstance(value, torch.Tensor):
             kept = tables if name in ("cos_sin", "temperatures") else weights
             kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item, name)
-        elif type(value).__module__.startswith("octavo.model") and hasattr(value, "__dict__"):
+        elif type(value).__module__.startswith(("octavo.model", "octavo.device.ops")) and hasattr(value, "__dict__"):
             for key, item in vars(value).items():
                 visit(item, key)
 
@@ -95,9 +97,14 @@ def test_weights_are_exact(name: str, tmp_path: Path) -> None:
         assert footprint.position_bytes(spec, MAX_POSITION) == tables
     weights, _ = allocated(build(spec, torch.bfloat16, ranks=2))
     assert footprint.weight_bytes(shard(spec, 2), footprint.DENSE, 2) == weights
-    if not any(isinstance(layer.mlp, MoE) for layer in spec.layers):
-        weights, _ = allocated(build(spec, torch.bfloat16, "fp8"))
-        assert footprint.weight_bytes(spec, footprint.FP8, 2) == weights
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith(("gpt_oss", "llama4"))])
+def test_quantized_weights_are_exact(name: str, tmp_path: Path) -> None:
+    spec = spec_of(name, tmp_path)
+    for scheme in (footprint.FP8, footprint.INT8, footprint.INT4):
+        weights, _ = allocated(build(spec, torch.bfloat16, scheme.name))
+        assert footprint.weight_bytes(spec, scheme, 2) == weights, scheme.name
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss", "qwen2_moe"])
