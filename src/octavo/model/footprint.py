@@ -36,7 +36,7 @@ from octavo.model.blocks import (
     Router,
 )
 
-Kind = Literal["matrix", "experts", "run", "float32"]
+Kind = Literal["matrix", "experts", "head", "run", "float32"]
 FLOAT32 = 4
 # Logits, their copy for log probabilities, the log probabilities and the penalties' counts: 4 bytes each.
 SAMPLING_BYTES = 16
@@ -47,8 +47,8 @@ RECORDING_BYTES = 1 << 20  # a few hundred launches
 
 @dataclass(frozen=True)
 class Held:
-    """``count`` equal tensors [rows, inputs] of the network: matrices and experts are stored by the weight scheme,
-    the rest in the run type or in float32. A ``constant`` is in no file."""
+    """``count`` equal tensors [rows, inputs] of the network: matrices and experts are stored by the weight scheme (and
+    the output head by some), the rest in the run type or in float32. A ``constant`` is in no file."""
 
     kind: Kind
     rows: int
@@ -66,22 +66,20 @@ class Held:
 class Scheme:
     """How a projection's weights are stored: ``bits`` each (0 = in the run type), and ``scale_bytes`` beside every run of
     the first of ``groups`` inputs that divides a row, or beside a whole row. Experts, and with ``packed`` everything, take
-    whole runs of ``device.ops.packed``. With ``everything`` the bits are an average over all tensors."""
+    whole runs of ``device.ops.packed``. ``head``: the output head is stored so too."""
 
     name: str
     bits: float = 0
     scale_bytes: int = 0
     groups: tuple[int, ...] = ()
     packed: bool = False
-    everything: bool = False
+    head: bool = False
 
     def nbytes(self, held: Held, element_bytes: int) -> int:
         """Bytes of tensors of the network with run type elements of so many bytes."""
-        if self.everything:
-            return round(held.elements * self.bits / 8)
         if held.kind == "float32":
             return held.elements * FLOAT32
-        if not self.bits or held.kind == "run":
+        if not self.bits or held.kind == "run" or (held.kind == "head" and not self.head):
             return held.elements * element_bytes
         inputs = held.inputs
         if self.scale_bytes and (self.packed or held.kind == "experts"):
@@ -195,7 +193,7 @@ def _decoder(spec: DecoderSpec) -> Iterator[Held]:
     yield from held_by(spec.layers)
     yield from held_by(spec.norm)
     if spec.head is not None:
-        yield from _linear(spec.head, "run")
+        yield from _linear(spec.head, "head")
 
 
 def num_parameters(spec: DecoderSpec) -> int:
