@@ -19,7 +19,6 @@ from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.engine.cache.spec import ceil_div
 from octavo.errors import OutOfMemoryError, UnsupportedModelError, UsageError
 from octavo.files.base import ModelFiles, TensorInfo
-from octavo.files.dtypes import GGUF_TYPES_BY_NAME
 from octavo.host.built import limits_of
 from octavo.host.implementation import architecture
 from octavo.host.spread import part_of
@@ -50,7 +49,8 @@ def held_scheme(files: ModelFiles, spec: DecoderSpec) -> Scheme | None:
     if files.format != "gguf" and quantization is None:
         return None
     name = quantization.method if quantization else "gguf"
-    stored = sum(_held_bytes(tensor) for tensor in files.tensors.values() if _is_matrix(tensor, spec))
+    matrices = [tensor for tensor in files.tensors.values() if _is_matrix(tensor, spec)]
+    stored = sum(_kept_bytes(tensor) if quantization is None else tensor.nbytes for tensor in matrices)
     if not stored and quantization is not None:  # a configuration alone
         scheme = quantization.scheme
         return Scheme(name, bits=scheme.bits_per_weight(spec.embedding.hidden)) if scheme else DENSE
@@ -59,10 +59,9 @@ def held_scheme(files: ModelFiles, spec: DecoderSpec) -> Scheme | None:
     return Scheme(name, bits=8 * stored / elements, head=True)
 
 
-def _held_bytes(tensor: TensorInfo) -> int:
-    """Bytes on the device: GGUF types without kernels are decoded into the run type."""
-    decoded = tensor.dtype in GGUF_TYPES_BY_NAME and tensor.dtype not in KEPT_BLOCKS
-    return 2 * math.prod(tensor.shape) if decoded else tensor.nbytes
+def _kept_bytes(tensor: TensorInfo) -> int:
+    """Bytes on a GPU: types of GGUF files without kernels are decoded into the run type."""
+    return tensor.nbytes if tensor.dtype in KEPT_BLOCKS else 2 * math.prod(tensor.shape)
 
 
 def _is_matrix(tensor: TensorInfo, spec: DecoderSpec) -> bool:
