@@ -13,6 +13,13 @@ from typing import Any, get_type_hints
 
 from octavo.errors import UsageError
 
+ON_LOAD = ("fp8", "int8", "int4")  # slow on CPUs, but for the compiled kernels' own types
+ON_LOAD_CPU = ("q8_0", "q4_1", "q4_0")  # of the compiled kernels alone
+HELD = (
+    "awq", "gptq", "compressed-tensors", "modelopt", "bitsandbytes", "mxfp4", "gguf",
+    "awq_marlin", "gptq_marlin", "modelopt_fp4", "gpt_oss_mxfp4",
+)  # fmt: skip
+
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, short: str | None = None) -> Any:
     """A dataclass field that is also a command line flag; ``short`` is a second name like "-tp"."""
@@ -46,9 +53,9 @@ class ModelOptions:
     )
     quantization: str | None = option(
         None,
-        "Store weights in fewer bits, quantized while they are loaded: fp8 (GPUs of compute capability 8.9 or later; "
-        "slow on CPUs), q8_0, q4_1 or q4_0 (CPUs).",
-        ("fp8", "q8_0", "q4_1", "q4_0"),
+        "Store weights in fewer bits, quantized while they are loaded: fp8 (GPUs of compute capability 8.9 or later), int8, "
+        "int4; on CPUs q8_0, q4_1, q4_0. What files hold quantized is found without it; other names only confirm that.",
+        (*ON_LOAD, *ON_LOAD_CPU, *HELD),
     )
     max_model_len: str | None = option(
         None,
@@ -89,6 +96,12 @@ class CacheOptions:
     )
     num_gpu_blocks_override: int | None = option(None, "Number of pages, for tests.")
     enable_prefix_caching: bool = option(True, "Keep pages of earlier prompts and reuse them.")
+    kv_cache_dtype: str = option(
+        "auto",
+        "Type of cached keys and values: auto: that of activations; fp8: half of its bytes (GPUs of compute capability 8.9 "
+        "or later).",
+        ("auto", "fp8", "fp8_e4m3"),
+    )
 
 
 @dataclass(frozen=True)
@@ -258,6 +271,7 @@ class Resolved:
     scheduling_policy: str
     max_queue_len: int
     seed: int
+    kv_cache_dtype: str = "auto"  # or fp8
 
 
 GIB = 1 << 30
@@ -322,6 +336,7 @@ def resolve(options: EngineOptions, hardware: Hardware, limits: ModelLimits) -> 
         scheduling_policy=scheduler.scheduling_policy,
         max_queue_len=scheduler.max_queue_len,
         seed=model.seed,
+        kv_cache_dtype="auto" if cache.kv_cache_dtype == "auto" else "fp8",
     )
 
 

@@ -150,6 +150,13 @@ def test_half_precision(rows: list[tuple[int, int]], dtype: torch.dtype) -> None
     check(make(rows, dtype=dtype), tolerance=4e-3)
 
 
+@pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
+def test_pages_of_eight_bits(rows: list[tuple[int, int]]) -> None:
+    inputs = make(rows, dtype=torch.float16)
+    inputs["kv_pages"] = inputs["kv_pages"].to(torch.float8_e4m3fn)  # type: ignore[attr-defined]
+    check(inputs, 2e-3)
+
+
 @pytest.mark.parametrize(
     "rows", [[(0, 9), (3, 9), (0, 1)], [(0, 3), (1, 20), (0, 0)]], ids=["mixed", "decode"]
 )

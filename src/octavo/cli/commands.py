@@ -190,6 +190,12 @@ COMMANDS = {
     "bench step": Command(
         "Cost of scheduling alone, without a model.", "octavo.bench.step:main", _nothing, passes_rest=True
     ),
+    "bench quality": Command(
+        "How far quantization moves a model's predictions.",
+        "octavo.bench.quality:main",
+        _nothing,
+        passes_rest=True,
+    ),
     "bench fairness": Command(
         "A quiet tenant beside a flood, by queue policy, on a simulated clock.",
         "octavo.bench.fairness:main",

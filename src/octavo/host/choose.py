@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from octavo.config import EngineOptions
+from octavo.config import ON_LOAD, EngineOptions
 from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
@@ -34,7 +34,8 @@ def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) 
         return "torch"
     if options.model.runner == "pooling":  # the compiled kernels give tokens, not hidden states
         return "torch"
-    if options.model.quantization == "fp8":  # whole bytes of a float are no type of the compiled kernels
+    # None of these types is one of the compiled kernels'.
+    if options.model.quantization in ON_LOAD or options.cache.kv_cache_dtype != "auto":
         return "torch"
     return "torch" if supports(describe(arch), files) else "compiled"
 

@@ -10,7 +10,7 @@ from octavo.engine.cache.spec import KVSpec
 from octavo.errors import UnsupportedModelError
 from octavo.model import families
 from octavo.model.arch import ArchConfig
-from octavo.model.blocks import DecoderSpec
+from octavo.model.blocks import Attention, DecoderSpec, Mixer
 from octavo.model.decoder import Decoder
 from octavo.model.encoder import EncoderSpec
 from octavo.model.fallback.describe import transformers_spec
@@ -72,6 +72,13 @@ def unknown_architecture(model_type: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"The architecture {model_type!r} is not supported.", f"{hint} {FALLBACK}")
 
 
-def cache_specs(spec: DecoderSpec, page_size: int, element_bytes: int) -> dict[int, KVSpec]:
-    """Layer -> cache kind, with pages of ``page_size`` tokens and ``element_bytes`` a value."""
-    return {i: layer.attention.cache(page_size, element_bytes) for i, layer in enumerate(spec.layers)}
+def cache_specs(
+    spec: DecoderSpec, page_size: int, element_bytes: int, kv_bytes: int | None = None
+) -> dict[int, KVSpec]:
+    """Layer -> cache kind, with pages of ``page_size`` tokens and ``element_bytes`` a value, or ``kv_bytes`` one of keys and
+    values, which may have a type of their own."""
+
+    def size(mixer: Mixer) -> int:
+        return kv_bytes if kv_bytes is not None and isinstance(mixer, Attention) else element_bytes
+
+    return {i: layer.attention.cache(page_size, size(layer.attention)) for i, layer in enumerate(spec.layers)}

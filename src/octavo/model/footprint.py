@@ -92,7 +92,10 @@ class Scheme:
 
 DENSE = Scheme("dense")
 FP8 = Scheme("fp8", bits=8, row_bytes=4)  # a float32 scale an output channel
-INT4 = Scheme("int4", bits=4, group=128, group_bits=16 + 4)  # a 16-bit scale and a 4-bit zero point a group
+INT8 = Scheme("int8", bits=8, row_bytes=4, experts=False)
+INT4 = Scheme(
+    "int4", bits=4, group=128, group_bits=32, experts=False
+)  # a scale and a zero point of 16 bits a group
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,9 @@ def step_bytes(spec: DecoderSpec, tokens: int, rows: int, element_bytes: int) ->
     vocabulary = spec.embedding.vocab_size
     counts = rows * vocabulary * COUNTS_BYTES
     forward = forward_bytes(spec, tokens, element_bytes) + counts
-    hidden = tokens * spec.embedding.hidden * element_bytes  # of the prompt, whose log probabilities are asked too
+    hidden = (
+        tokens * spec.embedding.hidden * element_bytes
+    )  # of the prompt, whose log probabilities are asked too
     return max(forward, rows * vocabulary * SAMPLING_BYTES + hidden)
 
 

@@ -55,7 +55,11 @@ BERT_DEFAULTS: dict[str, Any] = {
     "type_vocab_size": 2,
     "max_position_embeddings": 512,
 }
-QWEN_HYBRID: dict[str, Any] = {"head_dim": 256, "partial_rotary_factor": 0.25, "max_position_embeddings": 32768}
+QWEN_HYBRID: dict[str, Any] = {
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "max_position_embeddings": 32768,
+}
 # Families with recurrent layers, and every how many layers one has attention (0 = the configuration lists them).
 HF_HYBRID = {"qwen3_next": 4, "qwen3_5_text": 4, "qwen3_5_moe_text": 4, "bamba": 0, "granitemoehybrid": 0}
 DEEPSEEK_V3_DEFAULTS: dict[str, Any] = {

@@ -64,7 +64,10 @@ OUTER_KEYS = (
     "quantization_config",
 )
 MAX_LAYERS = 4096
-KINDS = {"llama4_text": {FULL, CHUNKED}, "deepseek_v32": {FULL, INDEXED}}  # of attention, where they are not the usual ones
+KINDS = {
+    "llama4_text": {FULL, CHUNKED},
+    "deepseek_v32": {FULL, INDEXED},
+}  # of attention, where they are not the usual ones
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:
@@ -315,7 +318,9 @@ def _gguf_query_scale(name: str, keys: Keys, hidden: int, heads: int) -> float |
     return None
 
 
-def _gguf_ropes(files: ModelFiles, keys: Keys, model_type: str, kinds: set[str]) -> dict[str, Mapping[str, Any]]:
+def _gguf_ropes(
+    files: ModelFiles, keys: Keys, model_type: str, kinds: set[str]
+) -> dict[str, Mapping[str, Any]]:
     """Rope parameters by layer type."""
     theta = keys.number("rope.freq_base", 10000.0)
     rope: dict[str, Mapping[str, Any]] = {FULL: _gguf_rope(files, keys, theta)}
