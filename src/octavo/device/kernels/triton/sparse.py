@@ -155,8 +155,9 @@ def _sparse_kernel(
     count = tl.minimum(tl.load(counts + token), K).to(tl.int32)
     size = tl.cdiv(tl.cdiv(count, BLOCK_N), SPLITS) * BLOCK_N
     start = split * size
-    if (SPLITS > 1) & (start >= count):
-        return
+    if SPLITS > 1:  # noqa: SIM102  one is known at compile time, the other is not
+        if start >= count:
+            return
     head = block * BLOCK_M + tl.arange(0, BLOCK_M)
     real = head < H
     dims, turned = tl.arange(0, LPAD), tl.arange(0, RPAD)
