@@ -13,6 +13,13 @@ from typing import Any, get_type_hints
 
 from octavo.errors import UsageError
 
+ON_LOAD = ("fp8", "int8", "int4")  # slow on CPUs, but for the compiled kernels' own types
+ON_LOAD_CPU = ("q8_0", "q4_1", "q4_0")  # of the compiled kernels alone
+HELD = (
+    "awq", "gptq", "compressed-tensors", "modelopt", "bitsandbytes", "mxfp4", "gguf",
+    "awq_marlin", "gptq_marlin", "modelopt_fp4", "gpt_oss_mxfp4",
+)  # fmt: skip
+
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None, short: str | None = None) -> Any:
     """A dataclass field that is also a command line flag; ``short`` is a second name like "-tp"."""
@@ -46,9 +53,9 @@ class ModelOptions:
     )
     quantization: str | None = option(
         None,
-        "Store weights in fewer bits, quantized while they are loaded: fp8 (GPUs of compute capability 8.9 or later; "
-        "slow on CPUs), q8_0, q4_1 or q4_0 (CPUs).",
-        ("fp8", "q8_0", "q4_1", "q4_0"),
+        "Store weights in fewer bits, quantized while they are loaded: fp8 (GPUs of compute capability 8.9 or later), int8, "
+        "int4; on CPUs q8_0, q4_1, q4_0. What files hold quantized is found without it; other names only confirm that.",
+        (*ON_LOAD, *ON_LOAD_CPU, *HELD),
     )
     max_model_len: str | None = option(
         None,
@@ -58,6 +65,19 @@ class ModelOptions:
     generation_config: str = option(
         "auto",
         "Sampling defaults: auto takes the model's generation_config.json, vllm ignores it, or a folder.",
+    )
+    runner: str = option(
+        "auto",
+        "What the model is served for: generate, or pooling (embeddings and scores); auto follows the model.",
+        ("auto", "generate", "pooling"),
+    )
+    convert: str = option(
+        "auto",
+        "How a generative model serves --runner pooling: embed takes its hidden states; none refuses.",
+        ("auto", "none", "embed"),
+    )
+    pooler_config: str | None = option(
+        None, 'How vectors are made, as JSON: {"pooling_type": "LAST" | "MEAN" | "CLS", "normalize": true}.'
     )
     chat_template: str | None = option(None, "Jinja file to use instead of the model's chat template.")
     hf_overrides: str | None = option(
@@ -76,6 +96,12 @@ class CacheOptions:
     )
     num_gpu_blocks_override: int | None = option(None, "Number of pages, for tests.")
     enable_prefix_caching: bool = option(True, "Keep pages of earlier prompts and reuse them.")
+    kv_cache_dtype: str = option(
+        "auto",
+        "Type of cached keys and values: auto: that of activations; fp8: half of its bytes (GPUs of compute capability 8.9 "
+        "or later).",
+        ("auto", "fp8", "fp8_e4m3"),
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +110,9 @@ class SchedulerOptions:
 
     max_num_seqs: int | None = option(None, "Most sequences in one step (default: by device).")
     max_num_batched_tokens: int | None = option(None, "Most tokens in one step (default: by device).")
-    scheduling_policy: str = option("fcfs", "Order of the queue; fair: by what each API key was served.", ("fcfs", "priority", "fair"))
+    scheduling_policy: str = option(
+        "fcfs", "Order of the queue; fair: by what each API key was served.", ("fcfs", "priority", "fair")
+    )
     max_queue_len: int = option(4096, "Requests that may wait; beyond it clients get 429.")
     max_step_ms: float | None = option(
         None,
@@ -102,6 +130,12 @@ class DeviceOptions:
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
     threads: int | None = option(None, "CPU threads (default: the cores this process may use).")
     cpu_backend: str = option("auto", "CPU kernels: auto or the plain torch reference.", ("auto", "torch"))
+    kernel_warm_up: str = option(
+        "auto",
+        "CPU kernels that are not compiled yet: wait for them, or answer on the torch path meanwhile "
+        "(background; auto: that for serve, run, chat and complete).",
+        ("auto", "wait", "background"),
+    )
 
 
 @dataclass(frozen=True)
@@ -121,7 +155,9 @@ class ParallelOptions:
     master_addr: str = option("127.0.0.1", "Address of machine 0.")
     master_port: int = option(29501, "Port of machine 0 where the others join; the next one carries plans.")
     distributed_executor_backend: str | None = option(
-        None, "How the processes of one machine are started.", ("mp",)
+        None,
+        "uni: in the engine's process; mp: a process for every device, also for a single one (default: by their number).",
+        ("mp", "uni"),
     )
     disable_custom_all_reduce: bool = option(
         False, "Sum over devices by NCCL alone, without the one-shot kernel for small messages."
@@ -134,6 +170,11 @@ class ParallelOptions:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "nnodes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.distributed_executor_backend == "uni" and self.ranks > 1:
+            raise UsageError(
+                f"--distributed-executor-backend uni has one process, but {self.ranks} ranks need as many.",
+                "Use mp.",
+            )
         if self.ranks % self.nnodes:
             raise UsageError(
                 f"{self.ranks} ranks (tensor x pipeline parallel) cannot be shared by {self.nnodes} machines.",
@@ -156,6 +197,11 @@ class ParallelOptions:
         """Devices that run one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    @property
+    def uses_workers(self) -> bool:
+        """Whether the model runs in processes of its own."""
+        return self.ranks > 1 or self.distributed_executor_backend == "mp"
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -166,6 +212,12 @@ class EngineOptions:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+
+    def for_people(self) -> EngineOptions:
+        """For somebody who waits for the first answer: kernels that are missing are compiled meanwhile."""
+        if self.device.kernel_warm_up != "auto":
+            return self
+        return dataclasses.replace(self, device=dataclasses.replace(self.device, kernel_warm_up="background"))
 
     @classmethod
     def of(cls, **flat: Any) -> EngineOptions:
@@ -219,6 +271,7 @@ class Resolved:
     scheduling_policy: str
     max_queue_len: int
     seed: int
+    kv_cache_dtype: str = "auto"  # or fp8
 
 
 GIB = 1 << 30
@@ -283,6 +336,7 @@ def resolve(options: EngineOptions, hardware: Hardware, limits: ModelLimits) -> 
         scheduling_policy=scheduler.scheduling_policy,
         max_queue_len=scheduler.max_queue_len,
         seed=model.seed,
+        kv_cache_dtype="auto" if cache.kv_cache_dtype == "auto" else "fp8",
     )
 
 

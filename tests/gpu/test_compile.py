@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
-from test_engine import build, checkpoint
+import torch
+from test_engine import build
 
+from octavo.engine.core import EngineCore
 from octavo.protocol.generate import GenerateRequest, SamplingParams
 
 pytestmark = pytest.mark.gpu
 
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+}
 
-def test_no_kernel_compiles_in_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = pytest.importorskip("triton")
-    core = build(
-        checkpoint("qwen3", tmp_path),
+
+def engine(tmp_path: Path, longest: int, quantization: str | None, eager: bool) -> EngineCore:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return build(
+        tmp_path,
         device="cuda",
+        load_format="dummy",
         dtype="bfloat16",
-        max_num_batched_tokens=2048,
-        max_num_seqs=48,
-        max_model_len="512",
-        num_gpu_blocks_override=1200,
+        quantization=quantization,
+        enforce_eager=eager,
+        max_num_batched_tokens=4096,
+        max_num_seqs=96,
+        max_model_len=str(longest),
+        num_gpu_blocks_override=4000,
     )
-    compiled: list[str] = []
-    monkeypatch.setattr(
-        triton.knobs.runtime, "jit_post_compile_hook", lambda **info: compiled.append(str(info.get("repr")))
-    )
-    rng = random.Random(0)
+
+
+def serve(core: EngineCore, longest: int, num_requests: int, seed: int) -> None:
+    """Requests of all lengths and kinds that arrive a few at a time."""
+    rng = random.Random(seed)
     open_requests = 0
-    for number in range(300):
+    for number in range(num_requests):
         sampling = SamplingParams(
             temperature=rng.choice([0.0, 0.7, 1.3]),
             top_p=rng.choice([1.0, 0.9]),
@@ -39,10 +57,11 @@ def test_no_kernel_compiles_in_service(tmp_path: Path, monkeypatch: pytest.Monke
             presence_penalty=rng.choice([0.0, 0.5]),
             logprobs=rng.choice([None, None, 3]),
             prompt_logprobs=rng.choice([None, None, None, 1]),
-            max_tokens=rng.randint(1, 30),
+            max_tokens=rng.randint(1, 60),
             min_tokens=0,
         )
-        prompt = [rng.randrange(3, 256) for _ in range(rng.choice([1, 2, 7, 50, 130, 400, 480]))]
+        length = rng.choice([1, 2, 7, 50, 130, 400, 480, longest // 2, longest - 70])
+        prompt = [rng.randrange(3, 1000) for _ in range(length)]
         core.submit(GenerateRequest(id=number, prompt_token_ids=prompt, sampling=sampling))
         open_requests += 1
         for _ in range(rng.randint(0, 4)):
@@ -50,6 +69,38 @@ def test_no_kernel_compiles_in_service(tmp_path: Path, monkeypatch: pytest.Monke
     while core.has_work:
         open_requests -= sum(delta.finish_reason is not None for delta in core.step())
     core.check()
-    core.close()
     assert open_requests == 0
+
+
+@pytest.mark.parametrize(
+    ("longest", "quantization", "eager"),
+    [(512, None, False), (4096, None, False), (4096, None, True), (4096, "fp8", False)],
+)
+def test_no_kernel_compiles_in_service(
+    longest: int, quantization: str | None, eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    if quantization == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 arithmetic here")
+    core = engine(tmp_path, longest, quantization, eager)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **info: compiled.append(str(info.get("repr")))
+    )
+    serve(core, longest, 300, seed=0)
+    core.close()
     assert compiled == []
+
+
+def test_the_counter_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first engine of a process compiles; a counter that saw nothing there would prove nothing above."""
+    triton = pytest.importorskip("triton")
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **info: compiled.append(str(info.get("repr")))
+    )
+    from octavo.device.kernels.triton.norm import rms_norm
+
+    size = 1000 + random.SystemRandom().randrange(500)  # a size that no other test has met
+    rms_norm(torch.ones(2, size, device="cuda"), torch.ones(size, device="cuda"), 1e-5)
+    assert len(compiled) == 1

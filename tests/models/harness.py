@@ -15,9 +15,11 @@ from octavo.engine.cache.spec import ceil_div
 from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.describe import cache_specs, describe
-from octavo.model.layers.build import ALONE, Ranks
+from octavo.model.layers.build import ALONE, CacheType, Ranks
+from octavo.model.layers.cache_scales import calibrated
+from octavo.model.load import renaming
 from octavo.model.network import Network
-from octavo.model.quantization.fp8 import choose_format
+from octavo.model.quantization.choose import choose_format
 from octavo.model.read_arch import read_arch
 from octavo.model.shard import shard
 from octavo.runner.batch import prompts
@@ -44,6 +46,7 @@ class Driver:
         ranks: Ranks = ALONE,
         dtype: torch.dtype = torch.float32,
         quantization: str | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         spec = shard(describe(read_arch(files)), ranks.size)
         op_spec = OpSpec("cpu", str(dtype).removeprefix("torch."))
@@ -55,10 +58,13 @@ class Driver:
             op_spec=op_spec,
             max_position=512,
             ranks=ranks,
-            weight_format=choose_format(quantization, spec, op_spec),
+            weight_format=choose_format(quantization, spec, op_spec, files, renaming(files, spec)),
+            cache_type=CacheType(cache_dtype, calibrated(files.tensors)),
         )
         self.network.load(files)
-        self.layout: CacheLayout = plan_layout(cache_specs(spec, PAGE, dtype.itemsize))
+        self.layout: CacheLayout = plan_layout(
+            cache_specs(spec, PAGE, dtype.itemsize, (cache_dtype or dtype).itemsize)
+        )
         memory = PageMemory(self.layout, NUM_PAGES, torch.device("cpu"))
         self.network.bind_cache(memory.places)
         self.memory = memory

@@ -17,6 +17,7 @@ from test_parity import BASE, close, expected, prompts
 from octavo import host
 from octavo.config import EngineOptions, ModelOptions
 from octavo.device.ops.bind import Binder, OpSpec
+from octavo.device.platform.gpus import find_gpu
 from octavo.engine.cache.layout import plan_layout
 from octavo.engine.core import EngineCore
 from octavo.errors import ModelFileError, UnsupportedModelError, UsageError
@@ -24,11 +25,13 @@ from octavo.files.base import ModelFiles
 from octavo.files.dummy import open_dummy
 from octavo.files.resolve import open_model
 from octavo.host.implementation import architecture
+from octavo.host.plan import Planner
 from octavo.model.describe import cache_specs, describe, supported
 from octavo.model.fallback.describe import transformers_arch
 from octavo.model.fallback.network import TransformersNetwork
 from octavo.protocol.control import CheckPool
 from octavo.protocol.generate import GenerateRequest, SamplingParams
+from octavo.runner.measure import graph_bytes, run_largest_step
 from octavo.runner.pages import PageMemory
 
 with warnings.catch_warnings():
@@ -47,6 +50,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", {"partial_rotary_factor": 0.5}),
     "dots1": ("Dots1", {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2,
                         "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}),
+    "phimoe": ("Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # stored under older names
 }  # fmt: skip
 
 
@@ -160,6 +164,7 @@ def test_both_implementations_agree(tmp_path: Path) -> None:
     ours, theirs = Driver(open_model(str(tmp_path))), FallbackDriver(open_model(str(tmp_path)))
     close(theirs.step([theirs.row()], [ids])[0], ours.step([ours.row()], [ids])[0])
     assert theirs.network.matrix_elements() == ours.network.matrix_elements()
+    assert theirs.network.embedding.shape == ours.network.embedding.shape
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -199,6 +204,24 @@ def test_unknown_architecture_names_the_nearest_and_the_command() -> None:
     )
 
 
+def test_a_plan_of_a_model_that_transformers_computes(tmp_path: Path) -> None:
+    model = oracle("stablelm", tmp_path)
+    planner = Planner(EngineOptions.of(model=str(tmp_path)), open_model(str(tmp_path)))
+    card = find_gpu("l4")
+    case = planner.case(card, planner.schemes[0], 1)
+    assert case.parts is not None and not case.problem
+    assert (
+        case.parts.weights == 4 * sum(parameter.numel() for parameter in model.parameters()) // 2
+    )  # bfloat16
+    assert "run on one card" in planner.case(card, planner.schemes[0], 2).problem
+
+
+def test_several_ranks_are_refused(tmp_path: Path) -> None:
+    oracle("stablelm", tmp_path)
+    with pytest.raises(UsageError, match="transformers computes run on one device"):
+        core(tmp_path, tensor_parallel_size=2)
+
+
 def test_code_of_a_repository_is_not_run(tmp_path: Path) -> None:
     oracle("stablelm", tmp_path)
     (tmp_path / "modeling_evil.py").write_text("raise SystemExit('executed')")
@@ -226,6 +249,16 @@ def test_weights_are_read_strictly(tmp_path: Path) -> None:
 
 def test_most_rows_are_no_family_of_octavo() -> None:
     assert len(set(ROWS) - set(supported())) >= 6
+
+
+def test_the_largest_step_and_recordings_run(tmp_path: Path) -> None:
+    """What a start on a GPU measures: everything asked for at once, padded batches."""
+    oracle("exaone4", tmp_path)
+    engine = core(tmp_path, model_impl="transformers", max_model_len="64", max_num_batched_tokens=64)
+    runner: Any = engine.executor.forward.__self__
+    run_largest_step(runner, 64)
+    assert graph_bytes(runner, 64) == 0  # a CPU keeps none, but every kernel has run over the padding
+    engine.close()
 
 
 def test_random_weights_run(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from octavo.model.describe import cache_specs, describe
 from octavo.model.layers import latent
 from octavo.model.layers.build import Ranks
 from octavo.model.network import Network
-from octavo.model.quantization.fp8 import choose_format
+from octavo.model.quantization.choose import choose_format
 from octavo.model.read_arch import from_hf, read_arch
 from octavo.model.shard import shard
 from octavo.model.stage import cut

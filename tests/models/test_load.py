@@ -145,28 +145,34 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_mxfp4_experts_are_decoded(tmp_path: Path) -> None:
+def mxfp4_model(folder: Path, name: str = "gpt_oss") -> tuple[Any, dict[str, torch.Tensor]]:
     """gpt-oss as published: the oracle's experts replaced by what the blocks stand for, written out by hand."""
-    model = oracle("gpt_oss", tmp_path)
-    path = tmp_path / "model.safetensors"
+    model = oracle(name, folder)
+    path = folder / "model.safetensors"
     tensors, generator = load_file(path), torch.Generator().manual_seed(1)
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     table = torch.cat((table, -table))
     for i, layer in enumerate(model.model.layers):
-        for name in ("gate_up_proj", "down_proj"):
-            experts, inputs, rows = getattr(layer.mlp.experts, name).shape
+        for kind in ("gate_up_proj", "down_proj"):
+            experts, inputs, rows = getattr(layer.mlp.experts, kind).shape
             codes = torch.randint(0, 16, (experts, rows, inputs // 32, 32), generator=generator)
             scales = torch.randint(121, 126, (experts, rows, inputs // 32), generator=generator)
             wide = (table[codes] * 2.0 ** (scales.unsqueeze(-1) - 127.0)).view(experts, rows, inputs)
-            getattr(layer.mlp.experts, name).data.copy_(wide.transpose(1, 2))
-            prefix = f"model.layers.{i}.mlp.experts.{name}"
+            getattr(layer.mlp.experts, kind).data.copy_(wide.transpose(1, 2))
+            prefix = f"model.layers.{i}.mlp.experts.{kind}"
             del tensors[prefix]
             tensors[f"{prefix}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
             tensors[f"{prefix}_scales"] = scales.to(torch.uint8)
     save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+    return model, tensors
+
+
+def test_mxfp4_experts_are_decoded(tmp_path: Path) -> None:
+    model, tensors = mxfp4_model(tmp_path)
+    path = tmp_path / "model.safetensors"
     driver, ids = Driver(open_model(str(tmp_path))), prompts(6)[0]
     close(driver.step([driver.row()], [ids])[0], expected(model, ids))
     broken = tensors.pop("model.layers.1.mlp.experts.down_proj_scales")

@@ -11,10 +11,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from octavo.device.kernels.numba.library import KERNELS, KernelLibrary
+from octavo.runner.cpu import threads
 from octavo.runner.cpu.program import Program, float_bits
-from octavo.runner.cpu.threads import Team, available_threads, cgroup_quota, physical_cores
+from octavo.runner.cpu.threads import (
+    Team,
+    available_threads,
+    cgroup_quota,
+    home_node,
+    parse_list,
+    physical_cores,
+)
 
 LIBRARY = KernelLibrary()
 
@@ -45,8 +54,8 @@ class Ladder:
 def test_every_thread_count_gives_the_same_numbers() -> None:
     """Up to eight threads on however few cores there are: slower, never wrong, never stuck."""
     ladder, results = Ladder(), []
-    for threads in (1, 2, 3, 8):
-        team = Team(threads, LIBRARY)
+    for count in (1, 2, 3, 8):
+        team = Team(count, LIBRARY)
         for _ in range(5):
             ladder.reset()
             team.run(ladder.tape)
@@ -140,6 +149,13 @@ def test_thread_count_follows_the_control_group(tmp_path: Path) -> None:
     assert cgroup_quota(tmp_path) is None
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     assert cgroup_quota(tmp_path) == 1.5
+    service = tmp_path / "system.slice" / "octavo.service"  # where no namespace hides what lies above
+    service.mkdir(parents=True)
+    (service / "cpu.max").write_text("120000 100000\n")
+    (service.parent / "cpu.max").write_text("max 100000\n")
+    assert cgroup_quota(tmp_path, "/system.slice/octavo.service") == 1.2
+    (service / "cpu.max").write_text("900000 100000\n")
+    assert cgroup_quota(tmp_path, "/system.slice/octavo.service") == 1.5
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("200000\n")
@@ -151,6 +167,27 @@ def test_thread_count_follows_the_control_group(tmp_path: Path) -> None:
     assert physical_cores({0, 1, 2, 3}, tmp_path) == 2
     assert physical_cores({2, 9}, tmp_path) == 2  # 9 is unknown: a core of its own
     assert 1 <= available_threads() <= (os.cpu_count() or 1)
+
+
+def test_threads_stay_on_one_memory_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_list("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11} and parse_list("\n") == set()
+    assert home_node({0, 1}, tmp_path) == {0, 1}
+    for index, text in enumerate(["0-3", "4-11", ""]):
+        (tmp_path / f"node{index}").mkdir()
+        (tmp_path / f"node{index}" / "cpulist").write_text(text + "\n")
+    assert home_node(set(range(12)), tmp_path) == set(range(4, 12))
+    assert home_node({0, 1, 2, 5}, tmp_path) == {0, 1, 2}
+    assert home_node({40, 41}, tmp_path) == {40, 41}
+    monkeypatch.setattr(threads, "NODES", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    assert threads.available_threads() <= 8
+    assert threads.binding(2) == set(range(4, 12)) and threads.binding(9) is None
+    bound: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: bound.append(cpus))
+    ladder, team = Ladder(2), Team(3, LIBRARY)
+    team.run(ladder.tape)
+    team.close()
+    assert bound == [set(range(4, 12))] * 2
 
 
 def test_a_kill_while_warming_leaves_a_usable_cache(tmp_path: Path) -> None:

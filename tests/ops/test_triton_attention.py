@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from octavo.device.ops.attention import paged_attention as reference
+from octavo.runner.warm import MOST_ROWS, row_counts
 
 pytest.importorskip("triton")
 from octavo.device.kernels.triton import attention as kernels
@@ -80,6 +81,17 @@ def test_head_groups(rows: list[tuple[int, int]], heads: tuple[int, int]) -> Non
     check(make(rows, heads))
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("shape", [(16, 16), (64, 32), (128, 64), (256, 64)], ids=str)
+def test_every_launch_shape_computes_the_same(shape: tuple[int, int], apart: bool) -> None:
+    """What ``octavo.bench.gpu_attention`` may choose from."""
+    attend = kernels.PagedAttention(tiles=kernels.Tiles(*shape, 4, 1), apart=apart)
+    for options in ({}, {"window": 20}, {"chunk": 16}):
+        inputs = make(MIXED)
+        expected = reference(**inputs, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(attend(**inputs, **options), expected, atol=4e-4, rtol=4e-4)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
 def test_head_dims(rows: list[tuple[int, int]], head_dim: int) -> None:
@@ -138,6 +150,13 @@ def test_half_precision(rows: list[tuple[int, int]], dtype: torch.dtype) -> None
     check(make(rows, dtype=dtype), tolerance=4e-3)
 
 
+@pytest.mark.parametrize("rows", [MIXED, SINGLE], ids=["mixed", "decode"])
+def test_pages_of_eight_bits(rows: list[tuple[int, int]]) -> None:
+    inputs = make(rows, dtype=torch.float16)
+    inputs["kv_pages"] = inputs["kv_pages"].to(torch.float8_e4m3fn)  # type: ignore[attr-defined]
+    check(inputs, 2e-3)
+
+
 @pytest.mark.parametrize(
     "rows", [[(0, 9), (3, 9), (0, 1)], [(0, 3), (1, 20), (0, 0)]], ids=["mixed", "decode"]
 )
@@ -189,3 +208,16 @@ def test_few_ranges_are_merged_by_the_last_program(rows: int) -> None:
         torch.testing.assert_close(attend(**inputs), expected, atol=1e-4, rtol=1e-4)  # type: ignore[arg-type]
     assert (attend.counters is None) == (splits == 1)
     assert attend.counters is None or not attend.counters.any()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 8, 12, 16, 40])
+@pytest.mark.parametrize("window", [0, 128, 4096])
+def test_warming_meets_every_split(kv_heads: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of any number of single-token rows find their kernel compiled."""
+    monkeypatch.setattr(kernels, "TARGET_PROGRAMS", 512)
+
+    def splits(rows: int) -> int:
+        return kernels.num_splits(rows, kv_heads, window, 64)
+
+    warmed = {splits(rows) for rows in (1, 2, *row_counts(MOST_ROWS))}
+    assert {splits(rows) for rows in range(1, 1025)} <= warmed

@@ -96,3 +96,25 @@ def test_linear(dtype: torch.dtype, tokens: int) -> None:
     x, weight, bias = draw(tokens, 600, dtype=dtype), draw(70, 600, dtype=dtype) / 24, draw(70, dtype=dtype)
     close(linear_kernels.linear(x, weight, bias), linear.linear(x, weight, bias))
     close(linear_kernels.linear(x, weight), linear.linear(x, weight))
+
+
+def test_rope_store_into_eight_bits() -> None:
+    qkv, cos_sin, positions = draw(5, (4 + 2 * 2) * 16), draw(64, 16), torch.arange(5, device=DEVICE) + 3
+    slots = torch.tensor([9, 3, -1, 17, 40], device=DEVICE)
+    found = []
+    for function in (rope_kernels.rope_store, rope_store.rope_store):
+        pages = torch.zeros(4, 2, 2, 16, 16, dtype=torch.float8_e4m3fn, device=DEVICE)
+        q = function(qkv, None, None, 1e-5, cos_sin, positions, pages, slots, 4, 0.25, 2.0)
+        found.append((q, pages.float()))
+    close(found[0][0], found[1][0])
+    # One step of three bits of mantissa where the sum of two products falls between two; the interpreter rounds oddly.
+    apart = (found[0][1] - found[1][1]).abs() > 0.126 * found[1][1].abs() + 2**-6
+    assert apart.float().mean() <= (0.0 if DEVICE == "cuda" else 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_gated_linear(dtype: torch.dtype, name: str, tokens: int) -> None:
+    x, weight = draw(tokens, 600, dtype=dtype), draw(2 * 70, 600, dtype=dtype) / 24
+    close(linear_kernels.gated_linear(x, weight, name), linear.gated_linear(x, weight, name))

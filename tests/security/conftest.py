@@ -14,6 +14,7 @@ COUNT = "inputs"  # name of the property by which a test reports how many inputs
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """One line: how many inputs were tried in all."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    counts = [value for report in reports for name, value in report.user_properties if name == COUNT]
-    if counts:
-        terminalreporter.write_line(f"security: {sum(counts)} inputs tried by {len(counts)} fuzz tests")
+    counts = [[value for name, value in report.user_properties if name == COUNT] for report in reports]
+    tried = [sum(values) for values in counts if values]
+    if tried:
+        terminalreporter.write_line(f"security: {sum(tried)} inputs tried by {len(tried)} fuzz tests")

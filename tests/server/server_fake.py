@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 from tokenizers import AddedToken
@@ -22,8 +24,9 @@ from octavo.api.text.byte_tokenizer import build_byte_tokenizer
 from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.base import Sink
+from octavo.engine.validate import check_request
 from octavo.errors import EngineDeadError, QueueFullError
-from octavo.protocol.control import Control, ControlReply, EngineInfo, EngineStats, GetStats
+from octavo.protocol.control import Control, ControlReply, EngineInfo, EngineStats, GetStats, ModelFacts
 from octavo.protocol.generate import FinishReason, GenerateRequest, Logprob, TokenDelta
 
 EOS = 257
@@ -63,6 +66,7 @@ class FakeEngine:
     rule: Rule = field(default_factory=lambda: says("Hello, wörld 🎉! How are you?"))
     max_model_len: int = 512
     queue_limit: int = 1000
+    facts: ModelFacts = field(default_factory=ModelFacts)
     paused: bool = False
     alive: bool = True
 
@@ -78,6 +82,7 @@ class FakeEngine:
             num_pages=100,
             dtype="float32",
             device="cpu",
+            facts=self.facts,
         )
         self.stats = EngineStats(num_prompt_tokens=0, prefix_cache_queries=7)
         self.running: dict[int, _Running] = {}
@@ -90,6 +95,7 @@ class FakeEngine:
             raise EngineDeadError("The engine has stopped.")
         if len(self.running) >= self.queue_limit:
             raise QueueFullError("The queue is full.", retry_after_s=3)
+        check_request(request, self.info)
         self.submitted.append(request)
         self.stats.num_prompt_tokens += len(request.prompt_token_ids)
         self.running[request.id] = _Running(request, sink)
@@ -119,6 +125,11 @@ class FakeEngine:
         """One engine step: every running request gets what the rule says."""
         for running in list(self.running.values()):
             request, sampling = running.request, running.request.sampling
+            if request.pooling is not None:
+                del self.running[request.id]
+                vector = fake_vector(request.prompt_token_ids)
+                running.sink(TokenDelta(request.id, [], "stop", embedding=vector.tobytes()))
+                continue
             tokens = self.rule(request, running.num_tokens)
             reason: FinishReason | None = None
             stop_token = None
@@ -149,6 +160,11 @@ class FakeEngine:
         while self.running and not self.paused:
             await asyncio.sleep(0)
             self.step()
+
+
+def fake_vector(token_ids: list[int]) -> NDArray[np.float32]:
+    """How often each of eight letters stands in a text: texts with the same letters are alike."""
+    return np.array([1 + token_ids.count(ord(letter)) for letter in "abcdefgh"], "<f4")
 
 
 def _candidates(token: int, num_top: int) -> list[Logprob]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_models(client: TestClient) -> None:
     headers = {"authorization": "Bearer key-a"}
     listed = client.get("/v1/models", headers=headers).json()["data"]
     assert [model["id"] for model in listed] == ["alias"]
+
+
+def test_work_is_counted_by_key(client: TestClient) -> None:
+    for key in ("key-a", "key-b", "key-a"):
+        ask(client, key)
+    text = ask(client, "key-p", "/metrics").text
+    found = {
+        (name, key): float(value)
+        for name, key, value in re.findall(r'octavo:key_(\w+)_total\{.*key="([^"]*)".*\} (\S+)', text)
+    }
+    assert found["requests", "team-a"] == 2 and found["requests", "team-b"] == 1
+    assert found["prompt_tokens", "team-a"] == 2 and found["generation_tokens", "team-a"] == 4
 
 
 def test_a_key_without_any_served_model(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +265,42 @@ def test_limits_of_time_reach_the_engine() -> None:
     engine = FakeEngine(rule=says("ab"))
     make_client(engine).post("/v1/completions", json={"prompt": "x", "deadline_ms": 5, "max_queue_ms": 7})
     assert engine.submitted[-1].terms.deadline_ms == 5 and engine.submitted[-1].terms.max_queue_ms == 7
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_spans_arrive_at_a_collector() -> None:
+    """The whole way over OTLP/HTTP, to a collector that keeps what it gets."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    bodies: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            raw = self.rfile.read(int(self.headers["content-length"]))
+            bodies.append(gzip.decompress(raw) if self.headers.get("content-encoding") == "gzip" else raw)
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever, daemon=True)
+        thread.start()
+        observe = tracing.trace_exporter(f"http://127.0.0.1:{collector.server_port}/v1/traces", "fake")
+        metrics = RequestMetrics()
+        metrics.observers.append(observe)
+        timer = metrics.start(1, 1, None, Caller(headers={"traceparent": f"00-{TRACE}-{SPAN}-01"}))
+        timer.about("cmpl-7", [([1, 2], SamplingParams())])
+        timer.close()
+        assert isinstance(observe, tracing.Spans)
+        observe.close()
+        collector.shutdown()
+        thread.join(10)
+    sent = ExportTraceServiceRequest.FromString(bodies[0])
+    (span,) = sent.resource_spans[0].scope_spans[0].spans
+    assert span.name == "llm_request" and span.trace_id.hex() == TRACE and span.parent_span_id.hex() == SPAN
+    told = {attribute.key: attribute.value for attribute in span.attributes}
+    assert told["gen_ai.request.id"].string_value == "cmpl-7"

@@ -16,6 +16,7 @@ from octavo.api.server.routes import route_table
 KEYS = ("secret-one", "secret-two")
 PATHS = [(route.method, route.path.replace("{model:path}", "fake")) for route in route_table()]
 PATHS.append(("GET", "/openapi.json"))
+ANSWERS = (200, 400, 404, 501)  # past the authentication
 OPEN = {"/health", "/ping"}
 ADMIN = {route.path for route in route_table() if route.scope == "admin"}
 HOSTS = ["x", "health", "x/health", "x/health?", "x?", "x#", "/health", "a@b/health", "x:1/ping?y", "[::1]"]
@@ -62,7 +63,7 @@ def app() -> Any:
 def test_every_route_wants_the_key(app: Any, method: str, path: str) -> None:
     status = ask(app, method, path, [])
     assert status == (200 if path in OPEN else 401)
-    fine = (403,) if path in ADMIN else (200, 400)
+    fine = (403,) if path in ADMIN else ANSWERS
     for credential in ((b"authorization", b"Bearer secret-two"), (b"x-api-key", b"secret-two")):
         assert ask(app, method, path, [credential, (b"content-type", b"application/json")]) in fine
 
@@ -116,6 +117,26 @@ def test_right_credentials(app: Any, value: bytes) -> None:
     assert ask(app, "GET", "/v1/models", [(b"authorization", value)]) == 200
 
 
+def test_key_in_anthropics_header(app: Any) -> None:
+    assert ask(app, "GET", "/v1/models", [(b"x-api-key", b"secret-two")]) == 200
+    for wrong in ([b"nope"], [b""], [b"secret-one", b"secret-one"], [b"Bearer secret-one"]):
+        assert ask(app, "GET", "/v1/models", [(b"x-api-key", value) for value in wrong]) == 401
+    both = [(b"authorization", b"Bearer wrong"), (b"x-api-key", b"secret-one")]
+    assert ask(app, "GET", "/v1/models", both) == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [("/v1/messages", {"type", "error"}), ("/v1/models", {"error"}), ("/api/chat", {"error"})],
+)
+def test_refusals_have_their_dialects_form(app: Any, path: str, shape: set[str]) -> None:
+    error = TestClient(app).post(path, json={}).json()
+    assert set(error) == shape
+    assert isinstance(error["error"], str) == path.startswith("/api/")
+    if "type" in shape:
+        assert error["error"]["type"] == "authentication_error"
+
+
 def test_refusal_is_an_openai_error(app: Any) -> None:
     reply = TestClient(app).get("/v1/models", headers={"authorization": "Bearer nope"})
     assert reply.status_code == 401
@@ -149,7 +170,7 @@ def test_prefix_of_a_proxy(app: Any) -> None:
 def test_without_keys_everything_is_open() -> None:
     app = make_app(FakeEngine())
     for method, path in PATHS:
-        fine = (403,) if path in ADMIN else (200, 400)
+        fine = (403,) if path in ADMIN else ANSWERS
         assert ask(app, method, path, [(b"content-type", b"application/json")]) in fine
 
 

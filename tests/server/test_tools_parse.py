@@ -12,14 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.api.chat.events import ChatEvent, Text, ToolArgs, ToolStart
-from octavo.api.chat.formats.detect import (
-    GENERIC,
-    HERMES,
-    LLAMA3_JSON,
-    MISTRAL,
-    MISTRAL_NAMED,
-    detect_tools,
-)
+from octavo.api.chat.formats.detect import detect_tools
+from octavo.api.chat.formats.families import GENERIC, HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_NAMED
 from octavo.api.chat.formats.tools import ToolParser, ToolSyntax, new_call_id
 from octavo.api.text.template import ChatTemplate
 

@@ -15,7 +15,7 @@ from llguidance import LLMatcher, LLTokenizer
 from server_fake import FakeEngine, Live, events_of, live_server, make_client, make_tokenizer, says
 from test_tools_parse import LLAMA, MISTRAL_V3, MISTRAL_V11, QWEN
 
-from octavo.api.chat.formats.detect import GENERIC, HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_NAMED
+from octavo.api.chat.formats.families import GENERIC, HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_NAMED
 from octavo.api.chat.formats.tools import ToolSyntax
 from octavo.api.chat.tools import ToolDefinition, ToolGrammar
 from octavo.engine.structured.vocabulary import Vocabulary, build_tables

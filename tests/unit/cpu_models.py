@@ -51,6 +51,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 1000.0,
         "sliding_window_pattern": 6,
     },
+    "gemma": {**GEMMA, "hidden_act": "gelu_pytorch_tanh"},
+    "phi3": {
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 512,
+            "short_factor": [1.0 + i / 8 for i in range(8)],
+            "long_factor": [2.0 + i / 4 for i in range(8)],
+        },
+        "original_max_position_embeddings": 512,
+    },
+    "glm4": {"head_dim": 32, "partial_rotary_factor": 0.5, "attention_bias": True},
+    "ernie4_5": {"head_dim": 32, "use_bias": True},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "seed_oss": {"head_dim": 32, "attention_bias": True, "attention_out_bias": True},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.0,
+    },
 }
 
 
@@ -144,12 +167,15 @@ def random_files(
 
     def linear(block: Linear, prefix: str) -> None:
         for part in block.parts:
-            name, shape = prefix + (part.gguf if gguf else part.hf), (part.out_features, block.in_features)
+            name, rows = prefix + (part.gguf if gguf else part.hf), part.total or part.out_features
+            shape = rows, block.in_features
+            if name + ".weight" in tensors:  # several parts share it
+                continue
             kind = kinds[len(tensors) % len(kinds)]
             put(name + ".weight", kind, shape, random_block(kind, shape, rng, block.in_features**-0.5))
             if block.bias:
-                values = rng.standard_normal(part.out_features).astype(np.float32) * np.float32(0.3)
-                put(name + ".bias", "F32", (part.out_features,), values.view(np.uint8))
+                values = rng.standard_normal(rows).astype(np.float32) * np.float32(0.3)
+                put(name + ".bias", "F32", (rows,), values.view(np.uint8))
 
     shape = (spec.embedding.vocab_size, spec.embedding.hidden)
     name = (spec.embedding.gguf if gguf else spec.embedding.hf) + ".weight"

@@ -29,8 +29,10 @@ def dequantize(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Ar
 class Reference:
     """``logits(token_ids)`` of one whole sequence [T, V]; weights are widened once, activations never rounded."""
 
-    def __init__(self, spec: DecoderSpec, files: ModelFiles, dtype: Any = np.float64) -> None:
-        self.spec, self.files, self.dtype = spec, files, dtype
+    def __init__(
+        self, spec: DecoderSpec, files: ModelFiles, dtype: Any = np.float64, max_position: int = 1024
+    ) -> None:
+        self.spec, self.files, self.dtype, self.max_position = spec, files, dtype, max_position
         self.gguf = files.format == "gguf"
         self.memo: dict[str, Array] = {}
 
@@ -44,10 +46,14 @@ class Reference:
         return prefix + (block.gguf if self.gguf else block.hf)
 
     def part(self, part: Part, prefix: str, suffix: str) -> Array:
-        values = self.tensor(self.name(part, prefix) + suffix)
-        if self.gguf and part.heads:
-            halves = values.reshape(part.heads, part.out_features // part.heads // 2, 2, -1)
-            values = halves.swapaxes(1, 2).reshape(values.shape)
+        values = self.tensor(self.name(part, prefix) + suffix)[part.start :][: part.out_features]
+        heads = part.heads if self.gguf else part.hf_heads
+        if heads:
+            rows = values.reshape(heads, part.out_features // heads, -1).copy()
+            size = part.rotated or rows.shape[1]
+            halves = rows[:, :size].reshape(heads, size // 2, 2, -1)
+            rows[:, :size] = halves.swapaxes(1, 2).reshape(heads, size, -1)
+            values = rows.reshape(values.shape)
         return values
 
     def linear(self, linear: Linear, prefix: str, x: Array) -> Array:
@@ -70,7 +76,7 @@ class Reference:
         q, k, v = np.split(qkv, [a.num_heads, a.num_heads + a.num_kv_heads], axis=1)
         q, k = self.norm(a.q_norm, prefix, q), self.norm(a.k_norm, prefix, k)
         if a.rope:
-            angles = np.arange(count)[:, None] * np.array(a.rope.inv_freq)
+            angles = np.arange(count)[:, None] * np.array(a.rope.frequencies(self.max_position))
             cos, sin = np.cos(angles)[:, None] * a.rope.scale, np.sin(angles)[:, None] * a.rope.scale
             q, k = rotate(q, cos, sin, a.rope.dim), rotate(k, cos, sin, a.rope.dim)
         group = a.num_heads // a.num_kv_heads

@@ -277,3 +277,11 @@ def test_compare_refuses_failures() -> None:
         target = serve.Target(bad.url, model="m")
         with pytest.raises(OctavoError, match=r"2 requests to .* failed: connection closed"):
             compare.measured(target, [Sample([1], 1, 3)] * 2, serve.Traffic(), [])
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads CPU times from /proc")
+def test_the_front_is_measured_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "front", "--streams", "4", "--answer", "12", "--rounds", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 4 * 2 * 12
+    assert found["server_us_per_token"] >= 0 and found["client_us_per_token"] > 0

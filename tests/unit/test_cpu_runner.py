@@ -251,7 +251,7 @@ def test_quantization_on_load(quantization: str | None, drive: Any) -> None:
     driver.run([(0, 0, 30)], [driver.admit(0, tokens)])
     want = Reference(spec, files).logits(tokens)[-1]
     close(driver.logits()[0], want, {None: 0.03, "Q8_0": 0.12, "Q4_0": 1.5}[quantization])
-    used = set(driver.runner.lowered.kernels) | {"draw"}
+    used = set(driver.runner.lowered.kernels) | {"draw", "pack_blocks"}
     assert used == set(kernels_for(spec, files, quantization)) - (set() if quantization else {"linear_zero8"})
     with pytest.raises(UsageError, match="Q4_0"):
         drive(spec, files, quantization="int3")

@@ -20,9 +20,9 @@ from octavo.errors import OutOfMemoryError, UsageError
 from octavo.files.dummy import PRESETS, open_dummy
 from octavo.files.gguf_write import write_gguf
 from octavo.files.resolve import open_model
-from octavo.host import torch_engine
+from octavo.host import compiled_engine, torch_engine
 from octavo.host.budget import StartBudget
-from octavo.host.built import limits_of
+from octavo.host.built import Timeline, limits_of, quiet
 from octavo.host.plan import CONTEXT_BYTES, Planner, graphs_of
 from octavo.model.footprint import DENSE, FP8, INT4, RECORDING_BYTES, forward_bytes
 from octavo.runner import measure
@@ -108,15 +108,15 @@ def test_concurrency_is_pages_over_pages(capsys: pytest.CaptureFixture[str]) -> 
     [
         ("qwen3-0.6b", "rtx3060", {}, "It fits on RTX 3060 12GB as it is"),
         ("llama-3.1-8b", "4090", {"max_model_len": "128K"}, "It fits with --max-model-len "),
-        ("llama-3.1-8b", "rtx3080", {}, "It fits with a 4-bit checkpoint of the model (AWQ, GPTQ or GGUF)"),
+        ("llama-3.1-8b", "rtx3080", {}, "It fits with --quantization int4 on RTX 3080"),
         ("llama-2-70b", "h100", {}, "It fits with --quantization fp8 on H100"),
         ("llama-2-70b", "a100", {"quantization": "fp8"}, "It fits on H100, with"),
-        ("codellama-34b", "l4", {}, "It fits with a 4-bit checkpoint"),
+        ("codellama-34b", "l4", {}, "It fits with --quantization int4 on L4"),
         (
             "llama-2-70b",
             "l4",
             {},
-            "4-bit checkpoint of the model (AWQ, GPTQ or GGUF) --tensor-parallel-size 2 on 2 x L4",
+            "--quantization int4 --tensor-parallel-size 2 on 2 x L4",
         ),
     ],
 )
@@ -162,6 +162,8 @@ def test_errors(capsys: pytest.CaptureFixture[str]) -> None:
         find_gpu("voodoo")
     assert main(["plan", "llama-3.1-8b", "--gpu-memory-gib", "0"]) == 2
     assert main(["plan"]) == 2
+    assert main(["plan", "llama-2-7b", "--max-model-len", "9999"]) == 2
+    assert "more than the model's 4096 positions" in capsys.readouterr().err
     assert main(["plan", "llama-2-70b", "--gpu-memory-gib", "4", "--quantization", "fp8"]) == 1
     out = capsys.readouterr().out
     assert "does not fit" in out and "It fits on H100" in out
@@ -215,8 +217,10 @@ def start(gpu: GPU, platform: FakePlatform, **options: Any) -> StartBudget:
     hardware = Hardware("cuda", gpu.name, gpu.memory_bytes, 8, True)
     resolved = resolve(chosen, hardware, limits_of(found.arch))
     layout = found.layout(found.spec, resolved)
-    budget = StartBudget(chosen, resolved, found.arch, found.spec, layout, hardware, platform, gpu.capability)  # type: ignore[arg-type]
-    budget.require_room(found.files)
+    budget = StartBudget(
+        chosen, resolved, found.arch, found.spec, layout, hardware, platform, gpu.capability, found.files
+    )  # type: ignore[arg-type]
+    budget.require_room()
     return budget
 
 
@@ -237,7 +241,7 @@ def test_a_start_that_cannot_fit_is_refused_with_the_cure() -> None:
     with pytest.raises(OutOfMemoryError, match=r"14\.96 GiB for its weights") as caught:
         start(find_gpu("rtx3080"), FakePlatform(9.2))
     assert "RTX 3080 10GB has 9.20 GiB of 9.77 GiB free" in str(caught.value)
-    assert "It fits with a 4-bit checkpoint" in str(caught.value)
+    assert "It fits with --quantization int4" in str(caught.value)
     with pytest.raises(OutOfMemoryError, match="It fits with --quantization fp8 on H100"):
         start(find_gpu("h100"), FakePlatform(22))  # somebody else has the rest
 
@@ -251,6 +255,14 @@ def test_nothing_is_allocated_before_the_refusal(monkeypatch: pytest.MonkeyPatch
     options = EngineOptions.of(model="qwen3-0.6b", load_format="dummy", device="cpu")
     with pytest.raises(OutOfMemoryError, match=r"2\.22 GiB for its weights, but .* has 1\.00 GiB"):
         host.build_core(options, host.open_files(options))
+
+
+def test_the_compiled_backend_refuses_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "m.gguf", {"general.architecture": "llama"}, {"a": np.zeros(1 << 20, np.float32)})
+    monkeypatch.setattr(compiled_engine, "available_bytes", lambda: (1 << 20, 1 << 30))
+    files, arch = open_model(str(tmp_path / "m.gguf")), planner().arch
+    with pytest.raises(OutOfMemoryError, match=r"for its weights, but .* are free"):
+        compiled_engine.build(EngineOptions.of(model="m"), files, arch, Timeline.start(), quiet)
 
 
 def test_every_preset_has_a_plan() -> None:

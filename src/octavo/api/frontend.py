@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from octavo.api.chat.formats.detect import detect_tools
+from octavo.api.chat.formats.harmony import speaks_harmony
 from octavo.api.chat.formats.tools import ToolSyntax
 from octavo.api.chat.request import ChatPrompt
 from octavo.api.chat.thinking import ThinkingFormat
@@ -21,7 +22,7 @@ from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.base import EngineClient
 from octavo.errors import EngineDeadError, ModelFileError, RequestError
-from octavo.protocol.generate import GenerateRequest, SamplingParams, Terms, Thinking
+from octavo.protocol.generate import GenerateRequest, Pooling, SamplingParams, Terms, Thinking
 
 __all__ = ["Frontend", "Generation", "TextDelta"]
 
@@ -73,6 +74,11 @@ class Frontend:
     def tool_syntax(self) -> ToolSyntax:
         """How this model calls tools."""
         return detect_tools(self.template)
+
+    @cached_property
+    def speaks_harmony(self) -> bool:
+        """Whether this model answers on channels (gpt-oss)."""
+        return speaks_harmony(self.template.source)
 
     @cached_property
     def thinking(self) -> ThinkingFormat | None:
@@ -141,6 +147,7 @@ class Frontend:
         priority: int = 0,
         cache_salt: str | None = None,
         thinking: Thinking | None = None,
+        pooling: Pooling | None = None,
         terms: Terms = ANY_TERMS,
     ) -> Generation:
         """Hand a prepared request to the engine at once and return its stream of ``TextDelta``.
@@ -172,6 +179,7 @@ class Frontend:
                     cache_salt=cache_salt,
                     grammar=grammar,
                     thinking=thinking,
+                    pooling=pooling,
                     bad_words=bad_words,
                     leader=leader,
                     terms=terms,

@@ -22,6 +22,7 @@ class TextDelta(msgspec.Struct, gc=False):
     ``text`` may be empty while a character or a possible stop string is incomplete. ``stop_reason`` is the stop string,
     or the token id out of ``stop_token_ids``, that ended it; None for an end-of-sequence token.
     ``logprobs`` has one list a token in ``token_ids`` (the drawn token first); ``prompt_logprobs`` and ``times`` come once.
+    ``embedding`` is the vector of a pooling request.
     """
 
     text: str
@@ -34,6 +35,7 @@ class TextDelta(msgspec.Struct, gc=False):
     num_cached_tokens: int = 0
     index: int = 0
     times: Times | None = None
+    embedding: bytes | None = None
 
 
 class Choice:
@@ -72,6 +74,7 @@ class Choice:
             self._num_cached_tokens,
             self.index,
             delta.times,
+            delta.embedding,
         )
         if reason == "stop" and self._is_asked_stop(delta.stop_token):
             made.stop_reason = delta.stop_token

@@ -144,6 +144,19 @@ def add_offline_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--disable-tqdm", action="store_true", help="No progress line.")
 
 
+def add_soak_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bench soak`` beside the engine's own."""
+    group = parser.add_argument_group("soak")
+    group.add_argument("--duration", type=float, default=600.0, help="Seconds.")
+    group.add_argument("--concurrency", type=int, default=256, help="Clients that ask without a pause.")
+    group.add_argument(
+        "--longest-prompt", type=int, default=2048, help="Tokens; lengths are spread below it."
+    )
+    group.add_argument("--longest-answer", type=int, default=512, help="Tokens; lengths are spread below it.")
+    group.add_argument("--load-seed", type=int, default=0, help="Seed of the load.")
+    group.add_argument("--output-json", metavar="FILE", help="Write everything seen as JSON.")
+
+
 def add_cpu_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bench cpu`` beside the engine's own."""
     group = parser.add_argument_group("kernel benchmark")

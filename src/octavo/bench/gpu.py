@@ -154,7 +154,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantization", default=None, help="store weights in fewer bits: fp8")
+    parser.add_argument("--quantization", default=None, help="store weights in fewer bits: fp8, int8, int4")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="fp8: half the bytes of a bfloat16 cache")
     parser.add_argument("--hf-overrides", default=None, help="values of config.json to replace, as JSON")
     parser.add_argument(
         "--tensor-parallel-size", "-tp", type=int, default=1, help="GPUs that share every layer"
@@ -248,6 +249,7 @@ def main(argv: list[str]) -> int:
         max_num_batched_tokens=max([8192, *numbers(args.prefill)]),
         dtype=args.dtype,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         hf_overrides=args.hf_overrides,
         tensor_parallel_size=args.tensor_parallel_size,
         disable_custom_all_reduce=args.disable_custom_all_reduce,

@@ -28,9 +28,8 @@ import msgspec
 from octavo import __version__
 from octavo.bench.floors import Ceilings, Costs
 from octavo.bench.load import TokenIds
-from octavo.bench.table_offline import Order
 from octavo.bench.table_online import online, running
-from octavo.bench.table_rows import Load, Row, Stage, stages
+from octavo.bench.table_rows import Load, Order, Row, Stage, stages
 from octavo.errors import OctavoError, UsageError
 from octavo.files.dummy import PRESETS
 

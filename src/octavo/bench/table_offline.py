@@ -16,18 +16,9 @@ import msgspec
 
 from octavo.bench.load import TokenIds, random_samples
 from octavo.bench.offline import throughput
-from octavo.bench.table_rows import Row, Stage
+from octavo.bench.table_rows import Order, Row, Stage
 from octavo.config import EngineOptions
 from octavo.llm import LLM
-
-
-class Order(msgspec.Struct):
-    """What the process is asked for."""
-
-    stage: Stage
-    seed: int
-    first_token_id: int
-    num_token_ids: int
 
 
 def engine_options(stage: Stage) -> EngineOptions:

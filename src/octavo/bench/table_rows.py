@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import msgspec
+
 LLAMA, QWEN = "llama-3.1-8b", "qwen3-0.6b"
 ITL_P99_MS = 80.0  # from 64 clients on: no answer waits behind a whole step of prompts
 
@@ -71,6 +73,15 @@ class Stage:
     def start_estimate_s(self) -> float:
         """Seconds until it answers, at worst by the targets."""
         return self.start[2] if self.start else 20.0
+
+
+class Order(msgspec.Struct):
+    """What the process of an offline stage is asked for."""
+
+    stage: Stage
+    seed: int
+    first_token_id: int
+    num_token_ids: int
 
 
 def _online(

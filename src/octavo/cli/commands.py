@@ -136,6 +136,12 @@ def _bench_offline(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser, skip=("seed",))
 
 
+def _bench_soak(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    bench.add_soak_arguments(parser)
+    add_engine_options(parser, skip=("model",))
+
+
 def _bench_cpu(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     bench.add_cpu_arguments(parser)
@@ -176,12 +182,29 @@ COMMANDS = {
     "bench offline": Command(
         "Throughput or latency of a model in this process.", "octavo.cli.bench:offline", _bench_offline
     ),
+    "bench soak": Command(
+        "Minutes of unlike requests in a cache that is too small; watches memory and pages.",
+        "octavo.cli.soak:run",
+        _bench_soak,
+    ),
     "bench step": Command(
         "Cost of scheduling alone, without a model.", "octavo.bench.step:main", _nothing, passes_rest=True
+    ),
+    "bench quality": Command(
+        "How far quantization moves a model's predictions.",
+        "octavo.bench.quality:main",
+        _nothing,
+        passes_rest=True,
     ),
     "bench fairness": Command(
         "A quiet tenant beside a flood, by queue policy, on a simulated clock.",
         "octavo.bench.fairness:main",
+        _nothing,
+        passes_rest=True,
+    ),
+    "bench front": Command(
+        "CPU time of the API side a token, without a model.",
+        "octavo.bench.front:main",
         _nothing,
         passes_rest=True,
     ),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
 
+from octavo import host
 from octavo.api.chat.selftest import Finding, check_template, check_thinking, check_tokenizer, check_tools
 from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import load_tokenizer
@@ -16,7 +17,6 @@ from octavo.cli.talk import engine_options
 from octavo.config import EngineOptions
 from octavo.errors import OctavoError, UsageError
 from octavo.files.base import ModelFiles
-from octavo.files.resolve import open_description
 from octavo.host.implementation import architecture
 
 MARKS = {"ok": " ", "note": "-", "wrong": "!"}
@@ -43,9 +43,7 @@ def examine(options: EngineOptions) -> Iterator[Finding]:
     """All checks, one after the other; a check that cannot be made is itself a finding."""
     model, reporter = options.model, Reporter()
     try:
-        files = open_description(
-            model.model, revision=model.revision, download_dir=model.download_dir, progress=reporter
-        )
+        files = host.open_headers(options, reporter)
     except OctavoError as error:
         yield Finding("files", str(error), "wrong")
         return

@@ -49,6 +49,6 @@ def open_local(options: EngineOptions, sampling: dict[str, Any]) -> LocalSource:
     """Load the model, with its progress on standard error."""
     reporter = Reporter()
     try:
-        return LocalSource(LLM(options, progress=reporter), sampling)
+        return LocalSource(LLM(options.for_people(), progress=reporter), sampling)
     finally:
         reporter.close()

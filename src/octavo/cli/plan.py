@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from octavo import host
 from octavo.cli.progress import Reporter
 from octavo.cli.talk import engine_options
 from octavo.config import EngineOptions
@@ -14,7 +15,6 @@ from octavo.device.platform.gpus import GIB, GPU, GPUS, find_gpu
 from octavo.engine.cache.spec import KVSpec, StateKV
 from octavo.errors import UsageError
 from octavo.files.dummy import open_dummy
-from octavo.files.resolve import open_description
 from octavo.host.plan import LENGTHS, SIZES, Case, Planner, cards
 from octavo.model.footprint import DENSE, FP8, INT4, Footprint, num_parameters, weight_bytes
 
@@ -64,15 +64,11 @@ def chosen(args: argparse.Namespace) -> list[GPU]:
 
 def open_planner(options: EngineOptions) -> Planner:
     """The planner of the model that the options name; nothing but headers is read."""
-    model = options.model
     reporter = Reporter()
     try:
-        files = open_description(
-            model.model, revision=model.revision, download_dir=model.download_dir, progress=reporter
-        )
+        return Planner(options, host.open_headers(options, reporter))
     finally:
         reporter.close()
-    return Planner(options, files)
 
 
 def describe_model(planner: Planner) -> dict[str, Any]:
@@ -132,7 +128,7 @@ def record(case: Case) -> dict[str, Any]:
 def render(planner: Planner, cases: Sequence[Case], *, all_sizes: bool) -> str:
     """The plan as text: without ``all_sizes`` only the fewest cards of a kind on which each form fits."""
     facts = describe_model(planner)
-    size = f"{facts['parameters'] / 1e9:.2f} billion parameters, {facts['layers']} layers"
+    size = f"{facts['parameters'] / 1e9:.3g} billion parameters, {facts['layers']} layers"
     what = f"{size}, {facts['max_position']} positions, runs in {facts['dtype']}"
     lines = [f"{facts['model']}: {facts['architecture']}, {what}."]
     for kind, group in facts["cache_groups"].items():

@@ -25,7 +25,7 @@ from octavo.protocol.control import EngineInfo
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; the exit status is 0 after a drain and 1 when the engine has died."""
     began = time.perf_counter()
-    options = engine_options(args)
+    options = engine_options(args).for_people()
     server = collect(args, ServerOptions)
     level = server.uvicorn_log_level.upper()
     logging.basicConfig(

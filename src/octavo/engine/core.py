@@ -17,6 +17,7 @@ from functools import partial
 
 from octavo.engine.cache.layout import CacheLayout
 from octavo.engine.executor.base import Executor
+from octavo.engine.relief import Relief
 from octavo.engine.scheduler.expiry import Expiry
 from octavo.engine.scheduler.pace import Pace
 from octavo.engine.scheduler.queue import make_queue, order_key
@@ -87,6 +88,7 @@ class EngineCore:
         self.stopping = False
         self._depth = 1 if settings.overlap else 0
         self.lobby = None if grammars is None else Lobby(grammars)
+        self.relief: Relief | None = None
         self._failed: list[TokenDelta] = []  # told by the next step
         self._live: dict[int, Sequence] = {}
         self._in_flight: deque[Step] = deque()
@@ -112,6 +114,7 @@ class EngineCore:
             timeline_s=settings.timeline_s,
             memory_bytes=settings.memory_bytes,
             max_queue_len=settings.max_queue_len,
+            facts=settings.facts,
         )
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -205,12 +208,13 @@ class EngineCore:
 
     def step(self) -> list[TokenDelta]:
         """Run one step; returns what it (with overlap: the one before) brought."""
+        drains = self.relief is not None and self._take_over(self.relief)
         now = self.scheduler.now_s = self._clock()
         for seq in self.expiry.due(now):
             self._expire(seq)
         if self.lobby is not None:
             self._leave_lobby(self.lobby)
-        step = self.scheduler.schedule()
+        step = None if drains else self.scheduler.schedule()
         if step is not None:
             step.launched_s = self._clock()
             self.executor.forward(step.plan)
@@ -225,6 +229,24 @@ class EngineCore:
         if step is None and not deltas and self.lobby is not None:
             self.lobby.wait(0.01)  # nothing runs; short, because aborts and new requests wait for this call
         return deltas
+
+    def _take_over(self, relief: Relief) -> bool:
+        """Go on with the successor, if it is there: what runs is computed anew, for nothing cached is valid there.
+
+        True where a step is in flight, which has to come home first.
+        """
+        if not relief.ready or self._in_flight:
+            return relief.ready
+        successor = relief.take()
+        self.scheduler.put_back_all()
+        self.pages.forget_unused()
+        self.executor.close()
+        self.executor, self.settings, self.relief = successor.executor, successor.settings, None
+        self.pace = self.scheduler.pace = Pace(
+            self.settings.max_step_ms / 1e3, self.settings.max_num_batched_tokens
+        )
+        self.info = self._describe()
+        return False
 
     def _leave_lobby(self, lobby: Lobby) -> None:
         """Sequences whose grammar is there now go to the queue."""
@@ -342,6 +364,8 @@ class EngineCore:
         """Abort everything and stop the executor."""
         self.abort(list(self._live))
         self._in_flight.clear()
+        if self.relief is not None:
+            self.relief.close()
         if self.lobby is not None:
             self.lobby.close()
         self.executor.close()

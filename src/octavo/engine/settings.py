@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from octavo.config import Resolved
 from octavo.errors import UsageError
+from octavo.protocol.control import ModelFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class EngineSettings:
     device: str = ""
     kernels: dict[str, str] = field(default_factory=dict)
     timeline_s: dict[str, float] = field(default_factory=dict)
+    facts: ModelFacts = field(default_factory=ModelFacts)
     memory_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -49,6 +51,7 @@ class EngineSettings:
         device: str = "",
         kernels: dict[str, str] | None = None,
         timeline_s: dict[str, float] | None = None,
+        facts: ModelFacts | None = None,
         memory_bytes: dict[str, tuple[int, int]] | None = None,
     ) -> EngineSettings:
         """From resolved options and what the host knows of model and device."""
@@ -69,5 +72,6 @@ class EngineSettings:
             device=device,
             kernels=kernels or {},
             timeline_s=timeline_s or {},
+            facts=facts or ModelFacts(),
             memory_bytes=memory_bytes or {},
         )

@@ -13,7 +13,8 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
     if not prompt:
         raise RequestError("The prompt is empty.", "prompt", "Send at least one token.")
     _check_ids("prompt", prompt, vocab)
-    if len(prompt) >= info.max_model_len:
+    _check_kind(request, info)
+    if len(prompt) >= info.max_model_len + (request.pooling is not None):
         raise RequestError(
             f"The prompt has {len(prompt)} tokens; this model is served with a context of {info.max_model_len} "
             f"tokens for prompt and answer (KV cache: {info.num_pages} pages).",
@@ -52,6 +53,20 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
         asked = getattr(sampling, name)
         if asked is not None and asked > vocab:
             raise RequestError(f"{name} asks for {asked} tokens; the vocabulary has {vocab}.", name)
+
+
+def _check_kind(request: GenerateRequest, info: EngineInfo) -> None:
+    """A model may generate, give vectors, or both."""
+    if request.pooling is None and not info.facts.can_generate:
+        raise RequestError(
+            f"{info.model} gives embeddings and generates no text.", "model", "Use /v1/embeddings."
+        )
+    if request.pooling is not None and not info.facts.can_pool:
+        raise RequestError(
+            f"{info.model} is served for generation alone.",
+            "model",
+            "Start the server with --runner pooling to get embeddings.",
+        )
 
 
 def _check_ids(name: str, ids: list[int], vocab_size: int) -> None:

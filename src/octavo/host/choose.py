@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from octavo.config import EngineOptions
+from octavo.config import ON_LOAD, EngineOptions
 from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
-from octavo.model.describe import describe
+from octavo.model.describe import describe, is_encoder
 from octavo.runner.cpu.support import QUANTIZATIONS, supports
 
 CPU_FORMATS = tuple(name.lower() for name in QUANTIZATIONS)  # by --quantization
@@ -19,6 +19,8 @@ NVIDIA_SIGNS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
 
 def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) -> str:
     """ "compiled" where the device is a CPU, the user did not ask for torch, and the kernels cover the model."""
+    if is_encoder(arch):
+        return "encoder"
     if options.model.quantization in CPU_FORMATS:
         return require_compiled(options, files, arch)
     device = options.device
@@ -30,7 +32,10 @@ def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) 
         return "torch"
     if device.cpu_backend == "torch" or options.model.dtype not in ("auto",):
         return "torch"
-    if options.model.quantization == "fp8":  # whole bytes of a float are no type of the compiled kernels
+    if options.model.runner == "pooling":  # the compiled kernels give tokens, not hidden states
+        return "torch"
+    # None of these types is one of the compiled kernels'.
+    if options.model.quantization in ON_LOAD or options.cache.kv_cache_dtype != "auto":
         return "torch"
     return "torch" if supports(describe(arch), files) else "compiled"
 

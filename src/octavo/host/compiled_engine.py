@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from octavo.config import EngineOptions, Hardware, resolve
+from octavo.config import GIB, EngineOptions, Hardware, Resolved, resolve
 from octavo.device.kernels.numba.library import KernelLibrary
 from octavo.device.platform.machine import available_bytes
-from octavo.engine.cache.layout import plan_layout
+from octavo.engine.cache.layout import CacheLayout, plan_layout
+from octavo.errors import OutOfMemoryError
 from octavo.files.base import ModelFiles
 from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.model.arch import ArchConfig
+from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
 from octavo.runner.cpu.runner import BYTES_PER_ELEMENT, CPURunner
 from octavo.runner.cpu.support import kernels_for
 from octavo.runner.cpu.threads import available_threads
-from octavo.runner.memory import plan_pages
+from octavo.runner.memory import MemoryPlan, plan_pages
 
 
-def build(
-    options: EngineOptions, files: ModelFiles, arch: ArchConfig, timeline: Timeline, progress: Progress
-) -> Built:
-    """Lower the model, repack its weights, size the cache."""
-    timeline.end("imports")
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before anything is loaded."""
+
+    options: EngineOptions
+    files: ModelFiles
+    arch: ArchConfig
+    spec: DecoderSpec
+    layout: CacheLayout
+    resolved: Resolved
+    memory: MemoryPlan
+    threads: int
+    device: str
+
+    @property
+    def quantization(self) -> str | None:
+        """The block type that plain weights get."""
+        asked = self.options.model.quantization
+        return asked.upper() if asked else None
+
+    @property
+    def kernels(self) -> list[str]:
+        """Names of the kernels that the model needs."""
+        return kernels_for(self.spec, self.files, self.quantization)
+
+
+def make_plan(options: EngineOptions, files: ModelFiles, arch: ArchConfig) -> Plan:
+    """Limits, layout and size of the cache."""
     threads = options.device.threads or available_threads()
     free, total = available_bytes()
     name = platform.processor() or platform.machine()
@@ -31,6 +56,12 @@ def build(
     spec = describe(arch)
     layout = plan_layout(cache_specs(spec, resolved.page_size, BYTES_PER_ELEMENT))
     weights = sum(tensor.nbytes for tensor in files.tensors.values())
+    if weights > free:
+        raise OutOfMemoryError(
+            f"{files.name} needs {weights / GIB:.2f} GiB for its weights, but {free / GIB:.2f} GiB of {total / GIB:.2f} GiB "
+            "are free.",
+            "Free some memory, or use a smaller model or a GGUF file with fewer bits a weight.",
+        )
     memory = plan_pages(
         layout,
         options.cache,
@@ -44,30 +75,48 @@ def build(
         step_tokens=resolved.max_num_batched_tokens,
     )
     resolved = replace(resolved, max_model_len=memory.max_model_len, dtype="int8/bfloat16")
-    quantization = options.model.quantization.upper() if options.model.quantization else None
-    library = prepare(options, files, arch, progress)
+    return Plan(options, files, arch, spec, layout, resolved, memory, threads, name)
+
+
+def build(
+    options: EngineOptions, files: ModelFiles, arch: ArchConfig, timeline: Timeline, progress: Progress
+) -> Built:
+    """Lower the model, repack its weights, size the cache."""
+    timeline.end("imports")
+    plan = make_plan(options, files, arch)
+    library = warmed(plan, progress)
     timeline.end("kernels")
+    built = load(plan, library, progress)
+    timeline.end("weights")
+    return built
+
+
+def load(plan: Plan, library: KernelLibrary, progress: Progress) -> Built:
+    """The runner with its weights."""
+    resolved, memory = plan.resolved, plan.memory
     runner = CPURunner(
-        spec,
-        files,
-        layout,
+        plan.spec,
+        plan.files,
+        plan.layout,
         num_pages=memory.num_pages,
         num_slots=resolved.max_num_seqs,
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
-        threads=threads,
+        threads=plan.threads,
         progress=lambda done, total: progress("loading weights", done, total),
-        quantization=quantization,
+        quantization=plan.quantization,
         library=library,
     )
-    timeline.end("weights")
-    return Built(runner, arch, resolved, memory, name, runner.explain())
+    return Built(runner, plan.arch, resolved, memory, plan.device, runner.explain())
 
 
-def prepare(options: EngineOptions, files: ModelFiles, arch: ArchConfig, progress: Progress) -> KernelLibrary:
-    """Compile the kernels that the model needs, or find them compiled; they are kept for each type of CPU."""
+def warmed(plan: Plan, progress: Progress) -> KernelLibrary:
+    """The model's kernels, compiled now or found compiled; they are kept for each type of CPU."""
     library = KernelLibrary()
-    quantization = options.model.quantization.upper() if options.model.quantization else None
-    wanted = kernels_for(describe(arch), files, quantization)
-    library.warm(wanted, lambda done, total: progress("preparing kernels", done, total))
+    library.warm(plan.kernels, lambda done, total: progress("preparing kernels", done, total))
     return library
+
+
+def prepare(options: EngineOptions, files: ModelFiles, arch: ArchConfig, progress: Progress) -> None:
+    """Compile what a start would have to."""
+    warmed(make_plan(options, files, arch), progress)

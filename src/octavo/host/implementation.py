@@ -8,7 +8,14 @@ from octavo.config import ModelOptions
 from octavo.errors import ModelFileError, UnsupportedModelError, UsageError
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
-from octavo.model.describe import ALIASES, describe, supported, unknown_architecture
+from octavo.model.describe import (
+    ALIASES,
+    describe,
+    describe_encoder,
+    is_encoder,
+    supported,
+    unknown_architecture,
+)
 from octavo.model.fallback.describe import transformers_arch
 from octavo.model.read_arch import read_arch
 
@@ -52,5 +59,8 @@ def own_architecture(files: ModelFiles) -> ArchConfig:
         if known or not isinstance(names[0], str):
             raise
         raise unknown_architecture(names[0]) from None
-    describe(arch)
+    if is_encoder(arch):
+        describe_encoder(arch)
+    else:
+        describe(arch)
     return arch

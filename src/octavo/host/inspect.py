@@ -24,9 +24,9 @@ from octavo.model.blocks import DecoderSpec, Layer, MoE
 from octavo.model.describe import cache_specs, describe
 from octavo.model.fallback.network import TransformersNetwork
 from octavo.model.footprint import num_parameters
-from octavo.model.load import match
+from octavo.model.load import match, renaming
 from octavo.model.network import Network
-from octavo.model.quantization.fp8 import choose_format
+from octavo.model.quantization.choose import choose_format
 from octavo.runner.cpu.runner import BYTES_PER_ELEMENT
 from octavo.runner.cpu.support import kernels_for, supports
 
@@ -36,7 +36,7 @@ def inspect_model(options: EngineOptions, files: ModelFiles, arch: ArchConfig) -
     spec = describe(arch)
     count = arch.num_parameters or num_parameters(spec)
     yield Finding(
-        "architecture", f"{arch.label}, {count / 1e9:.3f} billion parameters, {arch.max_position} positions"
+        "architecture", f"{arch.label}, {count / 1e9:.3g} billion parameters, {arch.max_position} positions"
     )
     yield Finding("layers", layer_pattern(spec))
     platform = open_platform(options.device.device, threads=options.device.threads)
@@ -90,9 +90,11 @@ def layer_kind(layer: Layer) -> str:
     return f"{mixer} + {type(layer.mlp).__name__}"
 
 
-def cache_groups(spec: DecoderSpec, page_size: int, element_bytes: int) -> Iterator[Finding]:
+def cache_groups(
+    spec: DecoderSpec, page_size: int, element_bytes: int, kv_bytes: int | None = None
+) -> Iterator[Finding]:
     """Each group's kind, layers and bytes."""
-    layout = plan_layout(cache_specs(spec, page_size, element_bytes))
+    layout = plan_layout(cache_specs(spec, page_size, element_bytes, kv_bytes))
     for index, group in enumerate(layout.groups):
         kind = group.spec
         size = getattr(kind, "window", 0) or getattr(kind, "chunk", 0)
@@ -136,7 +138,7 @@ def bare_network(
         binder=binder,
         op_spec=op_spec,
         max_position=1,
-        weight_format=choose_format(options.model.quantization, spec, op_spec),
+        weight_format=choose_format(options.model.quantization, spec, op_spec, files, renaming(files, spec)),
     )
 
 
@@ -145,10 +147,10 @@ def check_tensors(network: Network, files: ModelFiles) -> Finding:
     if files.format == "dummy":
         return Finding("tensors", "none here, only the configuration", "note")
     try:
-        found, ignored = match(network.items(), files, network.spec)
+        found, ignored = match(network.items(), network.named(files), network.spec)
     except OctavoError as error:
         return Finding("tensors", error.cause, "wrong")
-    used = len({name for name, _ in found})
+    used = len({name for names, _ in found for name in names})
     return Finding(
         "tensors", f"{used} of {len(files.tensors)} are used, {len(ignored)} known to be of no use"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -34,16 +33,14 @@ def ranks_of(parallel: ParallelOptions) -> list[int]:
 
 
 def waiting_for(options: EngineOptions) -> Callable[[Callable[[], None]], Sequence[Node]] | None:
-    """What ``MultiprocExecutor`` calls for the other machines' ranks; None where there are none. Binds the port now."""
+    """What ``MultiprocExecutor`` calls for the other machines' ranks; None where there are none."""
+    return partial(_wait, options) if options.parallel.nnodes > 1 else None
+
+
+def _wait(options: EngineOptions, check: Callable[[], None]) -> Sequence[Node]:
     parallel = options.parallel
-    if parallel.nnodes == 1:
-        return None
-    listener: socket.socket = listen(parallel.master_addr, parallel.master_port + 1)
-    return partial(_accept, listener, parallel.nnodes - 1, plan_of(options))
-
-
-def _accept(listener: socket.socket, count: int, plan: str, check: Callable[[], None]) -> Sequence[Node]:
-    return accept_nodes(listener, count, plan, check)
+    listener = listen(parallel.master_addr, parallel.master_port + 1)
+    return accept_nodes(listener, parallel.nnodes - 1, plan_of(options), check)
 
 
 def follow(options: EngineOptions) -> int:

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from octavo.config import EngineOptions, Hardware, Resolved, resolve
+from octavo.config import ON_LOAD_CPU, EngineOptions, Hardware, Resolved, resolve
 from octavo.device.platform.gpus import GIB, GPU, GPUS
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.engine.cache.spec import ceil_div
-from octavo.errors import OctavoError, OutOfMemoryError, UsageError
+from octavo.errors import OutOfMemoryError, UnsupportedModelError, UsageError
 from octavo.files.base import ModelFiles
 from octavo.host.built import limits_of
 from octavo.host.implementation import architecture
@@ -25,7 +25,8 @@ from octavo.model import footprint
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
-from octavo.model.footprint import DENSE, FP8, INT4, Footprint, Scheme
+from octavo.model.footprint import DENSE, FP8, INT4, INT8, Footprint, Scheme
+from octavo.model.quantization.describe import describe_quantization
 from octavo.model.stage import cut
 from octavo.runner.memory import MemoryPlan, plan_pages
 from octavo.runner.sizes import recorded_sizes, rows_of
@@ -35,9 +36,28 @@ SLACK_BYTES = 64 << 20  # see runner.measure
 SIZES = (1, 2, 4, 8)  # tensor parallel
 LENGTHS = (4096, 32768, 131072)
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-SCHEMES: dict[str | None, Scheme] = {None: DENSE, "fp8": FP8, "int4": INT4}  # by --quantization
+SCHEMES: dict[str | None, Scheme] = {None: DENSE, "fp8": FP8, "int8": INT8, "int4": INT4}  # by --quantization
 USEFUL = 4096  # tokens of context below which nobody would say that a model fits
 FP8_CAPABILITY = 89
+
+
+def held_scheme(files: ModelFiles, spec: DecoderSpec) -> Scheme | None:
+    """How quantized files hold the weights, on average; None where they are plain. Shapes alone say what they describe."""
+    quantization = None if files.format == "gguf" else describe_quantization(files.config)
+    if files.format != "gguf" and (quantization is None or quantization.method == "mxfp4"):
+        return None  # MXFP4 is decoded
+    stored = sum(tensor.nbytes for tensor in files.tensors.values())
+    if not stored and quantization is not None:  # a configuration alone
+        scheme = quantization.scheme
+        return (
+            Scheme(quantization.method, bits=scheme.bits_per_weight(spec.embedding.hidden))
+            if scheme
+            else DENSE
+        )
+    elements = sum(held.elements for held in footprint.held_by(spec))
+    return Scheme(
+        quantization.method if quantization else "gguf", bits=8 * stored / elements, everything=True
+    )
 
 
 def predict(
@@ -116,17 +136,16 @@ class Planner:
     def schemes(self) -> tuple[Scheme, ...]:
         """How the weights may be stored: as they are first; only one where the user says which."""
         asked = self.options.model.quantization
-        if asked not in SCHEMES:
+        if asked in ON_LOAD_CPU:
             raise UsageError(
                 f"--quantization {asked} is for CPUs; plan answers for GPUs.", "Use fp8, or leave it out."
             )
-        if asked is not None or self.arch.num_parameters:  # transformers' modules know no other form
-            return (SCHEMES[asked],)
-        if self.files.format == "gguf":
-            elements = footprint.num_parameters(self.spec)
-            stored = sum(tensor.nbytes for tensor in self.files.tensors.values())
-            return (Scheme("gguf", bits=8 * stored / elements, everything=True), DENSE)
-        return (DENSE, FP8, INT4)
+        if self.arch.num_parameters:  # transformers' modules know no other form
+            return (DENSE,)
+        held = held_scheme(self.files, self.spec)
+        if held is not None:
+            return (held, DENSE) if asked is None and self.files.format == "gguf" else (held,)
+        return (DENSE, FP8, INT4) if asked is None else (SCHEMES[asked],)
 
     def resolved(self, gpu: GPU, options: EngineOptions | None = None) -> Resolved:
         """Every option decided as a start on that card would."""
@@ -135,7 +154,8 @@ class Planner:
 
     def layout(self, spec: DecoderSpec, resolved: Resolved) -> CacheLayout:
         """The cache of a part of the model."""
-        return plan_layout(cache_specs(spec, resolved.page_size, ELEMENT_BYTES[resolved.dtype]))
+        kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
+        return plan_layout(cache_specs(spec, resolved.page_size, ELEMENT_BYTES[resolved.dtype], kv_bytes))
 
     def share(self, options: EngineOptions, resolved: Resolved, size: int) -> tuple[DecoderSpec, CacheLayout]:
         """What the first of ``size`` tensor parallel ranks (times the stages) holds, as ``host.torch_engine`` cuts it."""
@@ -156,13 +176,13 @@ class Planner:
         """The answer for ``size`` such cards."""
         options = options or self.options
         num_cards = size * options.parallel.pipeline_parallel_size
+        resolved = self.resolved(gpu, options)
+        name = resolved.dtype if scheme is DENSE else scheme.name
         try:
-            resolved = self.resolved(gpu, options)
             self._check(gpu, scheme, size)
             spec, layout = self.share(options, resolved, size)
-        except OctavoError as error:
-            return Case(gpu, scheme.name, num_cards, None, 0, 0, {}, error.cause)
-        name = resolved.dtype if scheme is DENSE else scheme.name
+        except UnsupportedModelError as error:
+            return Case(gpu, name, num_cards, None, 0, 0, {}, error.cause)
         graphs = not options.device.enforce_eager
         parts = predict(spec, scheme, resolved, layout, graphs=graphs, counted=self.arch.num_parameters)
         try:
@@ -205,9 +225,9 @@ class Planner:
 
     def _check(self, gpu: GPU, scheme: Scheme, size: int) -> None:
         if self.arch.num_parameters and size > 1:
-            raise OctavoError("Models that transformers computes run on one card.")
+            raise UnsupportedModelError("Models that transformers computes run on one card.")
         if scheme is FP8 and 0 < gpu.capability < FP8_CAPABILITY:
-            raise OctavoError(
+            raise UnsupportedModelError(
                 f"{gpu.name} has no fp8 arithmetic (compute capability {gpu.capability / 10:.1f}, needed 8.9)."
             )
 

@@ -25,7 +25,7 @@ FACTORY = "octavo.host.worker:build"
 
 @dataclass(frozen=True)
 class Facts:
-    """What rank 0 decided and found out while it started; ``cards`` is one line about the devices, ``memory_use`` its
+    """What rank 0 decided and found out while it started; ``device`` is one line about the devices, ``memory_use`` its
     memory as planned and as measured."""
 
     resolved: Resolved
@@ -33,7 +33,6 @@ class Facts:
     kernels: dict[str, str]
     phases: dict[str, float]
     memory_use: dict[str, tuple[int, int]] = field(default_factory=dict)
-    cards: str = ""
 
 
 def part_of(spec: DecoderSpec, options: EngineOptions) -> DecoderSpec:

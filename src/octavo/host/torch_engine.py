@@ -12,21 +12,26 @@ from torch import Tensor
 from octavo.config import EngineOptions, Resolved, resolve
 from octavo.device.distributed.world import World
 from octavo.device.ops.bind import Binder, OpSpec
+from octavo.device.ops.fp8 import FP8, MIN_CAPABILITY
 from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.layout import CacheLayout, plan_layout
+from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
 from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.host.place import Place, take_place
 from octavo.host.spread import part_of
 from octavo.model.arch import ArchConfig
-from octavo.model.blocks import DecoderSpec
+from octavo.model.blocks import DecoderSpec, LatentAttention
 from octavo.model.describe import cache_specs, describe
 from octavo.model.fallback.network import TransformersNetwork
+from octavo.model.layers.build import CacheType
+from octavo.model.layers.cache_scales import calibrated
+from octavo.model.load import renaming
 from octavo.model.network import Network
 from octavo.model.quantization.base import WeightFormat
-from octavo.model.quantization.fp8 import choose_format
+from octavo.model.quantization.choose import choose_format
 from octavo.model.stage import cut
 from octavo.runner.graphs import StepGraphs
 from octavo.runner.measure import Peak, graph_bytes, run_largest_step
@@ -58,12 +63,13 @@ def build(
     spec = cut(whole, place.stage, place.num_stages)
     binder = Binder()
     op_spec = platform.op_spec(dtype)
-    weight_format = choose_format(options.model.quantization, spec, op_spec)
-    layout = plan_layout(cache_specs(whole, resolved.page_size, dtype.itemsize))
+    weight_format = choose_format(options.model.quantization, spec, op_spec, files, renaming(files, spec))
+    kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
+    layout = plan_layout(cache_specs(whole, resolved.page_size, dtype.itemsize, kv_bytes))
     if place.num_stages > 1:
         layout = layout.part(range(spec.first_layer, spec.first_layer + len(spec.layers)))
-    budget = StartBudget(options, resolved, arch, spec, layout, hardware, platform, op_spec.capability)
-    budget.require_room(files)
+    budget = StartBudget(options, resolved, arch, spec, layout, hardware, platform, op_spec.capability, files)
+    budget.require_room()
     timeline.end("imports")
     network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format, place)
     network.load(files, progress=lambda done, total: progress("loading weights", done, total))
@@ -88,7 +94,26 @@ def build(
         progress("warming up", 0, 1)
         warm(runner, resolved.max_model_len)
         timeline.end("warm")
-    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use)
+    return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use, platform.kind)
+
+
+def cache_type(
+    arch: ArchConfig, spec: DecoderSpec, files: ModelFiles, op_spec: OpSpec, resolved: Resolved
+) -> CacheType:
+    """The type of keys and values; raises ``UsageError`` where they cannot have it."""
+    found = CacheType(None, calibrated(files.tensors))
+    if resolved.kv_cache_dtype == "auto":
+        return found
+    if op_spec.device == "cuda" and op_spec.capability < MIN_CAPABILITY:
+        raise UsageError(
+            "--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell).",
+            "Leave it out.",
+        )
+    latent = any(isinstance(layer.attention, LatentAttention) for layer in spec.layers)
+    if latent or arch.implementation != "octavo":
+        what = "latent attention, whose cache is small" if latent else "models that transformers computes"
+        raise UsageError(f"--kv-cache-dtype fp8 does not cover {what}.", "Leave it out.")
+    return replace(found, dtype=FP8)
 
 
 def size_cache(
@@ -142,6 +167,7 @@ def make_network(
 ) -> Network:
     """The model's modules on the device, not loaded yet: ours, or those of transformers."""
     dtype, device = DTYPES[resolved.dtype], platform.device
+    kept = cache_type(arch, spec, files, op_spec, resolved)
     if arch.implementation != "octavo":
         return TransformersNetwork(arch, files, dtype=dtype, device=device, binder=binder, op_spec=op_spec)
     return Network(
@@ -154,6 +180,7 @@ def make_network(
         weight_format=weight_format,
         ranks=place.ranks,
         pipe=place.pipe,
+        cache_type=kept,
     )
 
 

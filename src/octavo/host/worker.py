@@ -30,8 +30,8 @@ def build(arguments: dict[str, Any], seat: Seat) -> Started:
     options = msgspec.convert(arguments["options"], EngineOptions)
     timeline = Timeline.start()
     built, cards = build_rank(options, seat.rank, seat.index, seat.folder, timeline, seat.report)
-    device = f"{options.parallel.ranks} x {built.device}"
-    facts = Facts(built.resolved, device, built.kernels, timeline.phases, built.memory_use, cards)
+    device = cards or f"{options.parallel.ranks} x {built.device}"
+    facts = Facts(built.resolved, device, built.kernels, timeline.phases, built.memory_use)
     return Started(built.runner, msgspec.json.encode(facts))
 
 

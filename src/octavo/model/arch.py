@@ -53,4 +53,8 @@ class ArchConfig:
     @property
     def label(self) -> str:
         """The architecture, and whose modules compute it where they are not ours."""
-        return self.model_type if self.implementation == "octavo" else f"{self.model_type} ({self.implementation})"
+        return (
+            self.model_type
+            if self.implementation == "octavo"
+            else f"{self.model_type} ({self.implementation})"
+        )

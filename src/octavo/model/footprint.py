@@ -92,7 +92,10 @@ class Scheme:
 
 DENSE = Scheme("dense")
 FP8 = Scheme("fp8", bits=8, row_bytes=4)  # a float32 scale an output channel
-INT4 = Scheme("int4", bits=4, group=128, group_bits=16 + 4)  # a 16-bit scale and a 4-bit zero point a group
+INT8 = Scheme("int8", bits=8, row_bytes=4, experts=False)
+INT4 = Scheme(
+    "int4", bits=4, group=128, group_bits=32, experts=False
+)  # a scale and a zero point of 16 bits a group
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,9 @@ def step_bytes(spec: DecoderSpec, tokens: int, rows: int, element_bytes: int) ->
     vocabulary = spec.embedding.vocab_size
     counts = rows * vocabulary * COUNTS_BYTES
     forward = forward_bytes(spec, tokens, element_bytes) + counts
-    hidden = tokens * spec.embedding.hidden * element_bytes  # of the prompt, whose log probabilities are asked too
+    hidden = (
+        tokens * spec.embedding.hidden * element_bytes
+    )  # of the prompt, whose log probabilities are asked too
     return max(forward, rows * vocabulary * SAMPLING_BYTES + hidden)
 
 
@@ -258,10 +263,11 @@ def _widest(layer: Layer, hidden: int) -> int:
 def _mixer_width(block: Mixer) -> int:
     """The projection beside what is taken from it."""
     if isinstance(block, Recurrent):
-        return block.project.out_features + 2 * _channels(block) + 2 * block.num_heads * block.value_dim
+        return block.project.out_features + _channels(block) + 2 * block.num_heads * block.value_dim
     if isinstance(block, LatentAttention):
-        heads = block.num_heads * (2 * (block.nope_dim + block.rope_dim) + 2 * block.value_dim)
-        return block.down.out_features + heads
+        # Queries, once more as wide as latents, and what the heads give.
+        head = block.nope_dim + block.rope_dim + block.latent_dim + block.rope_dim + block.value_dim
+        return block.down.out_features + block.num_heads * head
     if isinstance(block, Attention):
         gate = block.gate.out_features if block.gate is not None else 0
         return block.qkv.out_features + block.num_heads * block.head_dim + gate
@@ -271,7 +277,7 @@ def _mixer_width(block: Mixer) -> int:
 def _mlp_width(block: FeedForward) -> int:
     """Inner channels before and after the activation."""
     if isinstance(block, MoE):
-        routed = block.router.top_k * (3 * block.experts.intermediate + block.experts.hidden)
+        routed = block.router.top_k * (block.experts.intermediate + block.experts.hidden)
         return max(routed, block.experts.hidden + (_mlp_width(block.shared) if block.shared else 0))
     if isinstance(block, PlainMLP):
         return 2 * block.intermediate

@@ -7,6 +7,9 @@ from typing import Any
 DEEPSEEK_RENAMED = {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"}
 # Spelling of a family -> the common spelling.
 HF_RENAMED: dict[str, dict[str, str]] = {
+    "bert": {"layer_norm_eps": "rms_norm_eps"},
+    "roberta": {"layer_norm_eps": "rms_norm_eps"},
+    "xlm-roberta": {"layer_norm_eps": "rms_norm_eps"},
     "cohere": {"layer_norm_eps": "rms_norm_eps"},
     "cohere2": {"layer_norm_eps": "rms_norm_eps"},
     "deepseek_v2": DEEPSEEK_RENAMED,
@@ -46,7 +49,17 @@ GEMMA_DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
-QWEN_HYBRID: dict[str, Any] = {"head_dim": 256, "partial_rotary_factor": 0.25, "max_position_embeddings": 32768}
+BERT_DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "type_vocab_size": 2,
+    "max_position_embeddings": 512,
+}
+QWEN_HYBRID: dict[str, Any] = {
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "max_position_embeddings": 32768,
+}
 # Families with recurrent layers, and every how many layers one has attention (0 = the configuration lists them).
 HF_HYBRID = {"qwen3_next": 4, "qwen3_5_text": 4, "qwen3_5_moe_text": 4, "bamba": 0, "granitemoehybrid": 0}
 DEEPSEEK_V3_DEFAULTS: dict[str, Any] = {
@@ -64,6 +77,9 @@ DEEPSEEK_V3_DEFAULTS: dict[str, Any] = {
     "v_head_dim": 128,
 }
 HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": BERT_DEFAULTS,
+    "roberta": BERT_DEFAULTS,
+    "xlm-roberta": BERT_DEFAULTS,
     "bamba": {"rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "max_position_embeddings": 262144},
     "qwen3_next": QWEN_HYBRID,
     "qwen3_5_text": QWEN_HYBRID,

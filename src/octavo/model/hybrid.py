@@ -113,7 +113,9 @@ def mamba2(decoder: Decoder, prefix: str = "mamba", inner: int = 0) -> Recurrent
     gate, x, b, c, step = decoder.slices(
         Part(f"{prefix}.in_proj", "ssm_in", 0), [inner, inner, shared, shared, heads]
     )
-    conv_x, conv_b, conv_c = decoder.slices(Part(f"{prefix}.conv1d", "ssm_conv1d", 0), [inner, shared, shared])
+    conv_x, conv_b, conv_c = decoder.slices(
+        Part(f"{prefix}.conv1d", "ssm_conv1d", 0), [inner, shared, shared]
+    )
     return Recurrent(
         kind="ssd",
         project=decoder.linear([c, b, x, gate], a.hidden_size),

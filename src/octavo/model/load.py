@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +16,20 @@ from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles
 from octavo.files.dtypes import GGUF_TYPES_BY_NAME
 from octavo.model.blocks import DecoderSpec, Part
-from octavo.model.layers.load import LoadItem
+from octavo.model.encoder import EncoderSpec
+from octavo.model.layers.load import LoadItem, StoredMatrix
+from octavo.model.layers.order import by_piece, gate_then_up, untangle
 from octavo.model.quantization.decode import dequantize
 from octavo.model.quantization.mxfp4 import BLOCK, decode_mxfp4
 
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-QKV = 3  # what lies together in a head of a tensor stored "per_head"
+QUANTIZED_TYPES = {  # of the tensors that quantized checkpoints hold beside those
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 AS_STORED = Part("", "", 0)
 SHOWN = 8  # names listed in an error
 
@@ -37,51 +46,91 @@ class LoadReport:
 def fill(
     items: list[LoadItem],
     files: ModelFiles,
-    spec: DecoderSpec,
+    spec: DecoderSpec | EncoderSpec,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Fill every item from ``files``; see ``Network.load``."""
     gguf, rename = files.format == "gguf", renaming(files, spec)
     found, ignored = match(items, files, spec)
-    total = sum(files.tensors[name].nbytes for name in {name for name, _ in found})
-    done, seen = 0, set()
-    for name, item in found:
-        if item.scales:
-            read_mxfp4(item, files, name, rename(item.scales))
+    total = sum(files.tensors[name].nbytes for name in {name for names, _ in found for name in names})
+    done = 0
+    seen: set[str] = set()
+    for names, item in found:
+        if isinstance(item, StoredMatrix):
+            take_matrix(item, files, gguf, rename)
+        elif item.scales:
+            read_mxfp4(item, files, *names)
         else:
-            read_into(item, files, name, gguf)
-        done += 0 if name in seen else files.tensors[name].nbytes  # several items may share a tensor
-        seen.add(name)
+            read_into(item, files, names[0], gguf)
+        done += sum(
+            files.tensors[name].nbytes for name in set(names) - seen
+        )  # several items may share a tensor
+        seen.update(names)
         if progress:
             progress(done, total)
     return LoadReport(len(found), total, ignored)
 
 
 def match(
-    items: list[LoadItem], files: ModelFiles, spec: DecoderSpec
-) -> tuple[list[tuple[str, LoadItem]], tuple[str, ...]]:
-    """(stored name, item) of all that must be read, and the names that are known to be of no use.
+    items: list[LoadItem], files: ModelFiles, spec: DecoderSpec | EncoderSpec
+) -> tuple[list[tuple[tuple[str, ...], LoadItem]], tuple[str, ...]]:
+    """(stored names, item) of all that must be read, and the names that are known to be of no use.
 
     Raises ``ModelFileError`` for what is missing, left over, or of another shape; reads headers only.
     """
     gguf, rename = files.format == "gguf", renaming(files, spec)
     items = found_in(items, set(files.tensors), gguf, rename)
-    names = [item.gguf if gguf else rename(item.hf) for item in items]
-    scales = [rename(item.scales) for item in items if item.scales]
-    ignored = check_names(names + scales, files, spec, rename)
-    for name, item in zip(names, items):
-        info, wanted = files.tensors[name], item.stored_shape(gguf)
-        if info.shape != wanted:
-            raise ModelFileError(
-                f"Tensor {name} has shape {list(info.shape)}, but the configuration asks {list(wanted)}.",
-                "The configuration and the weights do not belong together.",
-            )
+    names = [wanted_names(item, files, gguf, rename) for item in items]
+    ignored = check_names([name for group in names for name in group], files, spec, rename)
+    for group, item in zip(names, items):
+        if not isinstance(item, StoredMatrix):
+            check_shape(item, files, group[0], gguf)
     return list(zip(names, items)), ignored
 
 
-def renaming(files: ModelFiles, spec: DecoderSpec) -> Callable[[str], str]:
+def renaming(files: ModelFiles, spec: DecoderSpec | EncoderSpec) -> Callable[[str], str]:
     """From a block's name of a tensor to the file's."""
     return (lambda name: name) if files.format == "gguf" else hf_renaming(files, spec.bare_prefix)
+
+
+def wanted_names(
+    item: LoadItem, files: ModelFiles, gguf: bool, rename: Callable[[str], str]
+) -> tuple[str, ...]:
+    """The stored tensors that an item needs, the main one first."""
+    if isinstance(item, StoredMatrix):
+        found = [(source, source.name if gguf else rename(source.name)) for source in item.sources]
+        return tuple(name for source, name in found if source.required or name in files.tensors)
+    name = item.gguf if gguf else rename(item.hf)
+    return (name, rename(item.scales)) if item.scales else (name,)
+
+
+def check_shape(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
+    """Raise ``ModelFileError`` where the stored tensor is not what the configuration says."""
+    info, wanted = files.tensors[name], item.stored_shape(gguf)
+    if info.shape != wanted:
+        raise ModelFileError(
+            f"Tensor {name} has shape {list(info.shape)}, but the configuration asks {list(wanted)}.",
+            "The configuration and the weights do not belong together.",
+        )
+
+
+def take_matrix(item: StoredMatrix, files: ModelFiles, gguf: bool, rename: Callable[[str], str]) -> None:
+    """Give a quantized matrix its stored tensors; GGUF blocks as bytes [rows, bytes of a row]."""
+    stored: dict[str, Tensor] = {}
+    for source in item.sources:
+        name = source.name if gguf else rename(source.name)
+        info = files.tensors.get(name)
+        if info is None:
+            continue
+        raw = torch.from_numpy(files.read(name))
+        kind = TORCH_TYPES.get(info.dtype) or QUANTIZED_TYPES.get(info.dtype)
+        if kind is not None:
+            stored[source.key] = raw.view(kind).view(info.shape)
+        elif gguf and info.dtype in GGUF_TYPES_BY_NAME:
+            stored[source.key] = raw.view(math.prod(info.shape[:-1]), -1)
+        else:
+            raise ModelFileError(f"Tensor {name} is stored as {info.dtype}, which cannot be loaded.")
+    item.take(stored)
 
 
 def found_in(
@@ -116,7 +165,7 @@ def hf_renaming(files: ModelFiles, bare_prefix: str = "") -> Callable[[str], str
 
 
 def check_names(
-    names: list[str], files: ModelFiles, spec: DecoderSpec, rename: Callable[[str], str]
+    names: list[str], files: ModelFiles, spec: DecoderSpec | EncoderSpec, rename: Callable[[str], str]
 ) -> tuple[str, ...]:
     """Raise ``ModelFileError`` for missing or unknown tensors; returns those that are known to be of no use."""
     missing = [name for name in names if name not in files.tensors]
@@ -143,7 +192,7 @@ def check_names(
     return tuple(useless)
 
 
-def useless_name(name: str, spec: DecoderSpec, rename: Callable[[str], str]) -> bool:
+def useless_name(name: str, spec: DecoderSpec | EncoderSpec, rename: Callable[[str], str]) -> bool:
     """Whether the family says that a tensor is of no use."""
     return name.endswith(spec.ignored) or name.startswith(tuple(map(rename, spec.ignored_prefixes)))
 
@@ -163,7 +212,7 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
     if info.dtype in TORCH_TYPES:
         stored = torch.from_numpy(raw).view(TORCH_TYPES[info.dtype]).view(info.shape)
     elif not heads and order == "rows" and item.cut is None and item.target.is_contiguous():
-        if item.row_scale is not None:
+        if item.store is not None:
             requantize(item, raw, info.dtype)
         else:
             dequantize(raw, info.dtype, info.shape, out=item.target)
@@ -187,11 +236,13 @@ def read_into(item: LoadItem, files: ModelFiles, name: str, gguf: bool) -> None:
 
 def requantize(item: LoadItem, raw: NDArray[np.uint8], dtype_name: str) -> None:
     """Decode a matrix of GGUF blocks into a quantized target, some rows at a time."""
-    row_bytes = raw.size // item.target.shape[0]
-    for rows in item.blocks():
-        shape = (rows.stop - rows.start, item.target.shape[1])
-        piece = raw[rows.start * row_bytes : rows.stop * row_bytes]
-        item.fill_rows(rows, dequantize(piece, dtype_name, shape))
+    count, size = item.target.shape[-2:]
+    row_bytes = raw.size // (item.target.numel() // size)
+    for index, rows in item.blocks():
+        shape = (rows.stop - rows.start, size)
+        first = index * count + rows.start
+        piece = raw[first * row_bytes : (first + shape[0]) * row_bytes]
+        item.fill_rows(index, rows, dequantize(piece, dtype_name, shape))
 
 
 def read_mxfp4(item: LoadItem, files: ModelFiles, name: str, scales_name: str) -> None:
@@ -216,56 +267,31 @@ def read_mxfp4(item: LoadItem, files: ModelFiles, name: str, scales_name: str) -
     decode_mxfp4(blocks, scales, item.target)
 
 
-def gate_then_up(rows: Tensor) -> Tensor:
-    """[E, 2 I, ...] with gate and up rows taking turns -> all gates, then all ups."""
-    return torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1)
-
-
-def untangle(rows: Tensor, heads: int, rotated: int = 0, start: int = 0) -> Tensor:
-    """Rows of each head from interleaved pairs (0, d/2, 1, d/2 + 1, ...) back to halves: ``rotated`` of them (0 = all) from
-    row ``start`` of the head on."""
-    shape = rows.shape
-    by_head = rows.reshape(heads, -1, *shape[1:])
-    end = start + (rotated or by_head.shape[1] - start)
-    turned = by_head[:, start:end].reshape(heads, -1, 2, *shape[1:]).transpose(1, 2)
-    parts = (by_head[:, :start], turned.reshape(heads, end - start, *shape[1:]), by_head[:, end:])
-    return torch.cat(parts, dim=1).reshape(shape)
-
-
-def by_piece(rows: Tensor, heads: int, pieces: tuple[int, ...]) -> Tensor:
-    """Rows ordered (head, piece, d) to (piece, head, d); pieces of these sizes, or three of the same."""
-    shape = rows.shape
-    by_head = rows.reshape(heads, -1, *shape[1:])
-    split = torch.split(by_head, list(pieces) or by_head.shape[1] // QKV, dim=1)
-    return torch.cat([piece.reshape(-1, *shape[1:]) for piece in split])
-
-
 def fill_random(
     items: list[LoadItem], progress: Callable[[int, int], None] | None = None, seed: int = 0
 ) -> LoadReport:
     """Random weights of sane scale (normal, 1/sqrt(inputs)), norms as ones; drawn on the device itself."""
-    total = sum(item.target.numel() * item.target.element_size() for item in items)
+    total = sum(item.num_bytes for item in items)
     done = 0
     generators: dict[torch.device, torch.Generator] = {}
     for item in items:
-        target = item.target
-        if target.device not in generators:
-            generators[target.device] = torch.Generator(target.device).manual_seed(seed)
-        if item.constant is not None:
+        target, device = item.target, item.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        generator = generators[device]
+        if isinstance(item, StoredMatrix):
+            item.randomize(generator)
+        elif item.constant is not None:
             target.fill_(item.constant)
-        elif item.row_scale is not None:
-            for rows in item.blocks():
-                drawn = torch.empty(target[rows].shape, dtype=torch.float32, device=target.device)
-                item.fill_rows(
-                    rows, drawn.normal_(0.0, target.shape[1] ** -0.5, generator=generators[target.device])
-                )
+        elif item.store is not None:
+            size = target.shape[-1]
+            for index, rows in item.blocks():
+                drawn = torch.empty((rows.stop - rows.start, size), dtype=torch.float32, device=device)
+                item.fill_rows(index, rows, drawn.normal_(0.0, size**-0.5, generator=generator))
         else:
-            target.normal_(
-                0.0,
-                target.shape[-1] ** -0.5 if target.dim() > 1 else 0.02,
-                generator=generators[target.device],
-            )
-        done += target.numel() * target.element_size()
+            spread = target.shape[-1] ** -0.5 if target.dim() > 1 else 0.02
+            target.normal_(0.0, spread, generator=generator)
+        done += item.num_bytes
         if progress:
             progress(done, total)
     return LoadReport(len(items), total, ())

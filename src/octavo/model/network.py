@@ -16,7 +16,7 @@ from octavo.files.base import ModelFiles
 from octavo.model.batch import Batch
 from octavo.model.blocks import DecoderSpec, MoE
 from octavo.model.cache import CachePlace
-from octavo.model.layers.build import ALONE, Build, Ranks
+from octavo.model.layers.build import ALONE, AS_RUN, Build, CacheType, Ranks
 from octavo.model.layers.decoder import DecoderLayer
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import LoadItem
@@ -55,6 +55,7 @@ class Network:
         ranks: Ranks = ALONE,
         weight_format: WeightFormat = DENSE,
         pipe: Pipe = NO_PIPE,
+        cache_type: CacheType = AS_RUN,
     ) -> None:
         """Parameters are allocated on ``device``, uninitialized; ``load`` fills them. Where ``ranks.size`` > 1,
         ``spec`` is what ``shard`` made of the model's. ``weight_format`` is that of the layers' projections. A stage that
@@ -63,7 +64,7 @@ class Network:
         self.dtype = dtype
         self.ranks = ranks
         self.pipe = pipe
-        build = Build(dtype, device, binder, op_spec, max_position, ranks)
+        build = Build(dtype, device, binder, op_spec, max_position, ranks, cache_type=cache_type)
         embedding = spec.embedding
         tied = spec.head is None and spec.is_last
         self.embedding = build.empty(embedding.vocab_size if spec.is_first or tied else 0, embedding.hidden)
@@ -79,7 +80,9 @@ class Network:
             for i, layer in enumerate(spec.layers, spec.first_layer)
         ]
         self.norm = make_norm(spec.norm, layer_build)
-        self.head = LinearLayer(spec.head, build, "", "") if spec.head is not None else None
+        # Quantizing on load leaves the head alone; files may hold it quantized.
+        head_build = layer_build if weight_format.covers_head else build
+        self.head = LinearLayer(spec.head, head_build, "", "") if spec.head is not None else None
         split = spec.head is not None and spec.head.shard == "column" and ranks.size > 1
         self.multiply = build.linear  # of the tied embedding, where there is no head
         self.tied = self.embedding
@@ -117,11 +120,17 @@ class Network:
         spec = replace(self.spec, ignored_prefixes=(*self.spec.ignored_prefixes, *elsewhere))
         return fill(self.items(), files, spec, progress)
 
+    def named(self, files: ModelFiles) -> ModelFiles:
+        """The files under the names that ``items`` look for."""
+        return files
+
     def matrix_elements(self) -> dict[torch.dtype, int]:
         """Weights in the matrices that every decode step reads, by the type they are stored in."""
         counts: dict[torch.dtype, int] = {}
-        for matrix in [item.target for item in self.items() if item.target.dim() >= 2]:
-            counts[matrix.dtype] = counts.get(matrix.dtype, 0) + matrix.numel()
+        for item in self.items():
+            if item.target.dim() >= 2:
+                dtype = item.target.dtype if item.home is None else item.home.dtype
+                counts[dtype] = counts.get(dtype, 0) + item.target.numel()
         for table in (self.embedding if self.head is not None else None, self.positions):
             if table is not None:
                 counts[table.dtype] -= table.numel()
@@ -129,7 +138,9 @@ class Network:
 
     def matrix_bytes(self) -> int:
         """Bytes of those matrices (the floor of a step)."""
-        return sum(count * dtype.itemsize for dtype, count in self.matrix_elements().items())
+        tables = (self.embedding if self.head is not None else None, self.positions)
+        unread = sum(table.numel() * table.element_size() for table in tables if table is not None)
+        return sum(item.num_bytes for item in self.items() if item.target.dim() >= 2) - unread
 
     def idle_elements(self, tokens: int) -> dict[torch.dtype, float]:
         """Weights of experts that no token of a step is expected to choose, by type; where all are as likely."""

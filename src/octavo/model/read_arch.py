@@ -64,7 +64,10 @@ OUTER_KEYS = (
     "quantization_config",
 )
 MAX_LAYERS = 4096
-KINDS = {"llama4_text": {FULL, CHUNKED}, "deepseek_v32": {FULL, INDEXED}}  # of attention, where they are not the usual ones
+KINDS = {
+    "llama4_text": {FULL, CHUNKED},
+    "deepseek_v32": {FULL, INDEXED},
+}  # of attention, where they are not the usual ones
 
 
 def read_arch(files: ModelFiles) -> ArchConfig:
@@ -209,7 +212,9 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
     name = str(meta.get("general.architecture"))
     if name not in GGUF_TYPES:
         raise UnsupportedModelError(
-            f"GGUF architecture {name!r} is not supported.", f"Supported: {', '.join(GGUF_TYPES)}."
+            f"GGUF architecture {name!r} is not supported.",
+            f"Supported: {', '.join(GGUF_TYPES)}. Or take the model's safetensors files: more families read those, and "
+            "--model-impl transformers any other.",
         )
     keys = Keys({k.removeprefix(f"{name}."): v for k, v in meta.items()}, f"GGUF metadata {name}.*")
     experts = _gguf_experts(keys)
@@ -225,16 +230,6 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
     layer_types = tuple(SLIDING if window and every and (i + 1) % every else FULL for i in range(layers))
     if window and model_type == "phi3":
         layer_types = (SLIDING,) * layers
-    theta = keys.number("rope.freq_base", 10000.0)
-    rope: dict[str, Mapping[str, Any]] = {FULL: _gguf_rope(files, keys, theta)}
-    if SLIDING in layer_types:
-        local = 10000.0 if model_type == "gemma3_text" else theta
-        rope[SLIDING] = {"rope_theta": keys.number("rope.freq_base_swa", local)}
-    if model_type == "gpt_oss":  # scaled alike in all layers, by whole dimensions nowhere
-        rope = {kind: {**rope[FULL], "truncate": False} for kind in rope}
-    if model_type == "phi3":
-        rotated = keys.integer("rope.dimension_count", hidden // heads) / (hidden // heads)
-        rope = {kind: {**rope[FULL], "partial_rotary_factor": rotated} for kind in rope}
     bos = meta.get("tokenizer.ggml.bos_token_id")
     return ArchConfig(
         model_type=model_type,
@@ -249,7 +244,7 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-6),
         tie_embeddings="output.weight" not in files.tensors,
         layer_types=layer_types,
-        rope=rope,
+        rope=_gguf_ropes(files, keys, model_type, set(layer_types)),
         sliding_window=window if SLIDING in layer_types else 0,
         attention_bias="blk.0.attn_q.bias" in files.tensors,
         activation="gelu_tanh" if name.startswith("gemma") else "silu",
@@ -323,6 +318,24 @@ def _gguf_query_scale(name: str, keys: Keys, hidden: int, heads: int) -> float |
     return None
 
 
+def _gguf_ropes(
+    files: ModelFiles, keys: Keys, model_type: str, kinds: set[str]
+) -> dict[str, Mapping[str, Any]]:
+    """Rope parameters by layer type."""
+    theta = keys.number("rope.freq_base", 10000.0)
+    rope: dict[str, Mapping[str, Any]] = {FULL: _gguf_rope(files, keys, theta)}
+    if SLIDING in kinds:
+        local = 10000.0 if model_type == "gemma3_text" else theta
+        rope[SLIDING] = {"rope_theta": keys.number("rope.freq_base_swa", local)}
+    if model_type == "gpt_oss":  # scaled alike in all layers, by whole dimensions nowhere
+        rope = {kind: {**rope[FULL], "truncate": False} for kind in rope}
+    if model_type == "phi3":
+        head_dim = keys.integer("embedding_length") // keys.integer("attention.head_count")
+        rotated = keys.integer("rope.dimension_count", head_dim) / head_dim
+        rope = {kind: {**rope[FULL], "partial_rotary_factor": rotated} for kind in rope}
+    return rope
+
+
 def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
     """Scaling keys as rope parameters; llama3's scaling comes as a tensor of divisors."""
     if "rope_freqs.weight" in files.tensors:
@@ -341,7 +354,7 @@ def _gguf_rope(files: ModelFiles, keys: Keys, theta: float) -> dict[str, Any]:
         return {"rope_theta": theta}
     # DeepSeek's files hold 0.1 x mscale_all_dim; its two numbers are the same in every published model.
     sharp = keys.number("rope.scaling.yarn_log_multiplier", 0.0) * 10
-    mscales = {"mscale": sharp, "mscale_all_dim": sharp} if sharp else {}
+    mscales: dict[str, Any] = {"mscale": sharp, "mscale_all_dim": sharp} if sharp else {}
     return {
         **mscales,
         "rope_theta": theta,

@@ -33,6 +33,9 @@ BadWords = Annotated[list[BadWord], Meta(max_length=128)]
 BiasValue = Annotated[float, Meta(ge=-100.0, le=100.0)]
 LogitBias = Annotated[dict[int, BiasValue], Meta(max_length=1024)]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Text = Annotated[
+    str, Meta(max_length=16_777_216)
+]  # of a prompt or a message; the body's limit is the usual one
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=256)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 GrammarText = Annotated[

@@ -4,6 +4,23 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.protocol.generate import Pooling
+
+
+class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
+    """What a model is and can do. ``pooling`` is how a sequence becomes one vector ("last", "mean" or "cls") and
+    ``normalize`` whether that vector gets length 1, where a request does not say."""
+
+    weights_bytes: int = 0
+    num_parameters: int = 0
+    weights_format: str = "safetensors"
+    device_kind: str = "cpu"
+    can_generate: bool = True
+    can_pool: bool = False
+    pooling: Pooling = "last"
+    normalize: bool = True
+    hidden_size: int = 0
+
 
 class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     """What the front half must know of a running engine; constant while it runs.
@@ -25,6 +42,7 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     timeline_s: dict[str, float] = {}
     memory_bytes: dict[str, tuple[int, int]] = {}
     max_queue_len: int = 4096
+    facts: ModelFacts = ModelFacts()
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

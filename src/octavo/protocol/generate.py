@@ -162,8 +162,11 @@ class Terms(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     max_queue_ms: bounds.Milliseconds | None = None
 
 
+Pooling = Literal["last", "mean", "cls"]  # the last token's hidden state, the mean of all, the first token's
+
+
 class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One sequence to generate (a request with ``n > 1`` is sent as n of these).
+    """One sequence to generate (a request with ``n > 1`` is sent as n of these), or with ``pooling`` to turn into a vector.
 
     ``id`` is chosen by the client and unique among its live requests. ``eos_token_ids`` end the sequence
     unless ``sampling.ignore_eos``. ``arrival_s`` is a wall clock time (queue order, metrics).
@@ -186,6 +189,7 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     bad_words: list[list[int]] = []
     leader: int | None = None
     terms: Terms = Terms()
+    pooling: Pooling | None = None
 
 
 class Times(msgspec.Struct, array_like=True, gc=False, frozen=True):
@@ -208,7 +212,8 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
 
     ``stop_token`` is the token that ended a "stop" by the engine. It is the last of ``tokens``.
     ``logprobs`` holds one list a token (the drawn token first, then the top ones); ``prompt_logprobs`` likewise
-    for every prompt token but the first, sent once, with the first delta; so are ``times``.
+    for every prompt token but the first, sent once, with the first delta; so are ``times``. ``embedding`` is what a
+    pooling request asked for, as little-endian float32 numbers.
     """
 
     id: int
@@ -220,3 +225,4 @@ class TokenDelta(msgspec.Struct, array_like=True, gc=False):
     logprobs: list[list[Logprob]] | None = None
     prompt_logprobs: list[list[Logprob]] | None = None
     times: Times | None = None
+    embedding: bytes | None = None

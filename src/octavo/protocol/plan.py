@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import msgspec
 
-from octavo.protocol.generate import Logprob, SamplingParams
+from octavo.protocol.generate import Logprob, Pooling, SamplingParams
 
 
 class SlotInit(msgspec.Struct, array_like=True):
     """A sequence moves into a slot: everything a runner must know of it until it leaves.
 
     ``token_ids`` are all tokens known now: the prompt, and after a preemption what was generated so far
-    (from ``num_prompt`` on). ``stop_token_ids`` (eos included) are what ``min_tokens`` forbids.
+    (from ``num_prompt`` on). ``stop_token_ids`` (eos included) are what ``min_tokens`` forbids. With ``pooling`` no row
+    of the sequence samples; the one that ends its prompt brings a vector instead.
     """
 
     slot: int
@@ -31,6 +32,7 @@ class SlotInit(msgspec.Struct, array_like=True):
     sampling: SamplingParams
     seed: int
     stop_token_ids: list[int]
+    pooling: Pooling | None = None
 
 
 class PageWrite(msgspec.Struct, array_like=True, gc=False):
@@ -98,7 +100,8 @@ class StepResult(msgspec.Struct, array_like=True):
     ready for that slot's next step (empty list: none anywhere). ``logprobs`` and ``prompt_logprobs`` are None or
     per row None or one list a token (see ``TokenDelta``). ``errors`` maps a row to a message: that sequence failed
     alone (for example NaN logits) and must be ended. ``draft_tokens[i]`` are those drafts as tokens, needed only for
-    rows whose sequence has a grammar (None: grammars then run without drafts).
+    rows whose sequence has a grammar (None: grammars then run without drafts). ``pooled`` maps rows that end the prompt
+    of a pooling sequence to its vector (float32, little-endian).
     """
 
     step: int
@@ -108,3 +111,4 @@ class StepResult(msgspec.Struct, array_like=True):
     prompt_logprobs: list[list[list[Logprob]] | None] | None = None
     errors: dict[int, str] | None = None
     draft_tokens: list[list[int]] | None = None
+    pooled: dict[int, bytes] | None = None

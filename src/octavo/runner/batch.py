@@ -9,7 +9,7 @@ Rows of a mixed step, with two prefill chunks (a, b) and two decodes (c, d):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,9 +19,18 @@ from torch import Tensor
 from octavo.device.platform.base import Platform
 from octavo.model.batch import Batch, GroupTables, Prompts
 from octavo.protocol.plan import StepPlan
-from octavo.runner.slots import PROMPT_LOGPROBS, Slots
+from octavo.runner.slots import POOL, PROMPT_LOGPROBS, Slots
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PooledRow:
+    """A plan row of a pooling sequence: how many of its hidden states count, and whether its prompt ends here."""
+
+    row: int
+    count: int
+    is_last: bool
 
 
 @dataclass
@@ -31,7 +40,7 @@ class Prepared:
     ``rows`` (host) are the plan rows that sample, ``slots_host`` their slots; ``slots`` and ``positions`` [S] the
     same on the device (position of the token to draw). The first S entries of ``batch.sample_at`` belong to them;
     what follows are prompt positions whose log probabilities were asked: ``prompt_rows`` lists (plan row, first
-    position, count) in order.
+    position, count) in order. Behind those come the positions of ``pooled_rows``.
     """
 
     batch: Batch
@@ -42,6 +51,7 @@ class Prepared:
     slots: Tensor
     positions: Tensor
     prompt_rows: list[tuple[int, int, int]]
+    pooled_rows: list[PooledRow] = field(default_factory=list)
 
 
 class Staging:
@@ -87,13 +97,13 @@ class BatchBuilder:
         counts = np.asarray(plan.num_tokens, np.int64)
         query_start = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=query_start[1:])
-        num_tokens = int(query_start[-1])
-        positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
+        positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], counts)
         token_slots = np.repeat(row_slots, counts)
         from_device = starts >= slots.num_known[row_slots]
         token_ids = self.known_tokens(row_slots, starts, counts, query_start, ~from_device)
         rows = np.flatnonzero(np.asarray(plan.sample, bool))
         sample_at, prompt_rows = self._sample_at(plan, rows, row_slots, starts, counts, query_start)
+        sample_at, pooled_rows = self._pool_at(sample_at, row_slots, starts, counts, query_start)
         where, pages = slots.write_pages(plan.page_writes)
         ends = starts + counts
         singles, longer = np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)
@@ -137,6 +147,7 @@ class BatchBuilder:
             up[9].long(),
             up[10].long(),
             prompt_rows,
+            pooled_rows,
         )
 
     def _token_ids(self, known: Tensor, where: Tensor, from_slots: Tensor) -> Tensor:
@@ -172,6 +183,26 @@ class BatchBuilder:
                 prompt_rows.append((int(row), int(starts[row]), count))
                 extra.append(query_start[row] + np.arange(count))
         return (np.concatenate([sample_at, *extra]) if extra else sample_at), prompt_rows
+
+    def _pool_at(
+        self, before: Ints, row_slots: Ints, starts: Ints, counts: Ints, query_start: Ints
+    ) -> tuple[Ints, list[PooledRow]]:
+        """``before``, then the tokens of pooling sequences whose hidden states count: all, the first, or the last of the prompt."""
+        found: list[PooledRow] = []
+        places: list[Ints] = []
+        for row in np.flatnonzero(self.slots.wants[row_slots] & POOL):
+            slot, at, count = row_slots[row], query_start[row], int(counts[row])
+            is_last = bool(starts[row] + count == self.slots.num_prompt[slot])
+            kind = self.slots.pooling[slot]
+            if kind == "mean":
+                here = at + np.arange(count)
+            elif kind == "cls":
+                here = at + np.arange(1 if starts[row] == 0 else 0)
+            else:
+                here = at + count - 1 + np.arange(1 if is_last else 0)
+            found.append(PooledRow(int(row), len(here), is_last))
+            places.append(here)
+        return np.concatenate([before, *places]), found
 
 
 def prompts(counts: Ints, ends: Ints, singles: Tensor, longer: Tensor) -> Prompts:

@@ -23,7 +23,7 @@ from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.mixed_graphs import MixedGraphs
 from octavo.runner.record import Replays, record
 from octavo.runner.sizes import recorded_sizes
-from octavo.runner.slots import PROMPT_LOGPROBS, Slots
+from octavo.runner.slots import NEEDS_POSITIONS, Slots
 
 
 class DecodeGraphs:
@@ -62,7 +62,7 @@ class DecodeGraphs:
         starts = np.asarray(plan.starts, np.int64)
         if (starts < self.slots.num_known[slots]).any() or not all(plan.sample):
             return None
-        if (self.slots.wants[slots] & PROMPT_LOGPROBS).any() and (
+        if (self.slots.wants[slots] & NEEDS_POSITIONS).any() and (
             starts < self.slots.num_prompt[slots]
         ).any():
             return None

@@ -22,7 +22,7 @@ from octavo.protocol.plan import StepPlan
 from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.record import Replays, record
 from octavo.runner.sizes import rows_of
-from octavo.runner.slots import PROMPT_LOGPROBS, Slots
+from octavo.runner.slots import NEEDS_POSITIONS, Slots
 
 
 class MixedGraphs:
@@ -69,7 +69,7 @@ class MixedGraphs:
         size = next(captured for captured in self.sizes if captured >= total)
         room = self.rows_of(size)
         row_slots = np.asarray(plan.slots, np.int64)
-        if rows > room or (self.slots.wants[row_slots] & PROMPT_LOGPROBS).any():
+        if rows > room or (self.slots.wants[row_slots] & NEEDS_POSITIONS).any():
             return None
         columns, ends = self._columns(plan, row_slots, size, room, total)
         sampling = np.flatnonzero(np.asarray(plan.sample, bool))

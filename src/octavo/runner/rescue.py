@@ -75,12 +75,13 @@ class Parts:
         self.release = release
         self.sampling: list[Tensor] = []
         self.prompts: list[Tensor] = []
+        self.pooled: list[Tensor] = []
         self.errors: dict[int, str] = {}
 
     def run(self, plan: StepPlan, width: int, dtype: torch.dtype) -> Tensor:
         """Like the network's forward pass over the whole plan; failed rows (``errors``) are zeros."""
         self._run(plan, list(range(plan.num_rows)), width, dtype)
-        return torch.cat([*self.sampling, *self.prompts])
+        return torch.cat([*self.sampling, *self.prompts, *self.pooled])
 
     def _run(self, plan: StepPlan, rows: list[int], width: int, dtype: torch.dtype) -> None:
         step = self.build(rows_of(plan, rows))
@@ -94,5 +95,8 @@ class Parts:
             self.errors[rows[0]] = MESSAGE
             sample_at = step.batch.sample_at
             hidden = torch.zeros((len(sample_at), width), dtype=dtype, device=sample_at.device)
-        self.sampling.append(hidden[: len(step.rows)])
-        self.prompts.append(hidden[len(step.rows) :])
+        first = len(step.rows)
+        second = first + sum(count for _, _, count in step.prompt_rows)
+        self.sampling.append(hidden[:first])
+        self.prompts.append(hidden[first:second])
+        self.pooled.append(hidden[second:])

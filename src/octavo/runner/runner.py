@@ -20,6 +20,7 @@ from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
 from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.graphs import StepGraphs
 from octavo.runner.pages import PageMemory
+from octavo.runner.pooling import PendingVectors, Pooler
 from octavo.runner.rescue import MESSAGE, Parts, attempt, part_of
 from octavo.runner.sampling.sampler import PendingLogprobs, Sampler
 from octavo.runner.slots import Slots
@@ -50,6 +51,7 @@ class InFlight:
     prompt: list[tuple[int, PendingLogprobs]]
     errors: dict[int, str]
     event: Event
+    vectors: PendingVectors | None = None
 
 
 class TorchRunner:
@@ -81,6 +83,7 @@ class TorchRunner:
         self.slots = Slots(num_slots, max_model_len, pages.layout, platform.device)
         self.builder = BatchBuilder(self.slots, platform, max_tokens, max_model_len)
         self.sampler = Sampler(self.slots, vocab_size, platform, binder)
+        self.pooler = Pooler()
         self.graphs: StepGraphs | None = None
         self.current: tuple[StepPlan, Prepared, Tensor] | None = None
         self.errors: dict[int, str] = {}  # rows of the current step that found no memory
@@ -93,6 +96,7 @@ class TorchRunner:
         self.pages.apply(plan.page_ops)
         self.slots.admit(plan.admits)
         self.sampler.admit(plan.admits)
+        self.pooler.admit(plan.admits)
         if self.graphs is not None:
             ready = self.graphs.run(plan)
             if ready is not None:
@@ -130,9 +134,16 @@ class TorchRunner:
         drawn = self._draw(hidden[:count], step, masks, errors) if count else []
         is_last = self.network.spec.is_last
         prompt = self._prompt_logprobs(plan, step, hidden[count:], errors) if is_last else []
+        vectors = self._vectors(plan, step, hidden) if step.pooled_rows and is_last else None
         event = self.platform.event()
         event.record()
-        self.in_flight.append(InFlight(plan, drawn, prompt, errors, event))
+        self.in_flight.append(InFlight(plan, drawn, prompt, errors, event, vectors))
+
+    def _vectors(self, plan: StepPlan, step: Prepared, hidden: Tensor) -> PendingVectors:
+        """What the step adds to pooling sequences, and the vectors of those whose prompt it ends."""
+        begin = len(step.rows) + sum(count for _, _, count in step.prompt_rows)
+        rows, values = self.pooler.add(step, plan.slots, hidden[begin:])
+        return PendingVectors(rows, self.sampler.to_host(values))
 
     def _draw(
         self, hidden: Tensor, step: Prepared, masks: list[GrammarMask], errors: dict[int, str]
@@ -190,6 +201,8 @@ class TorchRunner:
                 found = pending.per_row()
                 prompts[row] = (prompts[row] or []) + [found[i] for i in sorted(found)]
             result.prompt_logprobs = prompts
+        if done.vectors is not None:
+            done.vectors.into(result)
         return result
 
     def close(self) -> None:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from octavo.engine.cache.layout import CacheLayout
 from octavo.engine.cache.spec import ceil_div
-from octavo.protocol.generate import SamplingParams
+from octavo.protocol.generate import Pooling, SamplingParams
 from octavo.protocol.plan import PageWrite, SlotInit
 
 # What a slot asks of a step beyond drawing a token.
-RANDOM, BIAS, PENALTY, LOGPROBS, PROMPT_LOGPROBS, MIN_TOKENS = 1, 2, 4, 8, 16, 32
+RANDOM, BIAS, PENALTY, LOGPROBS, PROMPT_LOGPROBS, MIN_TOKENS, POOL = 1, 2, 4, 8, 16, 32, 64
+NEEDS_POSITIONS = PROMPT_LOGPROBS | POOL  # hidden states of the prompt: no captured graph gives those
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Slots:
         self.wants = np.zeros(num_slots + 1, np.int64)
         self.sampling: list[SamplingParams | None] = [None] * num_slots
         self.stop_token_ids: list[list[int]] = [[]] * num_slots
+        self.pooling: list[Pooling | None] = [None] * num_slots
         rows = num_slots + 1
         widths = [ceil_div(max_model_len, group.spec.page_size) + 1 for group in layout.groups]
         self.flat_tables = torch.zeros(rows * sum(widths), dtype=torch.int32, device=device)
@@ -75,7 +77,8 @@ class Slots:
             self.num_prompt[slot] = admit.num_prompt
             self.sampling[slot] = sampling
             self.stop_token_ids[slot] = admit.stop_token_ids
-            self.wants[slot] = wants_of(sampling)
+            self.wants[slot] = wants_of(sampling) if admit.pooling is None else POOL
+            self.pooling[slot] = admit.pooling
             floats[row] = (
                 0.0 if sampling.greedy else sampling.temperature,
                 sampling.top_p,

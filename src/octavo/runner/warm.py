@@ -1,7 +1,7 @@
 """Runs a step of every shape class once, so that nothing compiles after the server says it is ready (rule R7).
 
-Classes: one row and several (their kernels differ), short and long chunks, a long chunk beside a decode, and every
-stage of sampling. The steps go through the real runner; they scribble on page 0, which belongs to nobody yet.
+Classes: one row and several (their kernels differ), short and long chunks, a long chunk beside decodes (whose kernel
+follows their number, by powers of two), and every stage of sampling. The steps go through the real runner; they scribble on page 0, which belongs to nobody yet.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from octavo.protocol.plan import SlotInit, StepPlan
 from octavo.runner.runner import TorchRunner
 
 LONG = 1024  # tokens from which attention takes its large tiles
+MOST_ROWS = 512  # from about a quarter of these on no row of a decode is split any more, whatever the model
 SAMPLINGS = (
     SamplingParams(temperature=0.0),
     SamplingParams(temperature=1.0),
@@ -31,7 +32,14 @@ def warm(runner: TorchRunner, max_model_len: int) -> int:
     for shape in rows:
         for sampling in SAMPLINGS:
             count += _run(runner, shape, sampling)
+    for size in row_counts(min(runner.num_slots, MOST_ROWS, runner.max_tokens - long + 1)):
+        count += _run(runner, [long] + [1] * (size - 1), SAMPLINGS[0])
     return count
+
+
+def row_counts(most: int) -> list[int]:
+    """Powers of two up to ``most``, from 4 on: the kernel of single-token rows splits them by these."""
+    return [1 << power for power in range(2, most.bit_length()) if 1 << power <= most]
 
 
 def _run(runner: TorchRunner, shape: list[int], sampling: SamplingParams) -> int:

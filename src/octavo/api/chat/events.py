@@ -46,11 +46,14 @@ class ToolArgs(msgspec.Struct, tag="tool_args", gc=False):
     text: str
 
 
+EndReason = Literal["stop", "length", "abort", "deadline", "tool_calls"]
+
+
 class Finish(msgspec.Struct, tag="finish", gc=False):
     """One choice is complete, with the counts that its usage block needs."""
 
     index: int
-    reason: Literal["stop", "length", "abort", "deadline", "tool_calls"]
+    reason: EndReason
     stop_reason: str | int | None
     num_prompt_tokens: int
     num_cached_tokens: int

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from octavo.api.chat.events import ToolArgs, ToolStart
-from octavo.api.chat.formats.detect import GENERIC, detect_tools
+from octavo.api.chat.formats.detect import detect_tools, read_last_call
+from octavo.api.chat.formats.families import GENERIC
 from octavo.api.chat.formats.reasoning import ReasoningParser
-from octavo.api.chat.formats.tools import ToolParser, ToolSyntax
+from octavo.api.chat.formats.tools import ToolSyntax
 from octavo.api.chat.request import ChatPrompt, ChatRequest
 from octavo.api.chat.thinking import ThinkingFormat
 from octavo.api.text.template import ChatTemplate
@@ -150,14 +150,8 @@ def _call(syntax: ToolSyntax) -> ChatRequest:
 
 def _read(text: str, syntax: ToolSyntax) -> tuple[str | None, Any]:
     """Name and arguments of the last call in a text."""
-    at = text.rfind(syntax.begin)
-    if at < 0 and syntax.bare:
-        at = max(text.rfind('{"name"'), text.rfind('{"function"'))
-    parser = ToolParser(syntax, 0, names=[PROBE])
-    events = [*parser.push(text[max(at, 0) :]), *parser.finish()]
-    names = [event.name for event in events if isinstance(event, ToolStart)]
-    raw = "".join(event.text for event in events if isinstance(event, ToolArgs))
+    name, raw = read_last_call(text, syntax, PROBE)
     try:
-        return (names[0] if names else None), json.loads(raw)
+        return name, json.loads(raw)
     except ValueError:
-        return (names[0] if names else None), raw or None
+        return name, raw or None

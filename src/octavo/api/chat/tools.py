@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from octavo.api.chat.formats.families import GENERIC, HARMONY
 from octavo.api.chat.formats.tools import ToolSyntax
 from octavo.api.structured import LARGE_GRAMMAR, WHITESPACE, checked, quoted
 from octavo.api.text.tokenizer import Tokenizer
@@ -43,6 +44,11 @@ class ToolPlan:
     shows_specials: bool = False  # markers are special tokens: the text must keep those
 
     @property
+    def schemas(self) -> dict[str, dict[str, Any] | None]:
+        """Their parameters."""
+        return {tool.name: tool.parameters for tool in self.tools}
+
+    @property
     def names(self) -> list[str]:
         """The functions that may be called."""
         return [tool.name for tool in self.tools]
@@ -73,8 +79,10 @@ async def plan_tools(
         return None
     if mode == "none" and named is None:
         return None
-    maker = ToolGrammar(syntax, tokenizer)
     must = mode == "required" or named is not None
+    if not syntax.is_json and (must or any(tool.strict for tool in tools)):
+        syntax = GENERIC  # a schema can be enforced in JSON alone
+    maker = ToolGrammar(syntax, tokenizer)
     grammar = None
     if must or any(tool.strict for tool in tools):
         chosen = [(i, tool) for i, tool in enumerate(tools) if named in (None, tool.name)]
@@ -94,7 +102,7 @@ class ToolGrammar:
     def __init__(self, syntax: ToolSyntax, tokenizer: Tokenizer) -> None:
         self._syntax = syntax
         self._tokenizer = tokenizer
-        marks = (syntax.begin, syntax.end, syntax.args_mark)
+        marks = (syntax.begin, syntax.end, syntax.args_mark, syntax.call_begin)
         self.shows_specials = any(self._special_id(mark) is not None for mark in marks if mark)
 
     def text(self, tools: list[tuple[int, ToolDefinition]], must: bool, many: bool) -> str:
@@ -105,6 +113,12 @@ class ToolGrammar:
         rules = [f"call_{i}: {self._call(i, tool, opened=lazy)}" for i, tool in tools]
         rules += [f"args_{i}: %json {self._schema(i, tool)}" for i, tool in tools]
         calls = " | ".join(f"call_{i}" for i, _ in tools)
+        if syntax is HARMONY:
+            rules[:0] = self._channels(calls, must)
+            return "\n".join(rules)
+        if syntax.call_begin or (syntax.end and syntax.is_list):
+            rules[:0] = self._sections(calls, must, many)
+            return "\n".join(rules)
         if syntax.end:
             one = f"({calls})"
             section = one + (f' ("\\n" {one})*' if many else "")
@@ -121,13 +135,50 @@ class ToolGrammar:
 
     def _call(self, i: int, tool: ToolDefinition, *, opened: bool) -> str:
         syntax, name = self._syntax, tool.name
+        if syntax.call_begin:
+            return self._named(i, name)
         if syntax.args_mark:
             return f"{self._mark(syntax.begin)} {quoted(name)} {self._mark(syntax.args_mark)} args_{i}"
         head = quoted(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{syntax.args_key}": ')
-        if not syntax.end:
+        if not syntax.end or syntax.is_list:
             return f'{head} args_{i} "}}"'
         begin = "" if opened else self._mark(syntax.begin)
         return f'{begin} "\\n" {head} args_{i} "}}\\n" {self._mark(syntax.end)}'
+
+    def _named(self, i: int, name: str) -> str:
+        """A call whose name and arguments stand between marks of their own."""
+        syntax = self._syntax
+        marks = [self._mark(syntax.call_begin)]
+        marks += [quoted(syntax.name_before)] if syntax.name_before else []
+        marks += [self._mark(syntax.name_mark)] if syntax.name_mark else []
+        marks += [quoted(name)]
+        marks += ['":" /[0-9]{1,3}/'] if syntax.numbered else []
+        marks += [self._mark(syntax.args_mark), f"args_{i}"]
+        marks += [quoted(syntax.args_end)] if syntax.args_end else []
+        marks += [self._mark(syntax.call_end)] if syntax.call_end else []
+        return " ".join(marks)
+
+    def _channels(self, calls: str, must: bool) -> list[str]:
+        """Thoughts, if there are any, then a call or (without ``must``) an answer; any end token ends it."""
+        channel, message = self._mark("<|channel|>"), self._mark("<|message|>")
+        end, start = self._mark("<|end|>"), self._mark("<|start|>")
+        thought = f'thought: {channel} "analysis" {message} TEXT {end} {start} "assistant"'
+        answer = "" if must else f' | {channel} "final" {message} TEXT'
+        return [f"start: thought? ({calls}{answer})", "TEXT: /(.|\\n)*/", thought]
+
+    def _sections(self, calls: str, must: bool, many: bool) -> list[str]:
+        """Calls together between the marks of one section, alone or behind free text."""
+        syntax = self._syntax
+        separator = f"{quoted(syntax.separator)} " if syntax.separator else ""
+        inner = f"({calls})" + (f" ({separator}({calls}))*" if many else "")
+        if syntax.is_list:
+            inner = f'"[" {inner} "]"'
+        section = f"section: {self._mark(syntax.begin)} {inner} {self._mark(syntax.end)}"
+        if must:
+            return ["start: section", section]
+        if self._special_id(syntax.begin) is not None:
+            return ["start: TEXT section?", "TEXT: /(.|\\n)*/", section]
+        return ["start: section | TEXT", "TEXT: /([^<](.|\\n)*)?/", section]
 
     def _in_text(self, calls: str, many: bool) -> str:
         """Free text, and after the opening marker nothing but a call."""

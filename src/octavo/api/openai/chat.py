@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 
 from msgspec import UNSET
 
-from octavo.api.chat.reader import ChoiceReader, MessageFold
-from octavo.api.chat.thinking import plan_thinking
+from octavo.api.chat.events import EndReason
+from octavo.api.chat.reader import MessageFold
 from octavo.api.generation import TextDelta
-from octavo.api.openai.context import Context, Stream, reply_id
+from octavo.api.openai.context import Context, Stream
+from octavo.api.openai.conversation import Conversation, start_chat
 from octavo.api.openai.folding import ChoiceFold, TextEvents, event
 from octavo.api.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from octavo.api.openai.prompts import chat_prompt
-from octavo.api.openai.run import Run
-from octavo.api.openai.sampling import check_fields, sampling_params, structured_outputs
 from octavo.api.openai.schema import (
     ChatChoice,
     ChatChunkChoice,
@@ -27,21 +23,11 @@ from octavo.api.openai.schema import (
     ChatDelta,
     ChatMessage,
 )
-from octavo.api.openai.tools import chat_deltas, chat_message, choice_readers, tool_plan
-from octavo.errors import RequestError
+from octavo.api.openai.tools import chat_deltas, chat_message
 
 
-@dataclass(frozen=True)
-class _Reply:
-    """What every part of one reply repeats."""
-
-    context: Context
-    request: ChatCompletionRequest
-    run: Run
-    id: str
-    model: str
-    created: int
-    readers: list[ChoiceReader] | None  # None: everything is visible text
+class _Reply(Conversation):
+    """A conversation in OpenAI's words."""
 
     @property
     def num_top(self) -> int:
@@ -55,50 +41,9 @@ class _Reply:
 
 async def chat_completions(context: Context, request: ChatCompletionRequest) -> ChatCompletion | Stream:
     """Answer a conversation; a stream is a generator of encoded events."""
-    model = context.check_model(request.model)
-    check_fields(request)
-    if request.top_logprobs is not None and not request.logprobs:
-        raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
-    if None not in (request.max_tokens, request.max_completion_tokens) and (
-        request.max_tokens != request.max_completion_tokens
-    ):
-        raise RequestError(
-            "max_tokens and max_completion_tokens differ.", param="max_tokens", cure="Send only the second."
-        )
-    frontend = context.frontend
-    tools = await tool_plan(context, request)
-    params = await structured_outputs(context, request, tools)
-    markers_are_special = (tools is not None and tools.shows_specials) or (
-        frontend.thinking is not None and frontend.thinking.shows_specials
-    )
-    sampling = sampling_params(
-        context,
-        request,
-        max_tokens=request.max_completion_tokens or request.max_tokens,
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        prompt_logprobs=request.prompt_logprobs,
-        structured_outputs=params,
-        skip_special_tokens=False if markers_are_special else None,
-    )
-    prompt = await chat_prompt(context, request, sampling, tools)
-    thinking = plan_thinking(
-        frontend.thinking,
-        prompt[0],
-        frontend.tokenizer,
-        budget=request.thinking_token_budget,
-        has_grammar=params is not None,
-    )
-    request_id = reply_id("chatcmpl", request.request_id)
-    run = Run(
-        context,
-        request,
-        [prompt],
-        request_id=request_id,
-        thinking=None if thinking is None else thinking.engine,
-    )
-    readers = choice_readers(tools, thinking, run.n, show_reasoning=request.include_reasoning is not False)
-    reply = _Reply(context, request, run, request_id, model, int(time.time()), readers)
-    return Stream(_stream(reply), run.close) if request.stream else await _whole(reply)
+    started = await start_chat(context, request, "chatcmpl-")
+    reply = _Reply(**vars(started))
+    return Stream(_stream(reply), reply.run.close) if request.stream else await _whole(reply)
 
 
 async def _whole(reply: _Reply) -> ChatCompletion:
@@ -130,7 +75,7 @@ async def _whole(reply: _Reply) -> ChatCompletion:
 
 
 def _choice(reply: _Reply, index: int, fold: ChoiceFold, message: MessageFold) -> ChatChoice:
-    reason = fold.finish_reason
+    reason: EndReason | None = fold.finish_reason
     if reply.readers is not None and reason is not None:
         reason = reply.readers[index].finish_reason(reason)
     return ChatChoice(
@@ -209,7 +154,7 @@ def _chunk_choices(reply: _Reply, index: int, delta: TextDelta) -> list[ChatChun
     request, reason = reply.request, delta.finish_reason
     if reply.readers is None:
         parts = [ChatDelta(content=delta.text or None)] if delta.text or delta.token_ids or reason else []
-        ending: str | None = reason
+        ending: EndReason | None = reason
     else:
         parts = chat_deltas(reply.readers[index].push(delta))
         if not parts and (reason or (delta.token_ids and (request.logprobs or request.return_token_ids))):

@@ -67,7 +67,7 @@ async def completions(context: Context, request: CompletionRequest) -> Completio
         structured_outputs=await structured_outputs(context, request),
     )
     prompts = await completion_prompts(context, request, sampling)
-    request_id = reply_id("cmpl", request.request_id)
+    request_id = reply_id("cmpl-", request.request_id)
     run = Run(
         context,
         request,

@@ -91,13 +91,28 @@ class Context:
 
 
 @dataclass(frozen=True)
+class StreamForm:
+    """How a dialect frames a stream: what it sends while it waits, at the end, and around an encoded error."""
+
+    media_type: str = "text/event-stream; charset=utf-8"
+    heartbeat: bytes = b": waiting\n\n"  # a comment line: clients skip it, proxies see a live connection
+    done: bytes = b"data: [DONE]\n\n"
+    error_head: bytes = b"data: "
+    error_tail: bytes = b"\n\n"
+
+
+SSE = StreamForm()
+
+
+@dataclass(frozen=True)
 class Stream:
     """A reply in parts: encoded events, and what to call when they are not wanted any more (or never were)."""
 
     events: AsyncGenerator[bytes, None]
     close: Callable[[], None]
+    form: StreamForm = SSE
 
 
 def reply_id(prefix: str, request_id: str | None) -> str:
     """The id of a reply: the client's own request id behind the prefix, or a random one."""
-    return f"{prefix}-{request_id or uuid.uuid4().hex}"
+    return f"{prefix}{request_id or uuid.uuid4().hex}"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from octavo.api.chat.events import EndReason
 from octavo.api.generation import TextDelta
 from octavo.protocol.generate import Logprob
 
@@ -46,7 +47,7 @@ class ChoiceFold:
         self.token_ids: list[int] = []
         self.logprobs: list[list[Logprob]] = []
         self.prompt_logprobs: list[list[Logprob]] | None = None
-        self.finish_reason: str | None = None
+        self.finish_reason: EndReason | None = None
         self.stop_reason: str | int | None = None
 
     def add(self, delta: TextDelta) -> None:

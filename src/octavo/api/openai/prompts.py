@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from octavo.api.chat.formats.detect import GENERIC
+from octavo.api.chat.formats.families import GENERIC
 from octavo.api.chat.request import ChatPrompt, ChatRequest
 from octavo.api.chat.tools import ToolPlan
 from octavo.api.frontend import LARGE_TEXT
@@ -58,6 +59,10 @@ async def completion_prompts(
     made = []
     for i, prompt in enumerate(prompts):
         try:
+            if request.truncate_prompt_tokens is not None:
+                if isinstance(prompt, str):
+                    prompt = await encode_text(context, prompt, add_special_tokens)
+                prompt = truncated(context, prompt, request.truncate_prompt_tokens, sampling)
             ids, own = await frontend.prepare_async(prompt, sampling, add_special_tokens=add_special_tokens)
         except RequestError as error:
             if len(prompts) == 1 or error.param != "prompt":
@@ -77,6 +82,13 @@ def _token_ids(value: Any, where: str) -> list[int]:
         text, _, path = str(error).partition(" - at `$")
         name = f"prompt{where}{path.rstrip('`')}"
         raise RequestError(f"{name}: {text}.", param=name) from None
+
+
+def truncated(context: Context, ids: list[int], most: int, sampling: SamplingParams) -> list[int]:
+    """The last ``most`` tokens of a prompt; -1 keeps what leaves room for the answer that is asked for."""
+    if most == -1:
+        most = max(1, context.info.max_model_len - (sampling.max_tokens or 1))
+    return ids[max(0, len(ids) - most) :]
 
 
 async def encode_text(context: Context, text: str, add_special_tokens: bool) -> list[int]:
@@ -103,6 +115,7 @@ async def chat_ids(
         add_special_tokens=bool(request.add_special_tokens),
         chat_template_kwargs=request.chat_template_kwargs or {},
         tools=None if tools is None else [tool.for_template() for tool in tools.tools],
+        documents=request.documents if isinstance(request, ChatCompletionRequest) else None,
         explain_tools=frontend.tool_syntax is GENERIC,
     )
     return await ChatPrompt(frontend.tokenizer, frontend.template).token_ids_async(chat)
@@ -113,9 +126,15 @@ async def chat_prompt(
     request: ChatCompletionRequest,
     sampling: SamplingParams,
     tools: ToolPlan | None = None,
+    before: Sequence[int] = (),
 ) -> tuple[list[int], SamplingParams]:
-    """The conversation as checked token ids, with its parameters; errors name ``messages``."""
+    """The conversation as checked token ids behind those of ``before``, with its parameters; errors name ``messages``."""
     ids = await chat_ids(context, request, tools)
+    if before:  # the text begins in ``before``, its first token too
+        bos = context.frontend.tokenizer.bos_token_id
+        ids = [*before, *(ids[1:] if ids[:1] == [bos] else ids)]
+    if request.truncate_prompt_tokens is not None:
+        ids = truncated(context, ids, request.truncate_prompt_tokens, sampling)
     try:
         return context.frontend.prepare(ids, sampling)
     except RequestError as error:

@@ -13,7 +13,7 @@ from octavo.api.openai.beams import Beams
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import PromptTokensDetails, SamplingFields, Usage
 from octavo.errors import RequestError
-from octavo.protocol.generate import SamplingParams, Thinking
+from octavo.protocol.generate import Pooling, SamplingParams, Thinking
 
 MAX_CHOICES = 2048  # of one request: prompts x n
 
@@ -24,7 +24,8 @@ class Run:
     """Hands ``prompts`` (prepared ids and parameters) to the engine and follows their choices to the end.
 
     Choices are numbered as OpenAI does: those of the first prompt first. ``counts_output`` False leaves generated
-    tokens out of the usage (a request that only scores its prompt). ``thinking`` is what the engine watches. Raises ``QueueFullError`` or ``EngineDeadError``
+    tokens out of the usage (a request that only scores its prompt). ``thinking`` is what the engine watches. With ``pooling`` each
+    prompt becomes a vector. Raises ``QueueFullError`` or ``EngineDeadError``
     at once, before anything is answered.
     """
 
@@ -37,6 +38,7 @@ class Run:
         request_id: str,
         counts_output: bool = True,
         thinking: Thinking | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         self.context = context
         self.prompts = prompts
@@ -70,6 +72,7 @@ class Run:
                         priority=request.priority or 0,
                         cache_salt=context.caller.cache_salt(request.cache_salt),
                         thinking=thinking,
+                        pooling=pooling,
                         terms=terms,
                     )
                 )

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from octavo.api.chat.effort import Effort
 from octavo.protocol import bounds
 from octavo.protocol.generate import StructuredOutputsParams
 
@@ -48,6 +49,7 @@ Messages = Annotated[
     ),
 ]
 ToolName = Annotated[str, Meta(min_length=1, max_length=256)]
+Truncate = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # keep so many last tokens; -1: as many as fit
 User = Annotated[str, Meta(max_length=1024)]
 
 
@@ -125,7 +127,6 @@ class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    truncate_prompt_tokens: Any = None
     vllm_xargs: Any = None
 
 
@@ -133,6 +134,7 @@ class SamplingFields(NotYet, kw_only=True):
     """Fields of every generation request; names as OpenAI and vLLM have them."""
 
     model: ModelName | None = None
+    truncate_prompt_tokens: Truncate | None = None
     n: bounds.Count | None = None
     temperature: bounds.Temperature | None = None
     top_p: bounds.TopP | None = None
@@ -174,16 +176,12 @@ class ChatNotYet(SamplingFields, kw_only=True):
 
     audio: Any = None
     chat_template: Any = None
-    documents: Any = None
     function_call: Any = None
     functions: Any = None
     mm_processor_kwargs: Any = None
     media_io_kwargs: Any = None
     modalities: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
     verbosity: Any = None
     web_search_options: Any = None
     echo: Any = None
@@ -206,12 +204,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "echo": (False,),
     "suffix": ("",),
     "logits_processors": ([],),
-    "documents": ([],),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
     "vllm_xargs": ({},),
@@ -224,9 +220,16 @@ def not_yet(kind: type[SamplingFields]) -> tuple[str, ...]:
 
 
 class ChatCompletionRequest(ChatNotYet, kw_only=True):
-    """Body of ``POST /v1/chat/completions``."""
+    """Body of ``POST /v1/chat/completions``.
+
+    ``safety_identifier`` and ``prompt_cache_key`` say who asks, like ``user``; they change nothing here, where every
+    prefix is cached.
+    """
 
     messages: Messages
+    documents: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    safety_identifier: User | None = None
+    prompt_cache_key: User | None = None
     max_tokens: bounds.MaxTokens | None = None
     max_completion_tokens: bounds.MaxTokens | None = None
     logprobs: bool | None = None
@@ -239,6 +242,7 @@ class ChatCompletionRequest(ChatNotYet, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     thinking_token_budget: bounds.ThinkingBudget | None = None
+    reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from octavo.api.chat.events import ChatEvent, Reasoning, Text, ToolArgs, ToolStart
+from octavo.api.chat.formats.harmony import HarmonyReader
 from octavo.api.chat.formats.tools import ToolParser
-from octavo.api.chat.reader import ChoiceReader, MessageFold
+from octavo.api.chat.reader import AnswerReader, ChoiceReader, MessageFold
 from octavo.api.chat.thinking import ThinkingPlan
 from octavo.api.chat.tools import ToolDefinition, ToolPlan, plan_tools
 from octavo.api.openai.context import Context
@@ -44,9 +47,17 @@ async def tool_plan(context: Context, request: ChatCompletionRequest) -> ToolPla
 
 
 def choice_readers(
-    tools: ToolPlan | None, thinking: ThinkingPlan | None, n: int, *, show_reasoning: bool
-) -> list[ChoiceReader] | None:
+    tools: ToolPlan | None,
+    thinking: ThinkingPlan | None,
+    n: int,
+    *,
+    show_reasoning: bool,
+    harmony: bool = False,
+) -> Sequence[AnswerReader] | None:
     """A reader for each choice; None where all text is the answer."""
+    if harmony:
+        parallel = tools is None or tools.parallel
+        return [HarmonyReader(index, parallel=parallel, show_reasoning=show_reasoning) for index in range(n)]
     if tools is None and (thinking is None or thinking.prompt.closed):
         return None
     return [
@@ -55,7 +66,9 @@ def choice_readers(
             reasoning=None if thinking is None else thinking.parser(index),
             tools=None
             if tools is None
-            else ToolParser(tools.syntax, index, names=tools.names, parallel=tools.parallel),
+            else ToolParser(
+                tools.syntax, index, names=tools.names, schemas=tools.schemas, parallel=tools.parallel
+            ),
             show_reasoning=show_reasoning,
         )
         for index in range(n)

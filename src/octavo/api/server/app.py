@@ -17,9 +17,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from octavo import __version__
 from octavo.api.frontend import Frontend
 from octavo.api.openai.context import Context, Stream
-from octavo.api.server.auth import BearerAuth
+from octavo.api.openai.responses.store import ResponseStore
+from octavo.api.server.auth import BearerAuth, route_path
 from octavo.api.server.body import BodyDecoder, check_media_type, read_body
-from octavo.api.server.errors import ClientGoneError, ForbiddenError, ShuttingDownError, error_reply
+from octavo.api.server.errors import (
+    ClientGoneError,
+    ForbiddenError,
+    ShuttingDownError,
+    dialect_of,
+    error_reply,
+)
 from octavo.api.server.hosts import HostCheck
 from octavo.api.server.keys import Caps, KeyRing, caller_of
 from octavo.api.server.limits import BodyLimit
@@ -27,7 +34,8 @@ from octavo.api.server.metrics import RequestMetrics
 from octavo.api.server.openapi import document
 from octavo.api.server.options import ServerSettings
 from octavo.api.server.request_log import RequestLog
-from octavo.api.server.routes import Reply, Route, Service, route_table
+from octavo.api.server.route import Reply, Route, Service
+from octavo.api.server.routes import route_table
 from octavo.api.server.sse import EventStream, until_disconnect
 from octavo.api.server.tracing import trace_exporter
 from octavo.engine.client.base import EngineClient
@@ -63,7 +71,7 @@ class Endpoint:
     async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         reply = error_reply(error)
         self._count(reply.status)
-        await reply.response()(scope, receive, send)
+        await reply.response(dialect_of(self.route.path))(scope, receive, send)
 
     def _count(self, status: int) -> None:
         self.service.metrics.http[self.route.method, self.route.path, f"{status // 100}xx"] += 1
@@ -89,7 +97,7 @@ class Endpoint:
         else:
             reply = await self.route.handler(service, request, None)
         if isinstance(reply, Stream):
-            return EventStream(reply.events, reply.close, service.settings.sse_heartbeat_s)
+            return EventStream(reply, dialect_of(self.route.path), service.settings.sse_heartbeat_s)
         if isinstance(reply, Response):
             return reply
         return Response(msgspec.json.encode(reply), media_type="application/json")
@@ -109,7 +117,7 @@ class Routing:
         try:
             await self.router(scope, receive, send)
         except HTTPException as error:
-            await error_reply(error).response()(scope, receive, send)
+            await error_reply(error).response(dialect_of(route_path(scope)))(scope, receive, send)
 
 
 def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings) -> ASGIApp:
@@ -126,7 +134,8 @@ def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings
             trace_exporter(settings.otlp_traces_endpoint, settings.served_model_names[0])
         )
     context = Context(frontend, client.info, settings.served_model_names, metrics.start, __version__)
-    service = Service(context, client, settings, metrics)
+    store = ResponseStore(settings.response_limits)
+    service = Service(context, client, settings, metrics, store)
     routes = [*route_table()]
     made = msgspec.json.encode(
         document(routes, version=__version__, root_path=settings.root_path, secured=not ring.is_open)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.api.caller import ANYBODY
-from octavo.api.server.errors import AuthenticationError, error_reply
+from octavo.api.server.errors import AuthenticationError, dialect_of, error_reply
 from octavo.api.server.keys import Caps, KeyRing, token_of
 
 OPEN_PATHS = frozenset({"/health", "/ping"})  # probes of load balancers carry no key
@@ -32,7 +34,7 @@ class BearerAuth:
         error = AuthenticationError(
             "The API key is missing or wrong.", cure="Send the header Authorization: Bearer KEY."
         )
-        await error_reply(error).response()(scope, receive, send)
+        await error_reply(error).response(dialect_of(route_path(scope)))(scope, receive, send)
 
     def allows(self, scope: Scope) -> bool:
         """True for an open path or a right key."""
@@ -44,6 +46,12 @@ class BearerAuth:
             return False
         scope["octavo.caller"] = found
         return True
+
+
+def owner_of(scope: Scope) -> str:
+    """Whose request this is: a digest of its key ("" without one); what is kept for one is not shown to another."""
+    key = token_of(scope["headers"])
+    return hashlib.sha256(key).hexdigest() if key else ""
 
 
 def route_path(scope: Scope) -> str:

@@ -1,4 +1,4 @@
-"""The one error formatter (rule R5): every failure of every route becomes a reply here, in OpenAI's form."""
+"""The one error formatter (rule R5): every failure of every route becomes a reply here, in its dialect's form."""
 
 from __future__ import annotations
 
@@ -29,6 +29,26 @@ class ErrorResponse(msgspec.Struct):
     """An error reply as OpenAI shapes it."""
 
     error: ErrorBody
+
+
+class AnthropicErrorBody(msgspec.Struct):
+    """The inner object of an error reply of ``/v1/messages``."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(msgspec.Struct):
+    """An error reply as Anthropic shapes it."""
+
+    error: AnthropicErrorBody
+    type: str = "error"
+
+
+class OllamaError(msgspec.Struct):
+    """An error reply as Ollama shapes it."""
+
+    error: str
 
 
 class AuthenticationError(RequestError):
@@ -71,13 +91,18 @@ class ErrorReply:
     body: ErrorBody
     headers: dict[str, str] = field(default_factory=dict)
 
-    def encode(self) -> bytes:
-        """The body as JSON."""
+    def encode(self, dialect: str = "openai") -> bytes:
+        """The body as JSON, as ``dialect`` shapes it."""
+        if dialect == "anthropic":
+            kind = ANTHROPIC_KINDS.get(self.status, "api_error")
+            return msgspec.json.encode(AnthropicError(AnthropicErrorBody(kind, self.body.message)))
+        if dialect == "ollama":
+            return msgspec.json.encode(OllamaError(self.body.message))
         return msgspec.json.encode(ErrorResponse(self.body))
 
-    def response(self) -> Response:
+    def response(self, dialect: str = "openai") -> Response:
         """The reply as an ASGI response."""
-        return Response(self.encode(), self.status, self.headers, media_type="application/json")
+        return Response(self.encode(dialect), self.status, self.headers, media_type="application/json")
 
 
 CODES = {
@@ -90,9 +115,27 @@ CODES = {
     429: "rate_limit_exceeded",
     431: "headers_too_large",
 }
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+|\b0x[0-9a-fA-F]{6,}")
 JSON_PATH = re.compile(r" - at `(?:key` in `)?\$([^`]*)`$")
 UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`")
+
+
+def dialect_of(path: str) -> str:
+    """Whose form the errors of a path have: "anthropic", "ollama", or "openai" for all the rest."""
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return "anthropic"
+    return "ollama" if path.startswith("/api/") else "openai"
 
 
 def error_reply(error: BaseException) -> ErrorReply:

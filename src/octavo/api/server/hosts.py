@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from octavo.api.server.errors import ForbiddenError, error_reply
+from octavo.api.server.errors import ForbiddenError, dialect_of, error_reply
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -28,7 +28,7 @@ class HostCheck:
             "This server does not answer to that Host.",
             cure="Start it with --allowed-hosts NAME, or with --api-key.",
         )
-        await error_reply(error).response()(scope, receive, send)
+        await error_reply(error).response(dialect_of(scope["path"]))(scope, receive, send)
 
     def allows(self, scope: Scope) -> bool:
         """True for exactly one Host header with a known name."""

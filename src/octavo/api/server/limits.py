@@ -7,8 +7,9 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from octavo.api.server.auth import route_path
 from octavo.api.server.body import too_large
-from octavo.api.server.errors import error_reply
+from octavo.api.server.errors import dialect_of, error_reply
 
 SWALLOW_SECONDS = 5.0
 SWALLOW_FACTOR = 8  # times the limit
@@ -30,7 +31,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         reply = error_reply(too_large(self.limit))
-        body = reply.encode()
+        body = reply.encode(dialect_of(route_path(scope)))
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

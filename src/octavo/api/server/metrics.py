@@ -90,6 +90,7 @@ class RequestMetrics:
         )  # series exist from the start
         self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status class
         self.prompt_tokens_cached = 0
+        self.by_key: Counter[tuple[str, str]] = Counter()  # name of the key, what is counted
         self.in_flight = 0
         self.observers: list[Callable[[RequestTimer], None]] = []  # told of every request that is over
 
@@ -191,6 +192,11 @@ class RequestTimer:
             self.metrics.finished["abort"] += self.num_open
             self.subject.reasons += ["abort"] * self.num_open
             self.metrics.histograms["request_max_num_generation_tokens"].observe(max(self.tokens, default=0))
+            if self.caller.name:
+                count = self.metrics.by_key
+                count[self.caller.name, "requests"] += 1
+                count[self.caller.name, "prompt_tokens"] += sum(map(len, self.subject.prompts))
+                count[self.caller.name, "generation_tokens"] += sum(self.tokens)
             for observe in self.metrics.observers:
                 observe(self)
 
@@ -280,6 +286,12 @@ class _Snapshot(Collector):
             (reason,): count for reason, count in self.requests.finished.items()
         }
         yield self._counter("request_success", "Requests that ended.", finished, ["finished_reason"])
+        for what in ("requests", "prompt_tokens", "generation_tokens"):
+            counts: dict[tuple[str, ...], float] = {
+                (key,): count for (key, kind), count in self.requests.by_key.items() if kind == what
+            }
+            text = f"{what.replace('_', ' ').capitalize()} of each named key."
+            yield self._counter(f"key_{what}", text, counts, ["key"])
         for name, histogram in self.requests.histograms.items():
             family = HistogramMetricFamily(
                 f"{self.prefix}:{name}", name.replace("_", " "), labels=self.labels

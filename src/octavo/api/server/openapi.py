@@ -10,7 +10,7 @@ import msgspec
 
 from octavo.api.openai.schema import SamplingFields, not_yet
 from octavo.api.server.errors import ErrorResponse
-from octavo.api.server.routes import Route
+from octavo.api.server.route import Route
 
 REF = "#/components/schemas/{name}"
 
@@ -61,7 +61,8 @@ def _operation(route: Route, path: str, by_type: dict[Any, Any], secured: bool) 
     elif route.reply_media_type != "application/json":
         content[route.reply_media_type] = {"schema": {"type": "string"}}
     if route.chunk is not None:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": _events(route.chunk)}}
+        events = f"A stream of events, each a {route.chunk.__name__}."
+        content[route.stream_media_type] = {"schema": {"type": "string", "description": events}}
     ok: dict[str, Any] = {"description": route.summary}
     if content:
         ok["content"] = content
@@ -74,7 +75,3 @@ def _operation(route: Route, path: str, by_type: dict[Any, Any], secured: bool) 
     if secured and path not in ("/health", "/ping"):
         operation["security"] = [{"bearer": []}]
     return operation
-
-
-def _events(chunk: type) -> str:
-    return f"Server-sent events, each a {chunk.__name__}; the last is [DONE]."

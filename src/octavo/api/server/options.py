@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from octavo.api.openai.responses.store import StoreLimits
 from octavo.api.server.hosts import LOOPBACK_NAMES
 from octavo.api.server.keys import KeyEntry, read_keys
 from octavo.config import option
@@ -56,6 +57,11 @@ class ServerOptions:
     ignore_unknown_fields: bool = option(
         False, "Ignore request fields that are not known instead of answering 400."
     )
+    response_store_size: int = option(
+        256, "Responses of /v1/responses that are kept in memory for each key; 0 keeps none."
+    )
+    response_store_mib: int = option(64, "Mebibytes that the kept responses of one key may take.")
+    response_store_seconds: float = option(3600.0, "How long a response is kept.")
     enable_log_requests: bool = option(
         False, "Log a JSON line for every generation request: who, how much, how long; no text."
     )
@@ -83,9 +89,16 @@ class ServerOptions:
         for flag, seconds in (
             ("--shutdown-timeout", self.shutdown_timeout),
             ("--sse-heartbeat", self.sse_heartbeat),
+            ("--response-store-seconds", self.response_store_seconds),
         ):
             if not 0 <= seconds < 1e6:
                 raise UsageError(f"{flag} must be a number of seconds from 0 on, got {seconds}.")
+        for flag, count in (
+            ("--response-store-size", self.response_store_size),
+            ("--response-store-mib", self.response_store_mib),
+        ):
+            if not 0 <= count < 1 << 20:
+                raise UsageError(f"{flag} must be from 0 to {(1 << 20) - 1}, got {count}.")
         if self.max_log_len < 0:
             raise UsageError(f"--max-log-len must be at least 0, got {self.max_log_len}.")
         if self.admin_api_key is not None and not self.admin_api_key.strip():
@@ -151,6 +164,7 @@ class ServerSettings:
     sse_heartbeat_s: float = 15.0
     metrics_prefix: str = "octavo"
     ignore_unknown_fields: bool = False
+    response_limits: StoreLimits = field(default_factory=StoreLimits)
 
     @classmethod
     def of(cls, options: ServerOptions, served_model_names: tuple[str, ...]) -> ServerSettings:
@@ -171,4 +185,9 @@ class ServerSettings:
             sse_heartbeat_s=options.sse_heartbeat,
             metrics_prefix=options.metrics_prefix,
             ignore_unknown_fields=options.ignore_unknown_fields,
+            response_limits=StoreLimits(
+                options.response_store_size,
+                options.response_store_mib << 20,
+                options.response_store_seconds,
+            ),
         )

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.api.caller import Caller
 from octavo.api.openai import schema
 from octavo.api.openai.chat import chat_completions
 from octavo.api.openai.completions import completions
-from octavo.api.openai.context import Context, Stream
 from octavo.api.openai.models import list_models, retrieve_model
 from octavo.api.openai.tokenize import detokenize, tokenize
-from octavo.api.server.errors import ForbiddenError
-from octavo.api.server.metrics import CONTENT_TYPE, RequestMetrics, render
-from octavo.api.server.options import ServerSettings
-from octavo.engine.client.base import EngineClient
+from octavo.api.server.dialect_routes import dialect_routes
+from octavo.api.server.metrics import CONTENT_TYPE, render
+from octavo.api.server.route import Reply, Route, Service
 from octavo.errors import EngineDeadError
 from octavo.protocol.control import EngineStats, GetStats, ResetPrefixCache
 
-Reply = msgspec.Struct | Stream | Response
 STATS_TIMEOUT_S = 5.0
 TOLD_HEADERS = (b"traceparent", b"tracestate", b"x-request-id")
 
@@ -41,52 +33,6 @@ class Load(msgspec.Struct):
     """Reply of ``GET /load``: generation requests under way."""
 
     server_load: int
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the handlers work with; built once by ``build_app``."""
-
-    context: Context
-    client: EngineClient
-    settings: ServerSettings
-    metrics: RequestMetrics
-
-    def for_caller(self, caller: Caller, route: str, headers: Sequence[tuple[bytes, bytes]]) -> Service:
-        """The same, as the owner of a key sees it: with the models the key may use."""
-        told = {name.decode(): value.decode("latin-1") for name, value in headers if name in TOLD_HEADERS}
-        caller = replace(caller, route=route, headers=told)
-        names = self.context.served_model_names
-        if caller.models is not None:
-            names = tuple(name for name in names if name in caller.models)
-            if not names:
-                raise ForbiddenError("This key may use none of the models that are served here.")
-        context = replace(
-            self.context,
-            caller=caller,
-            served_model_names=names,
-            start_timer=partial(self.metrics.start, caller=caller),
-        )
-        return replace(self, context=context)
-
-
-@dataclass(frozen=True)
-class Route:
-    """One path and method.
-
-    ``body`` is the type of the JSON body (None: no body), ``reply`` and ``chunk`` the types of a whole reply and of a
-    stream's events, for the OpenAPI document. ``scope`` is what a key must allow ("": any key will do).
-    """
-
-    method: str
-    path: str
-    handler: Callable[[Service, Request, Any], Coroutine[Any, Any, Reply]]
-    summary: str
-    body: type[msgspec.Struct] | None = None
-    reply: type[msgspec.Struct] | None = None
-    chunk: type[msgspec.Struct] | None = None
-    reply_media_type: str = "application/json"
-    scope: str = "inference"
 
 
 async def _chat(service: Service, _: Request, body: schema.ChatCompletionRequest) -> Reply:
@@ -172,6 +118,7 @@ def route_table() -> tuple[Route, ...]:
             schema.Completion,
             schema.Completion,
         ),
+        *dialect_routes(),
         Route("GET", "/v1/models", _models, "List the served names.", reply=schema.ModelList),
         Route("GET", "/v1/models/{model:path}", _model, "Describe one served name.", reply=schema.ModelCard),
         Route(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
+from octavo.api.openai.context import Stream
 from octavo.api.server.errors import ClientGoneError, ShuttingDownError, error_reply
 
 T = TypeVar("T")
 
-DONE = b"data: [DONE]\n\n"
-HEARTBEAT = b": waiting\n\n"  # a comment line: clients skip it, proxies see a live connection
 HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold tokens back otherwise
 ]
@@ -46,7 +44,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream:
-    """An ASGI response that sends what ``events`` yields (whole events as bytes), then ``[DONE]``.
+    """An ASGI response that sends what a stream's events yield (whole events as bytes), then its form's end.
 
     Nothing is sent before the first event or heartbeat: an error until then is raised to the caller, who can still
     answer with a status. A later one becomes an error event. However it ends ``close`` is called, which aborts what
@@ -55,12 +53,12 @@ class EventStream:
 
     status_code = 200
 
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], close: Callable[[], None], heartbeat_s: float
-    ) -> None:
-        self.events = events
-        self.close = close
-        self.heartbeat_s = heartbeat_s
+    def __init__(self, stream: Stream, dialect: str, heartbeat_s: float) -> None:
+        self.events = stream.events
+        self.close = stream.close
+        self.form = stream.form
+        self.dialect = dialect
+        self.heartbeat_s = heartbeat_s if stream.form.heartbeat else 0.0
         self.started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +71,8 @@ class EventStream:
                 raise
             if isinstance(error, asyncio.CancelledError):  # only a shutdown cancels a connection
                 error = ShuttingDownError("The server is shutting down; the answer is not complete.")
-            message = b"data: " + error_reply(error).encode() + b"\n\n" + DONE
+            form = self.form
+            message = form.error_head + error_reply(error).encode(self.dialect) + form.error_tail + form.done
             await send({"type": "http.response.body", "body": message, "more_body": False})
         finally:
             self.close()
@@ -86,7 +85,7 @@ class EventStream:
                 await send({"type": "http.response.body", "body": first, "more_body": True})
             async for event in self.events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self.form.done, "more_body": False})
         finally:
             await self.events.aclose()
 
@@ -98,7 +97,7 @@ class EventStream:
                 await asyncio.wait((pending,), timeout=self.heartbeat_s or None)
                 if not pending.done():
                     await self._start(send)
-                    await send({"type": "http.response.body", "body": HEARTBEAT, "more_body": True})
+                    await send({"type": "http.response.body", "body": self.form.heartbeat, "more_body": True})
             return pending.result()
         finally:
             pending.cancel()
@@ -107,4 +106,5 @@ class EventStream:
     async def _start(self, send: Send) -> None:
         if not self.started:
             self.started = True
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            headers = [(b"content-type", self.form.media_type.encode()), *HEADERS]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})

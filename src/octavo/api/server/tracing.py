@@ -7,7 +7,7 @@ extra ``octavo[otel]``; nothing is imported without the flag.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from octavo.api.server.metrics import RequestTimer
@@ -17,7 +17,7 @@ from octavo.errors import UsageError
 TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 
 
-def trace_exporter(endpoint: str, model: str, exporter: Any = None) -> Callable[[RequestTimer], None]:
+def trace_exporter(endpoint: str, model: str, exporter: Any = None) -> Spans:
     """An observer of ``RequestMetrics`` that sends spans to ``endpoint`` in batches, from a thread.
 
     ``exporter`` replaces the OTLP one. Raises ``UsageError`` where the libraries are missing.
@@ -39,15 +39,20 @@ def trace_exporter(endpoint: str, model: str, exporter: Any = None) -> Callable[
         ) from None
     provider = TracerProvider(resource=Resource.create({"service.name": "octavo"}))
     provider.add_span_processor(processor)
-    return Spans(provider.get_tracer("octavo"), model)
+    return Spans(provider, model)
 
 
 class Spans:
-    """Makes one span a request, after the fact."""
+    """Makes one span a request, after the fact. What is not sent yet goes out when the process ends, or at ``close``."""
 
-    def __init__(self, tracer: Any, model: str) -> None:
-        self.tracer = tracer
+    def __init__(self, provider: Any, model: str) -> None:
+        self.provider = provider
+        self.tracer = provider.get_tracer("octavo")
         self.model = model
+
+    def close(self) -> None:
+        """Send what is left and stop the thread."""
+        self.provider.shutdown()
 
     def __call__(self, timer: RequestTimer) -> None:
         """Record a request that is over."""

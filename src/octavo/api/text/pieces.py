@@ -34,6 +34,7 @@ class PieceRules:
     byte_level: bool = False
     byte_fallback: bool = False
     replacements: list[tuple[str, str]] = field(default_factory=list)
+    inner_mark: str = ""  # WordPiece: what goes on with a word; any other piece begins one
     strip_start: str = ""  # removed once from the start of a whole text (the space added in encoding)
 
     @classmethod
@@ -61,6 +62,10 @@ class PieceRules:
                 self.strip_start = " "
         elif kind == "Strip" and not part.get("stop"):
             self.strip_start = part.get("content", " ") * int(part.get("start", 0))
+        elif (
+            kind == "WordPiece"
+        ):  # its clean-up of spaces before punctuation looks beyond one token: left out
+            self.inner_mark, self.strip_start = part.get("prefix", "##"), " "
         elif kind != "Fuse":
             raise ModelFileError(
                 f"The tokenizer's decoder {kind!r} is not supported.",
@@ -70,6 +75,7 @@ class PieceRules:
     def compiled(self) -> Callable[[str], bytes]:
         """A function vocabulary entry -> bytes."""
         alphabet = byte_level_alphabet() if self.byte_level else {}
+        inner_mark = self.inner_mark
         replacements, byte_fallback = self.replacements, self.byte_fallback
 
         def to_bytes(piece: str) -> bytes:
@@ -83,6 +89,8 @@ class PieceRules:
                     return bytes([int(piece[3:5], 16)])
                 except ValueError:
                     pass
+            if inner_mark:
+                piece = piece[len(inner_mark) :] if piece.startswith(inner_mark) else f" {piece}"
             for old, new in replacements:
                 piece = piece.replace(old, new)
             return piece.encode("utf-8", "replace")

@@ -43,7 +43,7 @@ def paged_attention(
         count = end - begin
         first = first_visible(kv_len - count, window, chunk) // page_size
         pages = page_table[row, first : -(-kv_len // page_size)].long()
-        keys, values = kv_pages[pages].float().transpose(0, 1).unbind(0)  # [n, Hkv, P, D]
+        keys, values = read_pages(kv_pages, pages).transpose(0, 1).unbind(0)  # [n, Hkv, P, D]
         base = first * page_size
         keys = keys.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[: kv_len - base]
         values = values.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[: kv_len - base]
@@ -62,6 +62,13 @@ def paged_attention(
         mixed = torch.einsum("hgtk,khd->thgd", weights, values)
         out[begin:end] = mixed.reshape(count, num_heads, head_dim).to(q.dtype)
     return out
+
+
+def read_pages(kv_pages: Tensor, pages: Tensor) -> Tensor:
+    """Some pages in float32; 8-bit floats know no indexing of their own."""
+    if kv_pages.element_size() == 1:
+        return kv_pages.view(torch.uint8)[pages].view(kv_pages.dtype).float()
+    return kv_pages[pages].float()
 
 
 def first_visible(position: int, window: int, chunk: int) -> int:

@@ -84,6 +84,22 @@ def act_mul_fp8(gate_up: Tensor | Raw, activation: str, quantize: bool) -> Tenso
     return rows_of(out) if quantize else out
 
 
+GROUP = 128  # inputs that share a scale in block-scaled products
+
+
+def linear_fp8_block(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] times (weight [N, K] fp8, 128 inputs of row n times scale [K / 128, N]) transposed, plus bias [N]
+    (DeepSeek-AI 2024): [T, N] in x's type.
+
+    128 inputs of a token are quantized together as ``quantize_rows`` does a row; sums are in float32. K is a multiple of 128.
+    """
+    tokens, size = x.shape
+    values, token_scale = quantize_rows(x.reshape(-1, GROUP))
+    wide = values.float() * token_scale.unsqueeze(-1)
+    y = wide.view(tokens, size) @ (weight.float() * scale.t().repeat_interleave(GROUP, dim=1)).t()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
 def _takes_fp8(spec: OpSpec) -> bool:
     return spec.device == "cuda" and spec.capability >= MIN_CAPABILITY
 
@@ -99,6 +115,15 @@ LINEAR_FP8 = Op(
     (
         Implementation("triton-hopper", KERNELS + "linear_fp8_hopper", _is_hopper, "triton"),
         Implementation("triton", KERNELS + "linear_fp8", _takes_fp8, "triton"),
+    ),
+)
+LINEAR_FP8_BLOCK = Op(
+    "linear_fp8_block",
+    linear_fp8_block,
+    (
+        Implementation(
+            "triton", "octavo.device.kernels.triton.bytes:LinearFp8Block", _takes_fp8, "triton", factory=True
+        ),
     ),
 )
 _NORM = "octavo.device.kernels.triton.norm:"

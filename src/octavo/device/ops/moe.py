@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.device.ops.bind import Op, triton_rows
+from octavo.device.ops.packed import Packed, rows_of, unpack
 
 
 def route(
@@ -96,5 +97,46 @@ def experts(
     return (out.view(tokens, top_k, -1).float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
+def experts_packed(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Packed,
+    down: Packed,
+    activation: str,
+    alpha: float = 1.0,
+    limit: float = 0.0,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    partial: bool = False,
+) -> Tensor:
+    """``experts`` over packed codes: the rows of all experts one after the other, gate_up [E * 2 I, H], down [E * H, I]."""
+    num = down.outputs // gate_up.inputs
+    used = sorted(expert for expert in set(ids.flatten().tolist()) if expert < num)
+    place = torch.full((num + 1,), len(used), device=ids.device)
+    place[torch.tensor(used, dtype=torch.long, device=ids.device)] = torch.arange(
+        len(used), device=ids.device
+    )
+
+    def matrices(stack: Packed) -> Tensor:
+        size = stack.outputs // num
+        return torch.stack([unpack(rows_of(stack, slice(i * size, (i + 1) * size))) for i in used])
+
+    def biases(stack: Tensor | None) -> Tensor | None:
+        return None if stack is None else stack[used].float()
+
+    if not used:
+        return torch.zeros_like(x)
+    return experts(
+        x.float(), place[ids], weights, matrices(gate_up), matrices(down), activation, alpha, limit,
+        biases(gate_up_bias), biases(down_bias), True,
+    ).to(x.dtype)  # fmt: skip
+
+
 ROUTE = Op("route", route, triton_rows("moe:route"))
 EXPERTS = Op("experts", experts, triton_rows("moe:GroupedExperts", factory=True))
+EXPERTS_PACKED = Op(
+    "experts_packed",
+    experts_packed,
+    triton_rows("moe_packed:GroupedPackedExperts", "GroupedPackedExpertsHopper", factory=True),
+)

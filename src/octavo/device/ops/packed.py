@@ -21,9 +21,9 @@ What a scale word holds, from its lowest bits on ("half" is float16 or bfloat16)
     k        bytes s, m | s, m of the next group     value = d s code - dm m    Q4_K, Q5_K;  outer: half d | half dm
     bytes    signed bytes s of four groups           value = d s (code - offset)       Q6_K;  outer: half d
     e4m3     8-bit floats s of four groups           value = d s v[code]              NVFP4;  outer: float32 d
-    float    float32 s                               value = s v[code]                  NF4
+    float    float32 s                               value = s v[code]                  NF4, fp8
 
-Where codes are small floats (E2M1, NF4's sixteen values), v[code] stands for code - offset. Inputs are padded to whole runs;
+Where codes are small floats (E2M1, NF4's sixteen values, 8-bit E4M3), v[code] stands for code - offset. Inputs are padded to whole runs;
 the operand beside the padding is 0.
 """
 
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from octavo.device.ops.bind import Op, triton_rows
 
-CodeKind = Literal["int", "e2m1", "nf4"]
+CodeKind = Literal["int", "e2m1", "nf4", "e4m3"]
 ScaleKind = Literal["zero", "pair", "minimum", "k", "bytes", "e4m3", "float"]
 GROUPS_IN_WORD: dict[ScaleKind, int] = {
     "zero": 1,
@@ -208,12 +208,14 @@ def join_fields(fields: Tensor, rows: int) -> Tensor:
     count = 4 // flat.element_size()
     padded = flat.new_zeros((outputs, rows * count))
     padded[:, : flat.shape[1]] = flat
-    return padded.view(torch.int32).t().contiguous()
+    words: Tensor = padded.view(torch.int32).t().contiguous()
+    return words
 
 
 def split_fields(words: Tensor, dtype: torch.dtype) -> Tensor:
     """The reverse of ``join_fields``: words [rows, N] as numbers [N, fields]."""
-    return words.t().contiguous().view(dtype)
+    fields: Tensor = words.t().clone(memory_format=torch.contiguous_format).view(dtype)
+    return fields
 
 
 def _by_input(per_group: Tensor, group: int, inputs: int) -> Tensor:
@@ -255,6 +257,8 @@ def unpack(packed: Packed) -> Tensor:
     layout = packed.layout
     codes = unpack_codes(packed)
     scale, zero = _factors(packed)
+    if layout.code == "e4m3":
+        return codes.view(torch.float8_e4m3fn).float() * scale
     if layout.code != "int":
         values = torch.tensor(
             E2M1 if layout.code == "e2m1" else NF4, dtype=torch.float32, device=codes.device

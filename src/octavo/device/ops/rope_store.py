@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from octavo.device.ops.bind import Op, triton_rows
+from octavo.device.ops.fp8 import FP8, FP8_MAX
 from octavo.device.ops.norm import rms_norm
 
 
@@ -19,13 +20,15 @@ def rope_store(
     kv_pages: Tensor,
     slot_mapping: Tensor,
     num_heads: int,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """Norm and rotate q and k, write k and v to the cache, return q.
 
     qkv [T, (Hq + 2 Hkv) * D]; q_weight, k_weight [D] or None (no per-head norm); cos_sin [max_position, dim] float32
     (first half cos, second half sin; dim <= D, halves convention) or None (no rotation); positions [T] int64;
     kv_pages [pages, 2, Hkv, page_size, D]; slot_mapping [T] int64 = page * page_size + offset, -1 = do not store.
-    Returns q [T, Hq, D] in qkv's type.
+    Pages of fp8 get k / k_scale and v / v_scale, at most 448 in size. Returns q [T, Hq, D] in qkv's type.
     """
     num_kv_heads, page_size, head_dim = kv_pages.shape[2:]
     tokens = qkv.shape[0]
@@ -41,8 +44,15 @@ def rope_store(
     keep = slot_mapping >= 0
     where = slot_mapping[keep]
     page, offset = where // page_size, where % page_size
-    kv_pages[page, 0, :, offset] = k[keep].to(kv_pages.dtype)
-    kv_pages[page, 1, :, offset] = v[keep].to(kv_pages.dtype)
+    k, v = k[keep], v[keep]
+    if kv_pages.dtype == FP8:
+        k, v = (
+            (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+            for x, scale in ((k, k_scale), (v, v_scale))
+        )
+        kv_pages = kv_pages.view(torch.uint8)
+    kv_pages[page, 0, :, offset] = k.to(kv_pages.dtype)
+    kv_pages[page, 1, :, offset] = v.to(kv_pages.dtype)
     return q.contiguous()
 
 

@@ -15,6 +15,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
+from typing import Any
 
 import msgspec
 
@@ -108,8 +110,12 @@ def together(infos: list[EngineInfo]) -> EngineInfo:
 
 
 def add_up(stats: list[EngineStats]) -> EngineStats:
-    """Sums; the share of the cache in use is the mean, the size of a step the largest."""
-    values = {name: sum(getattr(each, name) for each in stats) for name in EngineStats.__struct_fields__}
+    """Sums, of lists entry by entry; the share of the cache in use is the mean, the size of a step the largest."""
+    values: dict[str, Any] = {}
+    for name in EngineStats.__struct_fields__:
+        found = [getattr(each, name) for each in stats]
+        lists = isinstance(found[0], list)
+        values[name] = [sum(entries) for entries in zip_longest(*found, fillvalue=0)] if lists else sum(found)
     values["kv_cache_usage"] /= len(stats)
     values["step_tokens"] = max(each.step_tokens for each in stats)
     return EngineStats(**values)

@@ -6,6 +6,7 @@ batched, chunked, preempted and on any process layout.
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Callable
 
@@ -19,6 +20,11 @@ Script = Callable[[SlotInit, int], int]
 def null_token(seed: int, position: int, vocab_size: int) -> int:
     """The pseudo-random token at a position (a multiplicative hash; any number would do)."""
     return ((seed ^ (position * 0x9E3779B1)) * 0x85EBCA6B >> 13) % vocab_size
+
+
+def null_vector(token_ids: list[int]) -> bytes:
+    """The vector of a pooled sequence: how many tokens, their sum, the last one, and 1."""
+    return struct.pack("<4f", len(token_ids), sum(token_ids), token_ids[-1], 1.0)
 
 
 class NullRunner:
@@ -67,16 +73,21 @@ class NullRunner:
             raise RuntimeError("sample() without forward()")
         self._plan = None
         tokens: list[list[int]] = []
-        for slot, drafts, sample in zip(plan.slots, plan.num_drafts, plan.sample):
+        pooled: dict[int, bytes] = {}
+        columns = zip(plan.slots, plan.num_drafts, plan.sample)
+        for row, (slot, drafts, sample) in enumerate(columns):
             if not sample:
                 tokens.append([])
+                init = self._slots[slot]
+                if init.pooling is not None and plan.starts[row] + plan.num_tokens[row] == init.num_prompt:
+                    pooled[row] = null_vector(init.token_ids)
                 continue
             init, first = self._slots[slot], self._known[slot]
             count = 1 + first % (drafts + 1)
             self._known[slot] = first + count
             tokens.append([self._token(init, position) for position in range(first, first + count)])
         drafts_ready = [self.num_drafts] * len(tokens) if self.num_drafts else []
-        self._ready.append(StepResult(plan.step, tokens, drafts_ready))
+        self._ready.append(StepResult(plan.step, tokens, drafts_ready, pooled=pooled or None))
 
     def collect(self) -> StepResult:
         """See ``Runner.collect``."""

@@ -85,6 +85,7 @@ class Slots:
                     sampling=seq.sampling,
                     seed=seq.seed,
                     stop_token_ids=sorted(seq.stop_ids),
+                    pooling=seq.pooling,
                 )
             )
         self._admitted.clear()
@@ -125,7 +126,7 @@ class Pages:
             return
         if seq.chain is None:
             seq.chain = self.index.chain(seq.tokens, seq.cache_salt)
-        if seq.sampling.prompt_logprobs is None:  # those need every prompt position computed
+        if not seq.needs_every_position:
             hit, seq.table.hit = self.index.longest(seq.chain, len(seq.tokens) - 1)
             seq.num_computed = seq.num_queued = hit
 

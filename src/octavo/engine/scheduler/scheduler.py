@@ -203,13 +203,16 @@ class Scheduler:
         Only places of sequences that were let in before this call: what a plan brings in it does not throw out again.
         """
         wanted = n
-        while (n := self._admit(seq, wanted)) == 0:
+        if (n := self._admit(seq, wanted)) or not self.waiting.charges:
+            return n
+        while not n:
             old = [other for other in self.running() if other.id not in step.admitted]
             victim = self.waiting.victim(seq, old)
             if victim is None:
                 break
             self._preempt(victim, step)
             step.swapped.add(victim.id)
+            n = self._admit(seq, wanted)
         else:
             self._preempted = False  # the place is taken by the one it was made for
         return n
@@ -225,7 +228,7 @@ class Scheduler:
         seq.num_queued += n
         seq.room -= n
         last = seq.num_queued == len(seq.tokens)
-        plan.sample.append(last)
+        plan.sample.append(last and seq.pooling is None)
         if last:
             self.prefilling.remove(seq)
             self.decoding.append(seq)
@@ -276,11 +279,19 @@ class Scheduler:
         """
         if seq in step.rows:
             self._take_back(step, step.rows.index(seq))
+        self._put_back(seq)
+        self._preempted = True
+
+    def put_back_all(self) -> None:
+        """Every running sequence back in line, to be computed from the start; only while no step is in flight."""
+        for seq in list(self.running()):
+            self._put_back(seq)
+
+    def _put_back(self, seq: Sequence) -> None:
         self._release(seq)
         seq.num_computed = seq.num_queued = seq.room = seq.num_drafts = 0
         seq.drafts = []
         self.waiting.push(seq)
-        self._preempted = True
         self.counters.num_preemptions += 1
 
     def _take_back(self, step: Step, row: int) -> None:
@@ -311,7 +322,9 @@ class Scheduler:
         """
         plan = step.plan
         deltas: list[TokenDelta] = []
-        plain = not (result.errors or result.num_drafts or result.logprobs or result.prompt_logprobs)
+        plain = not (
+            result.errors or result.num_drafts or result.logprobs or result.prompt_logprobs or result.pooled
+        )
         for row, (seq, n, drawn) in enumerate(zip(step.rows, plan.num_tokens, result.tokens)):
             if plain and n == 1 and len(drawn) == 1 and seq.slot >= 0 and seq.is_simple:
                 token, tokens = drawn[0], seq.tokens
@@ -338,6 +351,8 @@ class Scheduler:
             return self.fail(seq, result.errors[row])
         if result.prompt_logprobs is not None and len(seq.tokens) == seq.num_prompt:  # else told before
             seq.prompt_logprobs = (seq.prompt_logprobs or []) + (result.prompt_logprobs[row] or [])
+        if result.pooled is not None and row in result.pooled:
+            return self._pooled(seq, result.pooled[row])
         drawn, n, sampled = result.tokens[row], plan.num_tokens[row], plan.sample[row]
         if sampled:
             if not drawn:
@@ -403,6 +418,11 @@ class Scheduler:
         if reason is not None:
             self.finish(seq)
         return delta
+
+    def _pooled(self, seq: Sequence, vector: bytes) -> TokenDelta:
+        """A pooling sequence is complete: its vector is all there is to tell."""
+        self.finish(seq)
+        return TokenDelta(seq.id, [], "stop", num_cached_tokens=max(0, seq.num_cached), embedding=vector)
 
     def _times(self, seq: Sequence) -> Times:
         return Times(seq.admitted_s - seq.arrived_s, self.now_s - seq.admitted_s)

@@ -62,6 +62,7 @@ class Sequence:
         "num_drafts",
         "num_prompt",
         "num_queued",
+        "pooling",
         "prompt_logprobs",
         "room",
         "sampling",
@@ -105,10 +106,13 @@ class Sequence:
         # Lengths count prompt and answer; the last token is never computed, so rows end at max_len - 1.
         wanted = max_model_len if sampling.max_tokens is None else self.num_prompt + sampling.max_tokens
         self.max_len = min(wanted, max_model_len)
+        self.pooling = request.pooling
+        if request.pooling is not None:  # every token is computed, none is drawn
+            self.max_len = self.num_prompt + 1
         self.min_len = self.num_prompt + sampling.min_tokens
         eos = [] if sampling.ignore_eos else request.eos_token_ids
         # Nothing but stop tokens and lengths to look at when a token comes.
-        self.is_simple = constraint is None and sampling.prompt_logprobs is None
+        self.is_simple = constraint is None and sampling.prompt_logprobs is None and request.pooling is None
         self.stop_ids = frozenset([*eos, *sampling.stop_token_ids])
         self.slot = -1
         self.num_computed = 0
@@ -121,3 +125,8 @@ class Sequence:
         self.finished = False
         self.failed = False
         self.prompt_logprobs: list[list[Logprob]] | None = None
+
+    @property
+    def needs_every_position(self) -> bool:
+        """Whether each prompt token must be computed, also where its pages are cached."""
+        return self.sampling.prompt_logprobs is not None or self.pooling in ("mean", "cls")

@@ -31,7 +31,9 @@ class _Source:
         tokens = list(vocabulary.tokens[:vocab_size])
         # Rows of the output layer without a token (padding) must never be drawn.
         tokens += [b""] * (vocab_size - len(tokens))
-        special = {i for i in vocabulary.special_ids if i < vocab_size}
+        # Tokens that end an answer are no text, whatever the tokenizer says: else one could stand inside a string.
+        ends = {i for i in vocabulary.eos_token_ids if i < vocab_size}
+        special = {i for i in vocabulary.special_ids if i < vocab_size} | ends
         special |= {i for i, token in enumerate(tokens) if not token}
         for i in special - vocabulary.special_ids:
             tokens[i] = b"<unused %d>" % i

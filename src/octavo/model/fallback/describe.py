@@ -100,10 +100,12 @@ def read_config(files: ModelFiles) -> Any:
             "A newer transformers may; code from a model's repository is never run.",
         )
     try:
-        config = library.CONFIG_MAPPING[model_type].from_dict(content)
-        return config.get_text_config(decoder=True)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UnsupportedModelError(f"transformers cannot read config.json: {_first_line(error)}") from None
+        config = library.CONFIG_MAPPING[model_type].from_dict(content).get_text_config(decoder=True)
+    except Exception as error:  # noqa: BLE001  (another library's checks: whatever it raises is about this file)
+        raise UnsupportedModelError(
+            f"transformers cannot read config.json as a decoder's: {_first_line(error)}"
+        ) from None
+    return config
 
 
 def build_model(config: Any, device: str, dtype: str) -> Any:
@@ -119,7 +121,7 @@ def build_model(config: Any, device: str, dtype: str) -> Any:
                 config, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
             )
             model.tie_weights()
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError) as error:
+    except Exception as error:  # noqa: BLE001  (another library's model: whatever it raises is about this one)
         raise UnsupportedModelError(
             f"transformers cannot build {config.model_type!r} as a decoder over pages: {_first_line(error)}"
         ) from None
@@ -143,8 +145,13 @@ def _refuse_config(config: Any) -> None:
     for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
         if rope.get("rope_type") in BY_LENGTH:
             problem = f"its rope {rope['rope_type']!r} changes with the length of a sequence"
+    if getattr(config, "num_kv_shared_layers", None):
+        problem = "layers share their keys and values"
     if getattr(config, "quantization_config", None):
         problem = "its weights are quantized"
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        if not problem and not isinstance(getattr(config, name, None), int):
+            problem = f"its configuration has no {name}"
     if problem:
         raise UnsupportedModelError(
             f"{config.model_type!r} cannot run through transformers here: {problem}.",
@@ -175,23 +182,32 @@ def _shapes(model: Any, config: Any) -> tuple[int, int, int]:
                 f"{config.model_type!r} has keys of {key.shape[-1]} and values of {value.shape[-1]} numbers a head, which "
                 "pages for transformers' models do not hold."
             )
+        if index in seen:
+            raise UnsupportedModelError(
+                f"{config.model_type!r} cannot run through transformers here: layer {index} attends several times."
+            )
         seen[index] = (query.shape[1], key.shape[1], key.shape[3])
         return query.transpose(1, 2)
 
     for index, module in attention_modules(model):
         module.octavo = partial(look, index)
     ids = model.dummy_inputs["input_ids"][:1, :3].to("meta")
+    stopped = ""
     try:
         base_of(model)(input_ids=ids, position_ids=ids, use_cache=False)
-    except (RuntimeError, NotImplementedError):
-        pass  # experts ask for values, which there are none of; attention comes before them
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # noqa: BLE001  (experts ask for values, which there are none of, behind an attention)
+        stopped = f" ({_first_line(error)})"
     if len(set(seen.values())) != 1:
         why = (
             "its layers have different heads"
             if seen
             else "its attention is not one of transformers' interface"
         )
-        raise UnsupportedModelError(f"{config.model_type!r} cannot run through transformers here: {why}.")
+        raise UnsupportedModelError(
+            f"{config.model_type!r} cannot run through transformers here: {why}{'' if seen else stopped}."
+        )
     return next(iter(seen.values()))
 
 

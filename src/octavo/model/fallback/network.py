@@ -7,7 +7,9 @@ tokens [1, T] ── embed ── layer: q, k, v ──┐ store k, v ── pag
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,9 @@ from octavo.model.fallback.describe import (
     read_config,
     transformers_spec,
 )
+from octavo.model.fallback.names import renamed
 from octavo.model.layers.load import LoadItem
+from octavo.model.load import LoadReport, fill, fill_random
 from octavo.model.network import Network
 
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
@@ -161,12 +165,14 @@ class TransformersNetwork(Network):
         # Experts are chosen with the host's help.
         self.recordable = not any(name.endswith((GATE_UP, DOWN)) for name in self.names)
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
+        self.embedding = embedding
         tied = head is None or head.weight.data_ptr() == embedding.data_ptr()
         self.table = -1 if tied else embedding.data_ptr()  # what a step reads only a few rows of
         self.base, prefix = base_of(self.model), self.model.base_model_prefix
         self.given = Given()
         setattr(self.model, prefix, self.given)
-        ignored = self._ignored(files)
+        self.rename = partial(renamed, model=self.model, known=frozenset(self.names))
+        ignored = self._ignored(self.named(files))
         self.spec = replace(spec, bare_prefix=f"{prefix}.", ignored=spec.ignored + ignored)
 
     def _names(self) -> dict[str, Tensor]:
@@ -214,6 +220,16 @@ class TransformersNetwork(Network):
             )
             return LoadItem(name, "", tensor, ways=((LoadItem(name, "", tensor),), *ways))
         return LoadItem(name, "", tensor, constant=constant)
+
+    def load(self, files: ModelFiles, progress: Callable[[int, int], None] | None = None) -> LoadReport:
+        """See ``Network``."""
+        if files.format == "dummy":
+            return fill_random(self.items(), progress)
+        return fill(self.items(), self.named(files), self.spec, progress)
+
+    def named(self, files: ModelFiles) -> ModelFiles:
+        """See ``Network``."""
+        return self.rename(files)
 
     def idle_elements(self, tokens: int) -> dict[torch.dtype, float]:
         """See ``Network.idle_elements``; which experts a foreign module has is not known."""

@@ -13,6 +13,7 @@ from octavo.model.batch import Batch
 from octavo.model.blocks import Attention
 from octavo.model.cache import CachePlace
 from octavo.model.layers.build import Build
+from octavo.model.layers.cache_scales import CacheScales
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import Cut, LoadItem
 from octavo.model.layers.norm import NormLayer
@@ -44,7 +45,9 @@ class AttentionLayer:
         self.whole_norms = block.q_norm is not None and block.q_norm.size != block.head_dim
         self.store = build.binder.bind(ROPE_STORE, build.spec)
         self.attend = build.binder.bind(PAGED_ATTENTION, build.spec)
-        self.cache_dtype = build.dtype
+        self.cache_dtype = build.cache_type.dtype or build.dtype
+        module = hf_prefix + block.qkv.parts[0].hf.rpartition(".")[0]
+        self.scales = CacheScales(module, build.cache_type)
         self.pages = torch.empty(0)
         self.group = 0
         self.leaves_scales = False  # to the norm that follows: the layer around it decides
@@ -68,6 +71,8 @@ class AttentionLayer:
             self.pages,
             tables.slot_mapping,
             block.num_heads,
+            self.scales.key,
+            self.scales.value,
         )
         if self.temperatures is not None:
             q = (q * self.temperatures[batch.positions].view(-1, 1, 1)).to(q.dtype)
@@ -79,19 +84,21 @@ class AttentionLayer:
             batch.kv_lens,
             batch.max_query,
             batch.max_kv,
-            block.scale,
+            block.scale * self.scales.key,
             block.window,
             block.softcap,
             self.sinks,
             block.chunk,
         )
         joined = mixed.view(mixed.shape[0], -1)
+        if self.scales.value != 1.0:
+            joined = joined * self.scales.value
         if self.gate is not None:
             joined = joined * self.gate(x).sigmoid()
         return self.output.branch(joined) if self.leaves_scales else self.output(joined)
 
     def bind(self, place: CachePlace) -> None:
-        """Take pages [num_pages, 2, Hkv, P, D] in the type of activations."""
+        """Take pages [num_pages, 2, Hkv, P, D] in the cache's type."""
         block = self.block
         shape = (2, block.num_kv_heads, place.spec.page_size, block.head_dim)
         self.pages = place.typed(shape, self.cache_dtype)
@@ -120,6 +127,7 @@ class AttentionLayer:
         found = self.qkv.items() + self.output.items() + [item for items in norms for item in items]
         if self.gate is not None:
             found += self.gate.items()
+        found += self.scales.items()
         if self.sinks is not None:
             heads, ranks = self.sinks.shape[0], self.ranks
             cut = Cut(0, ranks.rank * heads, heads, ranks.size * heads)

@@ -36,6 +36,17 @@ class Ranks:
 ALONE = Ranks()
 
 
+@dataclass(frozen=True)
+class CacheType:
+    """How keys and values are kept: in ``dtype`` (None: that of activations). ``calibrated``: the files hold scales."""
+
+    dtype: torch.dtype | None = None
+    calibrated: bool = False
+
+
+AS_RUN = CacheType()
+
+
 @dataclass
 class Build:
     """The context of a build. ``tables`` shares cos/sin between layers with the same rope; ``weight_format`` is how
@@ -50,6 +61,7 @@ class Build:
     weight_format: WeightFormat = DENSE
     tables: dict[Rope, Tensor] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
+    cache_type: CacheType = AS_RUN
 
     def dense(self) -> Build:
         """The same, with projections stored as they are."""

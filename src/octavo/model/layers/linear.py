@@ -9,7 +9,7 @@ from torch import Tensor
 from octavo.device.kernels.rows import Fp8Rows, Raw
 from octavo.model.blocks import Linear, Part
 from octavo.model.layers.build import Build, Ranks
-from octavo.model.layers.load import Cut, LoadItem
+from octavo.model.layers.load import Cut, LoadItem, Source, StoredMatrix
 from octavo.model.quantization.fp8 import Fp8Weight
 
 
@@ -21,7 +21,7 @@ class LinearLayer:
 
     def __init__(self, block: Linear, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
         self.block = block
-        self.weight = build.weight_format.allocate(block.out_features, block.in_features, build)
+        self.weight = build.weight_format.allocate(block, build, hf_prefix, gguf_prefix)
         self.bias = build.empty(block.out_features) if block.bias else None
         self.multiply = self.weight.multiply
         self.ranks = build.ranks
@@ -50,7 +50,10 @@ class LinearLayer:
         found, row = [], 0
         for hf, gguf, part in self.names:
             rows = slice(row, row + part.out_features)
-            found.append(self.weight.item(f"{hf}.weight", f"{gguf}.weight", rows, part, self._cut(part)))
+            item = self.weight.item(f"{hf}.weight", f"{gguf}.weight", rows, part, self._cut(part))
+            found.append(item)
+            if self.bias is None and isinstance(item, StoredMatrix):  # quantizers may add one of zeros
+                item.sources += (Source("zero_bias", f"{hf}.bias", required=False),)
             if self.bias is not None:
                 cut = self._cut(part) if self.block.shard != "row" else None
                 found.append(LoadItem(f"{hf}.bias", f"{gguf}.bias", self.bias[rows], part, cut=cut))

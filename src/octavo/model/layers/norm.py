@@ -14,7 +14,7 @@ from octavo.device.ops.norm import ADD_RMS_NORM, RMS_NORM
 from octavo.model.blocks import Norm
 from octavo.model.layers.build import Build
 from octavo.model.layers.load import LoadItem
-from octavo.model.quantization.fp8 import Fp8Format, Fp8Weight
+from octavo.model.quantization.fp8 import Fp8Weight
 
 
 class NormLayer:
@@ -26,7 +26,7 @@ class NormLayer:
         self.weight = build.empty(block.size, dtype=torch.float32)
         self.plain = build.binder.bind(RMS_NORM, build.spec)
         self.adding = build.binder.bind(ADD_RMS_NORM, build.spec)
-        fp8 = isinstance(build.weight_format, Fp8Format)
+        fp8 = build.weight_format.has_fp8
         self.adding_fp8 = build.binder.bind(ADD_RMS_NORM_FP8, build.spec) if fp8 else None
         self.next: Fp8Weight | None = None  # what multiplies the normed rows, where that is one fp8 weight
         self.names = (f"{hf_prefix}{block.hf}", f"{gguf_prefix}{block.gguf}")

@@ -104,8 +104,5 @@ class RecurrentLayer:
         for part, target in zip(self.per_head_parts, self.per_head):
             found.append(LoadItem(hf + part.hf, gguf + part.gguf, target, part, cut=cut_of(part, self.ranks)))
         norm = block.norm
-        found.append(
-            LoadItem(f"{hf}{norm.hf}.weight", f"{gguf}{norm.gguf}.weight", self.norm, constant=1.0)
-        )
+        found.append(LoadItem(f"{hf}{norm.hf}.weight", f"{gguf}{norm.gguf}.weight", self.norm, constant=1.0))
         return found
-

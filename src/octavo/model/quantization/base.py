@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from torch import Tensor
 
-from octavo.model.blocks import Part
+from octavo.model.blocks import Experts, Linear, Part
 from octavo.model.layers.load import Cut, LoadItem
 
 if TYPE_CHECKING:
     from octavo.model.layers.build import Build
+    from octavo.model.quantization.packed import LoadedPackedWeight, StoredPackedWeight
+
+
+Stack: TypeAlias = "LoadedPackedWeight | StoredPackedWeight"  # the rows of many experts, packed
 
 
 class Weight(Protocol):
@@ -24,7 +28,20 @@ class Weight(Protocol):
 
 
 class WeightFormat(Protocol):
-    """Allocates matrices."""
+    """Allocates matrices. ``covers_head``: of the output head too, not of the layers alone."""
 
-    def allocate(self, out_features: int, in_features: int, build: Build) -> Weight:
-        """A matrix, uninitialized."""
+    @property
+    def covers_head(self) -> bool:
+        """See above."""
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether some matrices are fp8 with a scale an output, whose activations norms may quantize."""
+
+    def allocate(self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = "") -> Weight:
+        """The matrix of all parts, uninitialized; the prefixes come before the parts' names."""
+
+    def allocate_experts(
+        self, block: Experts, build: Build, hf_prefix: str, gguf_prefix: str
+    ) -> tuple[Stack, Stack] | None:
+        """Stacks [E * 2 I, H] and [E * H, I] of a layer's experts; None where they are stored as they are."""

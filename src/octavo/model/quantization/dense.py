@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from octavo.model.blocks import Part
+from octavo.model.blocks import Experts, Linear, Part
 from octavo.model.layers.load import Cut, LoadItem
 
 if TYPE_CHECKING:
@@ -34,9 +34,18 @@ class DenseWeight:
 class DenseFormat:
     """See ``WeightFormat``."""
 
-    def allocate(self, out_features: int, in_features: int, build: Build) -> DenseWeight:
+    covers_head: ClassVar[bool] = False
+    has_fp8: ClassVar[bool] = False
+
+    def allocate(
+        self, block: Linear, build: Build, hf_prefix: str = "", gguf_prefix: str = ""
+    ) -> DenseWeight:
         """See ``WeightFormat``."""
-        return DenseWeight(out_features, in_features, build)
+        return DenseWeight(block.out_features, block.in_features, build)
+
+    def allocate_experts(self, block: Experts, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
+        """See ``WeightFormat``."""
+        return
 
 
 DENSE = DenseFormat()

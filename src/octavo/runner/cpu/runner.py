@@ -19,6 +19,7 @@ from octavo.model.blocks import DecoderSpec
 from octavo.protocol.generate import Logprob
 from octavo.protocol.plan import CopyPage, GrammarMask, PageOp, StepPlan, StepResult
 from octavo.runner.cpu.lower import Lowering, Narrow, buffers, step_tables
+from octavo.runner.cpu.packing import Packer
 from octavo.runner.cpu.program import Program, aligned
 from octavo.runner.cpu.sampling import Row, Sampler, logprobs
 from octavo.runner.cpu.slots import Slots
@@ -99,7 +100,7 @@ class CPURunner:
         self.lowered = Lowering(
             spec,
             layout,
-            WeightReader(files, spec, progress, quantization),
+            WeightReader(files, spec, Packer(self.team, self.library), progress, quantization),
             self.program,
             buffers(spec, tokens, self.team.threads),
             self.tables,

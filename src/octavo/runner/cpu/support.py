@@ -38,7 +38,7 @@ KNOWN: dict[type, set[str]] = {
     },
     GatedMLP: {"gate_up", "down", "intermediate", "activation"},
     Linear: {"in_features", "parts", "bias", "shard"},
-    Part: {"hf", "gguf", "out_features", "heads", "copies"},
+    Part: {"hf", "gguf", "out_features", "heads", "copies", "start", "total", "hf_heads", "rotated"},
     Norm: {"hf", "gguf", "size", "eps", "offset"},
     Rope: {"dim", "inv_freq", "scale", "short", "original"},
 }  # fmt: skip
@@ -88,7 +88,7 @@ def _unknown(block: Any) -> str | None:
 
 
 QUANTIZATIONS = ("Q4_0", "Q4_1", "Q8_0")
-ALWAYS = ("embed", "norm", "gate", "rope_store", "attend", "combine", "draw")
+ALWAYS = ("pack_blocks", "embed", "norm", "gate", "rope_store", "attend", "combine", "draw")
 
 
 def kernels_for(spec: DecoderSpec, files: ModelFiles, quantization: str | None = None) -> list[str]:

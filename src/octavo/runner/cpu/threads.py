@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,50 @@ from octavo.runner.cpu.program import Tape
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
+NODES = Path("/sys/devices/system/node")
 FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 
 
 def available_threads() -> int:
-    """Cores this process may use: its affinity mask without second hyperthreads (they share the multipliers), cut to the
-    cgroup's CPU quota (rounded up, at least 1)."""
+    """Cores this process may use: those of its affinity mask on one memory node, without second hyperthreads (they share
+    the multipliers), cut to the cgroup's CPU quota (rounded up, at least 1)."""
     if hasattr(os, "sched_getaffinity"):
-        cores = physical_cores(os.sched_getaffinity(0), CPUS)
+        cores = physical_cores(home_node(os.sched_getaffinity(0), NODES), CPUS)
     else:
         cores = os.cpu_count() or 1
-    quota = cgroup_quota(CGROUP)
+    quota = cgroup_quota(CGROUP, own_group())
     return max(1, min(cores, math.ceil(quota))) if quota else max(1, cores)
+
+
+def home_node(logical: set[int], root: Path) -> set[int]:
+    """Those of some logical processors that lie on one memory node, the one with most of them; all of them where the
+    system knows no nodes. Weights are read by the threads that repacked them, so one node's memory serves all."""
+    nodes = []
+    for path in sorted(root.glob("node[0-9]*/cpulist")):
+        try:
+            nodes.append(logical & parse_list(path.read_text()))
+        except (OSError, ValueError):
+            return logical
+    return max(nodes, key=len, default=logical) or logical
+
+
+def parse_list(text: str) -> set[int]:
+    """Numbers of a kernel list like "0-3,8"."""
+    found: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def binding(threads: int) -> set[int] | None:
+    """Where helpers should stay: the home node, if there are others and it has a core for each; else anywhere."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    allowed = os.sched_getaffinity(0)
+    home = home_node(allowed, NODES)
+    return home if home != allowed and physical_cores(home, CPUS) >= threads else None
 
 
 def physical_cores(logical: set[int], root: Path) -> int:
@@ -47,16 +80,32 @@ def physical_cores(logical: set[int], root: Path) -> int:
     return len(cores)
 
 
-def cgroup_quota(root: Path) -> float | None:
-    """CPUs the control group grants (versions 2 and 1), or None where it sets no limit."""
+def cgroup_quota(root: Path, group: str = "/") -> float | None:
+    """CPUs that the control group ``group`` and those around it grant (versions 2 and 1), None where none sets a limit."""
+    inner = root / group.strip("/")
+    found = [_quota(path) for path in (inner, *inner.parents) if path == root or root in path.parents]
+    limits = [quota for quota in found if quota is not None]
+    return min(limits) if limits else None
+
+
+def own_group() -> str:
+    """This process's control group (version 2) below the root that it sees."""
     try:
-        text = (root / "cpu.max").read_text().split()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return "/"
+    return next((line[3:] for line in lines if line.startswith("0::")), "/")
+
+
+def _quota(folder: Path) -> float | None:
+    try:
+        text = (folder / "cpu.max").read_text().split()
         return None if text[0] == "max" else int(text[0]) / int(text[1])
     except (OSError, ValueError, IndexError, ZeroDivisionError):
         pass
     try:
-        quota = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
-        period = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+        quota = int((folder / "cpu" / "cpu.cfs_quota_us").read_text())
+        period = int((folder / "cpu" / "cpu.cfs_period_us").read_text())
         return quota / period if quota > 0 and period > 0 else None
     except (OSError, ValueError):
         return None
@@ -108,10 +157,11 @@ class Team:
         self._first = (self._control - self._lines.ctypes.data) // 8
         self._system = system_calls()
         self._calls = int(self._system.ctypes.data)
+        home = binding(self.threads)
         self._helpers = [
             threading.Thread(
-                target=self._work,
-                args=(self._control, self._system.ctypes.data, index),
+                target=_live,
+                args=(home, self._work, self._control, self._calls, index),
                 name=f"octavo-cpu-{index}",
                 daemon=True,
             )
@@ -157,6 +207,14 @@ class Team:
     def close(self) -> None:
         """End the helpers; the team is unusable afterwards."""
         self._end()
+
+
+def _live(home: set[int] | None, work: Callable[..., None], *arguments: int) -> None:
+    """A helper's life, on its node."""
+    if home is not None:
+        with suppress(OSError):  # a container may forbid it
+            os.sched_setaffinity(0, home)  # of this thread
+    work(*arguments)
 
 
 def _stop(

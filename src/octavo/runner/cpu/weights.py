@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,10 @@ from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles, TensorInfo
 from octavo.model.blocks import DecoderSpec, Embedding, Linear, Norm, Part
 from octavo.model.quantization.gguf_blocks import dequantize_blocks, quantize_blocks
+from octavo.runner.cpu.packing import Packer
 from octavo.runner.cpu.program import Arena
 
+T = TypeVar("T", np.uint8, np.float32)
 PACK_BYTES = 8 << 20  # raw bytes repacked at a time: bounds the temporary copies
 
 
@@ -72,10 +75,12 @@ class WeightReader:
         self,
         files: ModelFiles,
         spec: DecoderSpec,
+        packer: Packer,
         progress: Callable[[int, int], None] | None = None,
         quantization: str | None = None,
     ) -> None:
         self.files = files
+        self.packer = packer
         self.spec = spec
         self.gguf = files.format == "gguf"
         self.progress = progress
@@ -152,9 +157,9 @@ class WeightReader:
         return raw.view(np.float32 if info.dtype == "F32" else np.float16).astype(np.float32)
 
     def _read(self, name: str) -> NDArray[np.uint8]:
-        self.used.add(name)
         raw = self.files.read(name)
-        self.done += raw.nbytes
+        self.done += 0 if name in self.used else raw.nbytes
+        self.used.add(name)
         if self.progress is not None:
             self.progress(self.done, self.total)
         return raw
@@ -181,13 +186,13 @@ class WeightReader:
         for part in parts:
             self._check(prefix, part, inputs)
             name = self._name(prefix, part)
-            raw = self._read(name + ".weight").reshape(part.out_features, -1)
+            raw = self._rows(self._read(name + ".weight").reshape(part.total or part.out_features, -1), part)
             order = self._order(part)
             panel = first // formats.ROWS
             target = weights[panel:], scales[panel:], None if lower is None else lower[panel:]
             self._fill((dtype, stored), raw, order, inputs, *target)
             if bias is not None:
-                values = self._floats(name + ".bias", part.out_features)
+                values = self._rows(self._floats(name + ".bias", part.total or part.out_features), part)
                 bias[first : first + part.out_features] = values if order is None else values[order]
             first += part.out_features
         kernel = f"linear_{form.name}" if form else kernel_of(stored)
@@ -196,17 +201,25 @@ class WeightReader:
 
     def _check(self, prefix: str, part: Part, inputs: int) -> None:
         info = self._info(prefix, part)
-        if info.shape != (part.out_features, inputs):
+        expected = part.total or part.out_features, inputs
+        if info.shape != expected:
             raise ModelFileError(
-                f"{self.files.name}: {info.name} has shape {info.shape}, expected {(part.out_features, inputs)}."
+                f"{self.files.name}: {info.name} has shape {info.shape}, expected {expected}."
             )
+
+    def _rows(self, stored: NDArray[T], part: Part) -> NDArray[T]:
+        """A part's own rows of a tensor that several may share."""
+        return stored[part.start : part.start + part.out_features]
 
     def _order(self, part: Part) -> NDArray[np.int64] | None:
         """Rows in the order that puts each head's rotary halves one after the other."""
-        if not (self.gguf and part.heads):
+        heads = part.heads if self.gguf else part.hf_heads
+        if not heads:
             return None
-        pairs = np.arange(part.out_features).reshape(part.heads, -1, 2)
-        return pairs.transpose(0, 2, 1).reshape(-1)
+        rows = np.arange(part.out_features).reshape(heads, -1)
+        rotated = part.rotated or rows.shape[1]
+        pairs = rows[:, :rotated].reshape(heads, -1, 2).transpose(0, 2, 1).reshape(heads, rotated)
+        return np.concatenate([pairs, rows[:, rotated:]], axis=1).reshape(-1)
 
     def _fill(
         self,
@@ -231,11 +244,9 @@ class WeightReader:
                 piece = np.concatenate([piece, padding])
             panel = start // formats.ROWS
             body = weights[panel : panel + len(piece) // formats.ROWS]
-            if lower is not None:
-                whole = np.empty((len(body), formats.ZERO8.panel_bytes(inputs)), np.uint8)
-                formats.pack(stored, piece, inputs, whole, scales[panel : panel + len(body)])
-                formats.split_planes(whole, inputs // formats.BLOCK, body, lower[panel : panel + len(body)])
-            elif stored in formats.BY_DTYPE:
-                formats.pack(stored, piece, inputs, body, scales[panel : panel + len(body)])
+            count = len(body)
+            if stored in formats.BY_DTYPE:
+                second = None if lower is None else lower[panel : panel + count]
+                self.packer.pack(stored, piece, inputs, body, scales[panel : panel + count], second)
             else:
                 formats.pack_dense(stored, piece, body)

@@ -6,26 +6,14 @@ template that prints calls in another way than its row expects is served with th
 
 from __future__ import annotations
 
-from octavo.api.chat.events import ToolArgs, ToolStart
+from octavo.api.chat.events import ChatEvent, ToolArgs, ToolStart
+from octavo.api.chat.formats.families import GENERIC, HARMONY, ROWS, UNPROVED
+from octavo.api.chat.formats.harmony import HarmonyReader, speaks_harmony
 from octavo.api.chat.formats.tools import ToolParser, ToolSyntax
+from octavo.api.generation import TextDelta
 from octavo.api.text.template import ChatTemplate
 from octavo.errors import RequestError
 
-HERMES = ToolSyntax("hermes", "<tool_call>", "</tool_call>")
-LLAMA3_JSON = ToolSyntax("llama3_json", "<|python_tag|>", args_key="parameters", bare=True, separator="; ")
-MISTRAL = ToolSyntax("mistral", "[TOOL_CALLS]", is_list=True, separator=", ", id_length=9)
-MISTRAL_NAMED = ToolSyntax("mistral_named", "[TOOL_CALLS]", args_mark="[ARGS]", separator="", id_length=9)
-# For models whose template knows nothing of tools (or writes calls in a way not known here): the prompt explains it.
-GENERIC = ToolSyntax("json", "<tool_call>", "</tool_call>")
-
-# Marks that must (and must not) stand in the template; the first row that fits and is proved wins.
-ROWS: tuple[tuple[ToolSyntax, tuple[str, ...], tuple[str, ...]], ...] = (
-    (MISTRAL_NAMED, ("[TOOL_CALLS]", "[ARGS]"), ()),
-    (MISTRAL, ("[TOOL_CALLS]",), ("[ARGS]",)),
-    (HERMES, ("<tool_call>", "</tool_call>"), ("<function=", "<arg_key>")),
-    (LLAMA3_JSON, ("tools", '"parameters"'), ("<tool_call>",)),
-    (LLAMA3_JSON, ("tools", "<|python_tag|>"), ("<tool_call>",)),
-)
 _PROBE = "octavo_probe"
 
 
@@ -34,9 +22,11 @@ def detect_tools(template: ChatTemplate) -> ToolSyntax:
     source = template.source
     if source is None or "tools" not in source:
         return GENERIC
+    if speaks_harmony(source):
+        return HARMONY
     for syntax, marks, others in ROWS:
         fits = all(mark in source for mark in marks) and not any(mark in source for mark in others)
-        if fits and _reads_back(template, syntax):
+        if fits and (syntax in UNPROVED or _reads_back(template, syntax)):
             return syntax
     return GENERIC
 
@@ -53,13 +43,25 @@ def _reads_back(template: ChatTemplate, syntax: ToolSyntax) -> bool:
         text = template.render(messages, add_generation_prompt=False, tools=[tool])
     except RequestError:
         return True  # it refuses such a conversation, which says nothing about the format
+    name, args = read_last_call(text, syntax, _PROBE)
+    return name == _PROBE and "".join(args.split()) == '{"x":1}'
+
+
+def read_last_call(text: str, syntax: ToolSyntax, name: str) -> tuple[str | None, str]:
+    """Name and arguments of the last call in a rendered conversation, as this format reads it; ``name`` is looked for."""
     at = text.rfind(syntax.begin)
-    if at < 0 and syntax.bare:
+    if at < 0 and syntax.bare == "{":
         at = max(text.rfind('{"name"'), text.rfind('{"function"'))
+    elif at < 0 and syntax.bare:
+        at = text.rfind(f"[{name}(")
     if at < 0:
-        return False
-    parser = ToolParser(syntax, 0, names=[_PROBE])
-    events = [*parser.push(text[at:]), *parser.finish()]
+        return None, ""
+    events: list[ChatEvent]
+    if syntax is HARMONY:
+        events = HarmonyReader(0).push(TextDelta(text[at:], [], "stop"))
+    else:
+        parser = ToolParser(syntax, 0, names=[name])
+        events = [*parser.push(text[at:]), *parser.finish()]
     names = [event.name for event in events if isinstance(event, ToolStart)]
     args = "".join(event.text for event in events if isinstance(event, ToolArgs))
-    return names == [_PROBE] and "".join(args.split()) == '{"x":1}'
+    return (names[0] if names else None), args

@@ -55,6 +55,11 @@ class ReasoningParser:
         self._space: list[str] = []  # white space that may stand at an end
         self._begun = False  # this part has some text
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the text is inside of the thoughts now."""
+        return self._state is _State.INSIDE
+
     def push(self, text: str) -> tuple[list[ChatEvent], str]:
         """The thoughts and the answer's text that ``text`` brings."""
         if self._state is _State.AFTER and self._begun:

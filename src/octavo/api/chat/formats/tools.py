@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from octavo.api.chat.events import ChatEvent, Text, ToolArgs, ToolStart
+from octavo.api.chat.formats.bodies import BodyReader, Schemas, TaggedReader, Tags
 from octavo.api.chat.formats.calls import CallReader
 from octavo.api.chat.formats.markers import partial_marker
+from octavo.api.chat.formats.program import PYTHON, Dialect, ProgramReader
 
 MAX_NAME = 256
 
@@ -25,19 +27,41 @@ class ToolSyntax:
     """How a family writes calls.
 
     ``begin`` opens a section of calls, ``end`` closes it ("" = it lasts to the end of the answer). ``args_key`` is what
-    the model was trained to write. ``bare``: an answer that begins with ``{`` is a call too. ``is_list``: the section is
-    a JSON list. ``args_mark``: calls are ``name``, this mark, arguments. ``id_length`` is that of call ids (0: any).
+    the model was trained to write. ``bare``: an answer that begins with this character is a call too. ``is_list``: the
+    section is a JSON list. ``args_mark``: calls are a name, this mark, arguments; ``call_begin``, ``name_before`` and
+    ``name_mark`` may stand before the name, ``args_end`` and ``call_end`` behind the arguments; ``numbered`` names end with ":0", ":1" and so on.
+    ``tags`` or ``program``: calls are not JSON. ``id_length`` is that of call ids (0: any).
     """
 
     name: str
     begin: str
     end: str = ""
     args_key: str = "arguments"
-    bare: bool = False
+    bare: str = ""
     is_list: bool = False
     args_mark: str = ""
     separator: str = "\n"
     id_length: int = 0
+    call_begin: str = ""
+    name_before: str = ""
+    name_mark: str = ""
+    args_end: str = ""
+    call_end: str = ""
+    numbered: bool = False
+    tags: Tags | None = None
+    program: Dialect | None = None
+
+    @property
+    def is_json(self) -> bool:
+        """Whether arguments are JSON, so that a grammar can enforce a schema in them."""
+        return self.tags is None and self.program is None
+
+    @property
+    def again(self) -> str:
+        """What begins another call in a section ("": only a look at every character can tell)."""
+        if self.program is not None:
+            return self.program.prefix
+        return self.tags.name_begin if self.tags is not None else self.call_begin or "{"
 
 
 def new_call_id(syntax: ToolSyntax) -> str:
@@ -56,7 +80,7 @@ class _State(Enum):
 class ToolParser:
     """Text of choice ``index`` in, ``Text``, ``ToolStart`` and ``ToolArgs`` out.
 
-    ``names`` are the tools that exist; only a bare call must be one of them. Without ``parallel`` calls behind the first
+    ``names`` are the tools that exist; only a bare call must be one of them. ``schemas`` are those of their parameters. Without ``parallel`` calls behind the first
     are dropped. ``num_calls`` counts those that were told.
     """
 
@@ -66,6 +90,7 @@ class ToolParser:
         index: int,
         *,
         names: Collection[str] = (),
+        schemas: Schemas | None = None,
         parallel: bool = True,
         new_id: Callable[[ToolSyntax], str] = new_call_id,
     ) -> None:
@@ -73,13 +98,14 @@ class ToolParser:
         self._syntax = syntax
         self._index = index
         self._names = frozenset(names)
+        self._schemas: Schemas = schemas or {}
         self._parallel = parallel
         self._new_id = new_id
         self._state = _State.OUT
         self._pending = ""  # the beginning of a marker, perhaps
         self._space: list[str] = []  # white space that may turn out to stand before a call
         self._raw: list[str] = []  # the section so far, while it may turn out to be text
-        self._reader: CallReader | None = None
+        self._reader: BodyReader | None = None
         self._is_bare = False
         self._begun = False  # some text has been told
         self._after_call = False  # white space here stands behind a call
@@ -135,7 +161,7 @@ class ToolParser:
             while at < len(buffer) and buffer[at].isspace():
                 self._space.append(buffer[at])
                 at += 1
-            if at < len(buffer) and buffer[at] == "{":
+            if at < len(buffer) and buffer[at] == syntax.bare:
                 self._is_bare = True
                 self._open("")
                 return at
@@ -157,9 +183,18 @@ class ToolParser:
     def _gap(self, buffer: str, at: int) -> int:
         """Between calls: skip separators, find the next call or the end of the section."""
         syntax, mark = self._syntax, buffer[at]
-        if self._told and syntax.end:
+        if self._told and syntax.end and syntax.again and not self._is_bare:
             return self._to_end(buffer, at)
-        if mark == "{":
+        if not syntax.again or self._is_bare:  # the section's end stands among calls
+            if self._told and mark == "]":
+                self._state, self._raw = _State.OUT if self._is_bare else _State.GAP, []
+                return at + 1
+            if syntax.end and buffer.startswith(syntax.end, at):
+                return self._close(buffer, at + len(syntax.end))
+            if syntax.end and syntax.end.startswith(buffer[at:]):
+                self._pending = buffer[at:]
+                return len(buffer)
+        if syntax.is_json and mark == "{":
             self._reader = CallReader(("arguments", "parameters"))
             self._state, self._told = _State.CALL, False
             return at
@@ -175,13 +210,31 @@ class ToolParser:
         if syntax.args_mark and not self._is_bare:
             self._state = _State.NAME
             return at
+        if not syntax.is_json:
+            self._reader = self._body()
+            self._state, self._told = _State.CALL, False
+            return at
         self._give_up("")
+        return at
+
+    def _body(self) -> BodyReader:
+        """A reader of one call that is not JSON."""
+        if self._syntax.tags is not None:
+            return TaggedReader(self._syntax.tags, self._schemas)
+        return ProgramReader(self._syntax.program or PYTHON)
+
+    def _close(self, buffer: str, at: int) -> int:
+        """A section that ends without (or behind) calls."""
+        if not self._told and self._raw and not self.num_calls:
+            self._give_up(self._syntax.end)
+        else:
+            self._state, self._raw = _State.OUT, []
         return at
 
     def _to_end(self, buffer: str, at: int) -> int:
         """Behind a call: drop everything up to the section's end or another call."""
-        end = self._syntax.end
-        following = buffer.find("{", at)
+        end, again = self._syntax.end, self._syntax.again
+        following = buffer.find(again, at)
         found = buffer.find(end, at, len(buffer) if following < 0 else following)
         if found >= 0:
             self._state, self._raw = _State.OUT, []
@@ -189,7 +242,7 @@ class ToolParser:
         if following >= 0:
             self._told = False
             return following
-        keep = partial_marker(buffer, at, end)
+        keep = max(partial_marker(buffer, at, end), partial_marker(buffer, at, again))
         self._pending = buffer[len(buffer) - keep :]
         return len(buffer)
 
@@ -207,10 +260,21 @@ class ToolParser:
         if found < 0:
             self._pending = buffer[at:]
             return len(buffer)
-        self._reader = CallReader(("arguments",), name=buffer[at:found].strip() or "?")
+        self._reader = CallReader(("arguments",), name=self._clean(buffer[at:found]))
         self._raw_add(buffer[at : found + len(mark)])
         self._state, self._told = _State.CALL, False
         return found + len(mark)
+
+    def _clean(self, name: str) -> str:
+        """A name without what stands around it."""
+        syntax = self._syntax
+        name = name.strip().removeprefix(syntax.call_begin).strip()
+        before = syntax.name_before + syntax.name_mark
+        if before and before in name:
+            name = name.rpartition(before)[2]
+        if syntax.numbered and name.rpartition(":")[2].isdigit():
+            name = name.rpartition(":")[0]
+        return name or "?"
 
     def _call(self, buffer: str, at: int) -> int:
         reader = self._reader
@@ -228,6 +292,8 @@ class ToolParser:
         elif reader.broken or reader.done:
             if reader.done and name is None:
                 self._give_up("")
+            elif reader.done and self._syntax.tags is not None and self._syntax.tags.ends_section:
+                self._state, self._raw = _State.OUT, []
             else:
                 self._state = _State.GAP
         return stop
@@ -238,7 +304,8 @@ class ToolParser:
             self._told, self._after_call, self._raw, self._space = True, True, [], []
             self.num_calls += 1
             if self.num_calls == 1 or self._parallel:
-                call_id = self._new_id(self._syntax)
+                numbered = f"functions.{name}:{self.num_calls - 1}"
+                call_id = numbered if self._syntax.numbered else self._new_id(self._syntax)
                 self._events.append(ToolStart(self._index, self.num_calls - 1, call_id, name))
         if args and (self.num_calls == 1 or self._parallel):
             self._events.append(ToolArgs(self._index, self.num_calls - 1, args))

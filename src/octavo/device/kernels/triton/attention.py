@@ -345,12 +345,17 @@ class PagedAttention:
 
     ``large``: the GPU has at least 160 KiB of shared memory a multiprocessor; ``pdl``: programmatic dependent launch
     for a step of one token, whose other kernels take part in it too. An instance keeps the zeroed counters of its
-    splits, so calls of one instance must follow each other in one stream.
+    splits, so calls of one instance must follow each other in one stream. ``tiles`` and ``apart`` replace what would be
+    chosen for rows of any length (``octavo.bench.gpu_attention`` compares them).
     """
 
-    def __init__(self, large: bool = False, pdl: bool = False) -> None:
+    def __init__(
+        self, large: bool = False, pdl: bool = False, tiles: Tiles | None = None, apart: bool | None = None
+    ) -> None:
         self.large = large
         self.pdl = pdl
+        self.tiles = tiles
+        self.apart = apart
         self.counters: Tensor | None = None
 
     def __call__(
@@ -387,9 +392,11 @@ class PagedAttention:
         if max_query == 1:
             self._decode(out, tables, 0, numbers, static, window)
             return out
-        tiles = varlen_tiles(head_dim, q.element_size() == 4, static["GROUP"], self.large, max_query)
+        wide = q.element_size() == 4
+        tiles = self.tiles or varlen_tiles(head_dim, wide, static["GROUP"], self.large, max_query)
         # A tile of many tokens is wasted on single-token rows: those take their own kernel then.
-        apart = tiles.block_m > 128 and kv_lens.shape[0] > 1
+        apart = tiles.block_m > 128 if self.apart is None else self.apart
+        apart = apart and kv_lens.shape[0] > 1
         grid = (num_kv_heads, tokens // (tiles.block_m // static["GROUP"]) + kv_lens.shape[0])
         _varlen_kernel[grid](
             out, *tables, int(not apart), kv_lens.shape[0], *numbers, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,

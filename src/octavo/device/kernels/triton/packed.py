@@ -23,10 +23,11 @@ from torch import Tensor
 SKINNY = 16  # most tokens for which the scales multiply sums, not weights
 WRITE_OUT_FROM = 1024
 WRITE_OUT_ELEMENTS = 1 << 25  # 64 MiB of bfloat16
-BLOCKS = (8, 16, 32, 64, 128)  # tokens of a tile
+BLOCKS = (8, 16, 32, 64)  # tokens of a tile
+LARGE_BLOCKS = (*BLOCKS, 128)  # where there is shared memory for it: 160 KiB
 TARGET_PROGRAMS = 512  # a few on every multiprocessor of a large GPU
 MAX_SPLITS = 16
-CODES = {"int": 0, "e2m1": 1, "nf4": 2}
+CODES = {"int": 0, "e2m1": 1, "nf4": 2, "e4m3": 3}
 SCALES = {"zero": 0, "pair": 1, "minimum": 2, "k": 3, "bytes": 4, "e4m3": 5, "float": 6}
 GROUPS_IN_WORD = (1, 2, 1, 2, 4, 4, 1)
 
@@ -110,7 +111,11 @@ def _codes(
     KIND: tl.constexpr,
 ):
     """The codes at one place of all words: base + code, or the value of a small float; NF4 and bytes as float32."""
-    if BITS == 8:
+    if CODE == 3:
+        # Sign, four bits of exponent, three of mantissa; 2^120 makes up for the other bias.
+        byte = words >> (PLACE * 8)
+        return (((byte & 0x7F) << 20) | ((byte & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    elif BITS == 8:
         return ((words >> (PLACE * 8)) & 0xFF).to(tl.float32)
     elif CODE == 2:
         return _nf4((words >> (PLACE // 2 * 4 + PLACE % 2 * 16)) & 0xF)
@@ -348,6 +353,14 @@ def write_out(weight: Any, rows: slice, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def tile(block: int) -> tuple[int, int, int]:
+    """Outputs, warps and stages of the software pipeline for tiles of ``block`` tokens.
+
+    Two warps keep to the older tensor core instructions, which need no fence between few tokens' products.
+    """
+    return (64, 2, 3) if block <= SKINNY else (64, 4, 2) if block <= 64 else (128, 8, 2)
+
+
 class LinearPacked:
     """``octavo.device.ops.packed.linear_packed`` on a GPU; the tensors of the weight are contiguous.
 
@@ -355,7 +368,8 @@ class LinearPacked:
     none compiles later.
     """
 
-    def __init__(self, pdl: bool = False) -> None:
+    def __init__(self, large: bool = False, pdl: bool = False) -> None:
+        self.blocks = LARGE_BLOCKS if large else BLOCKS
         self.pdl = pdl
         self.counters: Tensor | None = None
 
@@ -374,13 +388,13 @@ class LinearPacked:
             x = x.index_select(1, weight.order)
         if tokens >= WRITE_OUT_FROM:
             return self._library(x, weight, bias, out)
-        block = next((size for size in BLOCKS if size >= tokens), BLOCKS[-1])
+        block = next((size for size in self.blocks if size >= tokens), self.blocks[-1])
         self._launch(block, x, weight, bias, out)
         return out
 
     def _warm(self, x: Tensor, weight: Any, bias: Tensor | None) -> None:
         out = torch.empty((1, weight.outputs), dtype=x.dtype, device=x.device)
-        for block in BLOCKS:
+        for block in self.blocks:
             self._launch(block, x[:1], weight, bias, out)
         write_out(weight, slice(0, 1), x.dtype)
 
@@ -396,8 +410,7 @@ class LinearPacked:
         """One kernel with tiles of ``block`` tokens."""
         tokens, outputs, layout = x.shape[0], weight.outputs, weight.layout
         skinny = block <= SKINNY
-        # Two warps keep to the older tensor core instructions, which need no fence between few tokens' products.
-        block_n, warps, stages = (64, 2, 3) if skinny else (64, 4, 3) if block <= 64 else (128, 8, 3)
+        block_n, warps, stages = tile(block)
         runs = weight.words.shape[0]
         columns, rows = triton.cdiv(outputs, block_n), triton.cdiv(tokens, block)
         per_split = triton.cdiv(runs, max(1, min(MAX_SPLITS, runs, TARGET_PROGRAMS // (columns * rows))))
@@ -415,7 +428,7 @@ class LinearPacked:
 
 
 class LinearPackedHopper(LinearPacked):
-    """With dependent launch for few tokens."""
+    """With dependent launch for few tokens, and larger tiles for many."""
 
     def __init__(self) -> None:
-        super().__init__(pdl=True)
+        super().__init__(large=True, pdl=True)

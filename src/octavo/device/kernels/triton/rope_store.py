@@ -14,10 +14,11 @@ METADATA = ("positions", "slot_mapping")  # views of one packed upload: any alig
 
 @triton.jit(do_not_specialize_on_alignment=METADATA)
 def _rope_store_kernel(
-    out, qkv, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps,
+    out, qkv, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps, k_unit, v_unit,
     stride_qkv, stride_rope, stride_page, stride_value, stride_head, stride_slot,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, ROTARY: tl.constexpr,
     PAGE: tl.constexpr, HEADS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PDL: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one token, in the order q, k, v; ROTARY is the number of rotated dims (0 = none)."""
     if PDL:
@@ -70,7 +71,12 @@ def _rope_store_kernel(
         row = (slot // PAGE) * stride_page + (slot % PAGE) * stride_slot
         place = row + tl.where(is_k, 0, stride_value) + kv_head * stride_head
         store = inside & (head >= HQ)[:, None]
-        tl.store(kv_pages + place[:, None] + dims[None, :], y.to(kv_pages.dtype.element_ty), mask=store)
+        if EIGHT:
+            wide = y.to(tl.float32) * tl.where(is_k, k_unit, v_unit)[:, None]
+            wide = tl.minimum(tl.maximum(wide, -448.0), 448.0)
+            tl.store(kv_pages + place[:, None] + dims[None, :], wide.to(kv_pages.dtype.element_ty), mask=store)
+        else:
+            tl.store(kv_pages + place[:, None] + dims[None, :], y.to(kv_pages.dtype.element_ty), mask=store)
 
 
 def rope_store(
@@ -83,6 +89,8 @@ def rope_store(
     kv_pages: Tensor,
     slot_mapping: Tensor,
     num_heads: int,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     *,
     pdl: bool = False,
 ) -> Tensor:
@@ -97,10 +105,10 @@ def rope_store(
     launch = {"launch_pdl": True} if pdl else {}
     _rope_store_kernel[(tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
         out, qkv, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps,
-        qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *kv_pages.stride()[:4],
+        1.0 / k_scale, 1.0 / v_scale, qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *kv_pages.stride()[:4],
         HQ=num_heads, HKV=num_kv_heads, D=head_dim, DPAD=triton.next_power_of_2(head_dim),
         ROTARY=0 if cos_sin is None else cos_sin.shape[1], PAGE=page_size, HEADS=heads,
-        Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PDL=pdl, num_warps=1 if heads == 2 else 4, **launch,
+        Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PDL=pdl, EIGHT=kv_pages.element_size() == 1, num_warps=1 if heads == 2 else 4, **launch,
     )  # fmt: skip
     return out
 

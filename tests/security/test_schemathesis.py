@@ -1,0 +1,36 @@
+"""Requests made by schemathesis from the OpenAPI document: whatever the document allows or forbids gets a proper answer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from server_fake import FakeEngine, make_app, says
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    schemathesis = pytest.importorskip("schemathesis")
+
+EXAMPLES = 60
+ENGINE = FakeEngine(max_model_len=64, rule=says("ab"))
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", make_app(ENGINE, ignore_unknown_fields=False))
+
+
+@pytest.mark.filterwarnings("ignore")
+@SCHEMA.parametrize()
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+def test_31_every_operation_answers_what_the_document_allows(case: Any, record_property: Any) -> None:
+    reply = case.call(timeout=30)
+    assert reply.status_code < 500, reply.text
+    assert "0x" not in reply.text or reply.status_code == 200
+    if 400 <= reply.status_code and reply.status_code != 405:
+        error = reply.json()["error"]
+        assert error["message"] and set(error) >= {"message", "type", "param", "code"}
+    assert ENGINE.alive
+    record_property("inputs", 1)
