@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import test_gguf_deepseek
 import test_parity
 import test_shard
 
+from octavo.model.decoder import Decoder
 from octavo.model.describe import supported
 
 PAGE = TESTS.parent / "docs" / "models.md"
@@ -63,9 +65,15 @@ def gpu_families() -> set[str]:
     return found
 
 
+def decoders() -> list[str]:
+    """Families that generate; encoders have tests of their own."""
+    modules = {name: import_module(f"octavo.model.families.{name}") for name in supported()}
+    return [name for name, module in modules.items() if issubclass(module.FAMILY, Decoder)]
+
+
 def compared() -> dict[str, dict[str, int]]:
     """Family -> column -> how many configurations are compared."""
-    found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in supported()}
+    found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in decoders()}
     for column, tests in COLUMNS.items():
         for row in [row for test in tests for row in rows_of(test)]:
             found[test_family_engine.family_of(row)][column] += 1
