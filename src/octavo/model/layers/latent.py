@@ -23,7 +23,7 @@ from octavo.model.batch import Batch, Prompts
 from octavo.model.blocks import LatentAttention
 from octavo.model.cache import CachePlace
 from octavo.model.layers.build import Build
-from octavo.model.layers.indexer import IndexLayer
+from octavo.model.layers.indexer import IndexLayer, visible
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import Cut, LoadItem
 from octavo.model.layers.norm import NormLayer
@@ -148,9 +148,9 @@ class LatentLayer:
         if self.attend_chosen is None:
             raise ValueError("only an indexer chooses keys")
         self.up.absorb(q[..., : block.nope_dim], wide[..., : block.latent_dim])
-        counts = batch.positions + 1
+        _, seen = visible(batch)
         return self.up.values(
-            self.attend_chosen(wide, self.pages, chosen, counts, block.scale, block.latent_dim)
+            self.attend_chosen(wide, self.pages, chosen, seen, block.scale, block.latent_dim)
         )
 
     def _in_full_heads(self, q: Tensor, wide: Tensor, batch: Batch, prompts: Prompts) -> Tensor:
