@@ -67,9 +67,9 @@ class StartBudget:
         self.use: dict[str, tuple[int, int]] = {}
 
     def _scheme(self) -> Scheme:
-        """How the weights are held here: on CPUs the blocks of GGUF files are decoded."""
+        """How the weights are held here: on CPUs the blocks of GGUF files and gpt-oss are decoded."""
         held = None if self.arch.num_parameters else held_scheme(self.files, describe(self.arch))
-        if held is not None and (self.on_gpu or self.files.format != "gguf"):
+        if held is not None and (self.on_gpu or held.name not in ("gguf", "mxfp4")):
             return held
         return SCHEMES.get(self.options.model.quantization, DENSE)
 

@@ -44,8 +44,8 @@ FP8_CAPABILITY = 89
 def held_scheme(files: ModelFiles, spec: DecoderSpec) -> Scheme | None:
     """How quantized files hold the weights, on average; None where they are plain. Shapes alone say what they describe."""
     quantization = None if files.format == "gguf" else describe_quantization(files.config)
-    if files.format != "gguf" and (quantization is None or quantization.method == "mxfp4"):
-        return None  # MXFP4 is decoded
+    if files.format != "gguf" and quantization is None:
+        return None
     stored = sum(tensor.nbytes for tensor in files.tensors.values())
     if not stored and quantization is not None:  # a configuration alone
         scheme = quantization.scheme
