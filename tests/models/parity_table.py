@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ import test_gguf_deepseek
 import test_parity
 import test_shard
 
-from octavo.model.decoder import Decoder
-from octavo.model.describe import supported
+from octavo.model.describe import ENCODERS, supported
 
 PAGE = TESTS.parent / "docs" / "models.md"
 BEGIN, END = (
@@ -65,15 +63,10 @@ def gpu_families() -> set[str]:
     return found
 
 
-def decoders() -> list[str]:
-    """Families that generate; encoders have tests of their own."""
-    modules = {name: import_module(f"octavo.model.families.{name}") for name in supported()}
-    return [name for name, module in modules.items() if issubclass(module.FAMILY, Decoder)]
-
-
 def compared() -> dict[str, dict[str, int]]:
     """Family -> column -> how many configurations are compared."""
-    found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in decoders()}
+    decoders = [family for family in supported() if family not in ENCODERS]
+    found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in decoders}
     for column, tests in COLUMNS.items():
         for row in [row for test in tests for row in rows_of(test)]:
             found[test_family_engine.family_of(row)][column] += 1
