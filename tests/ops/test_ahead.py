@@ -26,6 +26,7 @@ def test_kernels_compile_without_a_gpu(group: str, least: int, arch: int, tmp_pa
         capture_output=True,
         text=True,
         timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
