@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from octavo.bench import gpu_attention, gpu_profile
+pytest.importorskip("triton")
+from octavo.bench import gpu_attention, gpu_profile, gpu_vector
 
 
 @dataclass
@@ -24,7 +25,7 @@ def test_a_profile_is_of_one_step() -> None:
     assert "400.0 us  80.0%" in text and "8.0 us in 1 others" in text
 
 
-@pytest.mark.parametrize("module", [gpu_profile, gpu_attention])
+@pytest.mark.parametrize("module", [gpu_profile, gpu_attention, gpu_vector])
 def test_without_a_gpu_they_say_so(
     module: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
