@@ -110,3 +110,20 @@ def test_rope_store_into_eight_bits() -> None:
     # One step of three bits of mantissa where the sum of two products falls between two; the interpreter rounds oddly.
     apart = (found[0][1] - found[1][1]).abs() > 0.126 * found[1][1].abs() + 2**-6
     assert apart.float().mean() <= (0.0 if DEVICE == "cuda" else 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_gated_linear(dtype: torch.dtype, name: str, tokens: int) -> None:
+    x, weight = draw(tokens, 600, dtype=dtype), draw(2 * 70, 600, dtype=dtype) / 24
+    close(linear_kernels.gated_linear(x, weight, name), linear.gated_linear(x, weight, name))
+
+
+@pytest.mark.parametrize("shape", [(4, 256), (16, 512), (8, 1024)], ids=str)
+def test_every_launch_shape_multiplies_the_same(shape: tuple[int, int]) -> None:
+    """What ``octavo.bench.gpu_vector`` may choose from."""
+    launch = linear_kernels.Launch(*shape, 4, 2)
+    x, weight = draw(1, 600), draw(2 * 70, 600) / 24
+    close(linear_kernels.vector(x, weight, None, launch), linear.linear(x, weight))
+    close(linear_kernels.gated_vector(x, weight, "silu", launch), linear.gated_linear(x, weight, "silu"))

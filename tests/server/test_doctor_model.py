@@ -96,7 +96,7 @@ def test_a_sound_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     status, found = report(capsys, write(tmp_path), "--device", "cpu")
     assert status == 0, found
     text = {subject: row["text"] for subject, row in found.items()}
-    assert text["architecture"].startswith("gemma3_text, 0.000 billion parameters, 256 positions")
+    assert text["architecture"].startswith("gemma3_text, 0.000258 billion parameters, 256 positions")
     window, full = "Attention window 8 + GatedMLP", "Attention + GatedMLP"
     assert text["layers"] == f"5 x {window}, 1 x {full}, 1 x {window}"
     assert text["cache group 0"].startswith("window 8: 1 layers (0); 128 bytes a token")

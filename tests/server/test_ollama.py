@@ -248,3 +248,10 @@ def test_an_engine_that_dies_ends_the_stream_with_an_error_line() -> None:
         for i, _ in enumerate(client.chat("fake", MESSAGES, stream=True)):
             if i == 5:
                 live.call(live.engine.die)
+
+
+def test_separators_of_unicode_do_not_cut_lines() -> None:
+    text = "a\u2028b\u2029c\x85d"
+    with speaking(says(text)) as (_, client):
+        parts = list(client.chat("fake", MESSAGES, stream=True))
+        assert "".join(part.message.content or "" for part in parts) == text

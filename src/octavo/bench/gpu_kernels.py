@@ -25,7 +25,7 @@ from torch import Tensor
 from octavo.device.ops.activation import ACT_MUL
 from octavo.device.ops.attention import PAGED_ATTENTION
 from octavo.device.ops.bind import Binder, Op, OpSpec
-from octavo.device.ops.linear import LINEAR
+from octavo.device.ops.linear import GATED_LINEAR, LINEAR
 from octavo.device.ops.norm import ADD_RMS_NORM, RMS_NORM
 from octavo.device.ops.rope_store import ROPE_STORE
 from octavo.device.ops.sampling import GREEDY, LOGPROBS_OF, PENALIZE, SAMPLE
@@ -179,7 +179,15 @@ def linear_cases(shape: Shape, tokens: int) -> list[Case]:
         "down": (shape.hidden, shape.ffn),
         "head": (shape.vocab, shape.hidden),
     }
-    return [
+    gated = Case(
+        GATED_LINEAR,
+        shape.name,
+        f"{tokens} tokens",
+        lambda i: (normal(tokens, shape.hidden), normal(2 * shape.ffn, shape.hidden), "silu"),
+        2.0 * (2 * shape.ffn * shape.hidden + tokens * (shape.hidden + shape.ffn)),
+        4.0 * tokens * shape.ffn * shape.hidden,
+    )
+    return [gated] + [
         Case(
             LINEAR,
             shape.name,

@@ -128,7 +128,7 @@ def record(case: Case) -> dict[str, Any]:
 def render(planner: Planner, cases: Sequence[Case], *, all_sizes: bool) -> str:
     """The plan as text: without ``all_sizes`` only the fewest cards of a kind on which each form fits."""
     facts = describe_model(planner)
-    size = f"{facts['parameters'] / 1e9:.2f} billion parameters, {facts['layers']} layers"
+    size = f"{facts['parameters'] / 1e9:.3g} billion parameters, {facts['layers']} layers"
     what = f"{size}, {facts['max_position']} positions, runs in {facts['dtype']}"
     lines = [f"{facts['model']}: {facts['architecture']}, {what}."]
     for kind, group in facts["cache_groups"].items():

@@ -36,7 +36,7 @@ def inspect_model(options: EngineOptions, files: ModelFiles, arch: ArchConfig) -
     spec = describe(arch)
     count = arch.num_parameters or num_parameters(spec)
     yield Finding(
-        "architecture", f"{arch.label}, {count / 1e9:.3f} billion parameters, {arch.max_position} positions"
+        "architecture", f"{arch.label}, {count / 1e9:.3g} billion parameters, {arch.max_position} positions"
     )
     yield Finding("layers", layer_pattern(spec))
     platform = open_platform(options.device.device, threads=options.device.threads)

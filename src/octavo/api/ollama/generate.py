@@ -28,6 +28,7 @@ from octavo.api.openai.context import Context, Stream, StreamForm
 from octavo.api.openai.conversation import Conversation, renamed, start_chat
 
 FORM = StreamForm("application/x-ndjson", heartbeat=b"", done=b"", error_head=b"", error_tail=b"\n")
+SEPARATORS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
 R = TypeVar("R", ChatReply, GenerateReply)
 
 
@@ -188,8 +189,11 @@ def _one(reply: msgspec.Struct) -> Stream:
 
 
 def line(reply: msgspec.Struct) -> bytes:
-    """One line of a stream."""
-    return msgspec.json.encode(reply) + b"\n"
+    """One line of a stream. Clients that read text cut lines at Unicode's separators too, so those are escaped."""
+    data = msgspec.json.encode(reply)
+    for character, escape in SEPARATORS:
+        data = data.replace(character, escape)
+    return data + b"\n"
 
 
 def now() -> str:

@@ -28,7 +28,9 @@ from octavo.protocol import bounds
 from octavo.protocol.generate import SamplingParams
 
 
-class StrictSampling(SamplingParams, kw_only=True, omit_defaults=True, frozen=True, forbid_unknown_fields=True):
+class StrictSampling(
+    SamplingParams, kw_only=True, omit_defaults=True, frozen=True, forbid_unknown_fields=True
+):
     """``SamplingParams``, of which an unknown field is an error."""
 
 

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from octavo.device.ops.activation import ACT_MUL
 from octavo.device.ops.fp8 import ACT_MUL_FP8
+from octavo.device.ops.linear import GATED_LINEAR
 from octavo.model.blocks import Activation, GatedMLP, PlainMLP
 from octavo.model.layers.build import Build
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import LoadItem
+from octavo.model.quantization.dense import DenseWeight
 
 
 class GatedMLPLayer:
-    """Three calls."""
+    """Three calls; two where gate and up are dense without a bias."""
 
     def __init__(self, block: GatedMLP, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
         self.activation = block.activation
@@ -24,6 +26,9 @@ class GatedMLPLayer:
         self.down = LinearLayer(block.down, build, hf_prefix, gguf_prefix)
         self.act_mul = build.binder.bind(ACT_MUL, build.spec)
         self.act_mul_fp8 = build.binder.bind(ACT_MUL_FP8, build.spec) if self.down.fp8 else None
+        weight = self.gate_up.weight if self.gate_up.bias is None else None
+        self.dense = weight if isinstance(weight, DenseWeight) else None
+        self.gated = build.binder.bind(GATED_LINEAR, build.spec) if self.dense is not None else None
         self.leaves_scales = False  # to the norm that follows: the layer around it decides
 
     @property
@@ -34,6 +39,8 @@ class GatedMLPLayer:
     def __call__(self, x: Any) -> Any:
         """[T, E] from [T, E]; fp8 may come in quantized and go out without its scales."""
         down = self.down.branch if self.leaves_scales else self.down
+        if self.gated is not None and self.dense is not None:
+            return down(self.gated(x, self.dense.matrix, self.activation))
         if self.act_mul_fp8 is None or self.down.fp8 is None:
             return down(self.act_mul(self.gate_up(x), self.activation))
         wide = self.gate_up.branch(x)

@@ -17,7 +17,7 @@ KINDS = {"silu": 0, "gelu_tanh": 1}
 
 
 @triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):
+def activate(gate, ACTIVATION: tl.constexpr):
     """ACTIVATION 0 = silu, 1 = gelu_tanh, 2 = gelu; never overflows."""
     if ACTIVATION == 0:
         small = tl.exp(-tl.abs(gate))
@@ -44,7 +44,7 @@ def _act_mul_kernel(
     inside = at < SIZE
     gate = tl.load(gate_up + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + SIZE + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + at, (_activate(gate, ACTIVATION) * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * SIZE + at, (activate(gate, ACTIVATION) * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _act_mul_fp8_kernel(
         up = up * unit * tl.load(scale + SIZE + at, mask=inside, other=0.0)
         gate = gate.to(kind.dtype.element_ty).to(tl.float32)
         up = up.to(kind.dtype.element_ty).to(tl.float32)
-    result = _activate(gate, ACTIVATION) * up
+    result = activate(gate, ACTIVATION) * up
     if QUANTIZE:
         values, unit = quantized_row(result.to(kind.dtype.element_ty).to(tl.float32))
         tl.store(out + row * SIZE + at, values.to(out.dtype.element_ty), mask=inside)
