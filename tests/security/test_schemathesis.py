@@ -6,14 +6,14 @@ import warnings
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from server_fake import FakeEngine, make_app, says
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     schemathesis = pytest.importorskip("schemathesis")
 
-EXAMPLES = 5
+EXAMPLES = 12
 ENGINE = FakeEngine(max_model_len=64, rule=says("ab"))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", make_app(ENGINE, ignore_unknown_fields=False))
 
@@ -23,14 +23,16 @@ SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", make_app(ENGINE, ignore
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
+    phases=(Phase.generate,),
     suppress_health_check=list(HealthCheck),
 )
 def test_31_every_operation_answers_what_the_document_allows(case: Any, record_property: Any) -> None:
     reply = case.call(timeout=30)
-    assert reply.status_code < 500, reply.text
+    assert reply.status_code < 500 or reply.status_code == 501, (
+        reply.text
+    )  # 501: what a dialect has and Octavo does not
     assert "0x" not in reply.text or reply.status_code == 200
-    if 400 <= reply.status_code and reply.status_code != 405:
-        error = reply.json()["error"]
-        assert error["message"] and set(error) >= {"message", "type", "param", "code"}
+    if 400 <= reply.status_code and reply.content:  # each dialect has its own form of an error
+        assert reply.json()["error"]
     assert ENGINE.alive
     record_property("inputs", 1)
