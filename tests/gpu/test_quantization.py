@@ -187,7 +187,7 @@ def test_block_types_agree_with_their_decoder() -> None:
 
     for kind, layout in GGUF.items():
         matrix = np.random.default_rng(0).normal(0, 0.05, (64, 512)).astype(np.float32)
-        raw = blocks(kind, matrix).raw
+        raw = blocks(kind, matrix).data
         rows = GgufCodes(kind).read(
             {"blocks": torch.from_numpy(raw.copy()).view(64, -1)}, torch.arange(64), 512
         )

@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     schemathesis = pytest.importorskip("schemathesis")
 
-EXAMPLES = 10
+EXAMPLES = 5
 ENGINE = FakeEngine(max_model_len=64, rule=says("ab"))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", make_app(ENGINE, ignore_unknown_fields=False))
 

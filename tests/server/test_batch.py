@@ -15,6 +15,7 @@ from server_fake import FakeEngine, make_app, says
 from octavo.api.server.batch import Batch, Progress, finished_ids
 from octavo.api.server.local import call
 from octavo.errors import UsageError
+from octavo.protocol.control import ModelFacts
 
 
 def line(id: str, **changes: Any) -> str:
@@ -144,3 +145,12 @@ def test_a_foreign_file_is_not_touched(tmp_path: Path) -> None:
 def test_a_missing_input_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--input-file"):
         run(tmp_path)
+
+
+def test_embeddings_in_a_batch(tmp_path: Path) -> None:
+    lines = [line(f"e{i}", url="/v1/embeddings", body={"input": f"text {i}"}) for i in range(5)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    facts = ModelFacts(can_generate=False, can_pool=True, pooling="mean", normalize=True, hidden_size=8)
+    progress, found = run(tmp_path, engine=FakeEngine(facts=facts))
+    assert progress.answered == 5, found
+    assert len(found["e3"]["response"]["body"]["data"][0]["embedding"]) > 1

@@ -18,7 +18,9 @@ class Entry:
 
 
 def test_a_profile_is_of_one_step() -> None:
-    found = gpu_profile.kernels([Entry("norm", 40, 80.0), Entry("gemm", 20, 4000.0), Entry("host", 9, 0.0)], 10)
+    found = gpu_profile.kernels(
+        [Entry("norm", 40, 80.0), Entry("gemm", 20, 4000.0), Entry("host", 9, 0.0)], 10
+    )
     assert [(kernel.name, kernel.calls, kernel.us) for kernel in found] == [("gemm", 2, 400), ("norm", 4, 8)]
     text = gpu_profile.table("decode x1", 500.0, found, 1)
     assert text.splitlines()[0] == "decode x1: 500 us a step, 408 us in 6 kernels, 92 us between them"
