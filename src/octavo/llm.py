@@ -312,8 +312,9 @@ class LLM:
         self._ids = itertools.count(1)
         self._names = itertools.count()
         files = host.open_files(self.options, progress)
+        tokenizer = host.tokenizer_ahead(self.options, files)
         self.client = DirectClient(host.build_core(self.options, files, progress))
-        self.frontend: Frontend = host.build_frontend(self.options, files, self.client)
+        self.frontend: Frontend = host.build_frontend(self.options, files, self.client, tokenizer)
 
     @property
     def info(self) -> EngineInfo:

@@ -72,15 +72,15 @@ def test_few_waiting_tokens_take_what_is_almost_free() -> None:
 
 def test_the_share_grows_with_what_waits_up_to_the_bound() -> None:
     pace = trained()
-    shares = [pace.prompts(64, waiting) for waiting in (0, 2000, 8000, 16_000, 32_000, 10**6)]
+    shares = [pace.prompts(32, waiting) for waiting in (0, 2000, 8000, 16_000, 32_000, 10**6)]
     assert shares == sorted(shares)
     assert shares[3] == pytest.approx(16_000 / HORIZON, abs=ROUND)
-    assert shares[-1] == pace.budget() - 64
+    assert shares[-1] == pace.budget() - 32
 
 
 def test_many_answers_spread_prompts_less() -> None:
     pace = trained()
-    assert pace.prompts(256, 8192) == pytest.approx(2 * 8192 / HORIZON, abs=ROUND)
+    assert pace.prompts(64, 8192) == pytest.approx(2 * 8192 / HORIZON, abs=ROUND)
 
 
 def test_a_step_without_answers_and_one_without_target_are_full() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from octavo.files.catalogue import SMOLLM2_135M
 from octavo.files.dtypes import GGUF_TYPES_BY_NAME
 from octavo.files.gguf import GGUFFile
 from octavo.files.gguf_write import StoredTensor, write_gguf
+from octavo.files.mapped import MappedFile, forget
 from octavo.files.resolve import open_model
 
 METADATA = {
@@ -411,3 +414,28 @@ def test_the_demo_model_opens_whole() -> None:
     assert files.generation_config["temperature"] == 0.2 and files.chat_template
     dtypes = [info.dtype for info in files.tensors.values()]
     assert (dtypes.count("Q4_1"), dtypes.count("Q8_0"), dtypes.count("F32")) == (210, 1, 61)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident pages")
+def test_forgotten_parts_leave_memory_and_come_back(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).integers(0, 256, 4 << 20, dtype=np.uint8)
+    (tmp_path / "file").write_bytes(content.tobytes())
+    file = MappedFile(tmp_path / "file")
+
+    def resident() -> int:
+        text = Path("/proc/self/smaps").read_text()
+        entry = text[text.index(str(tmp_path / "file")) :]
+        return int(re.search(r"Rss:\s+(\d+) kB", entry).group(1))  # type: ignore[union-attr]
+
+    view = file.view(100, (4 << 20) - 100)
+    assert view.sum(dtype=np.int64) == content[100:].sum(dtype=np.int64)
+    before = resident()
+    forget(view[:-5].reshape(-1, 1))
+    assert before >= 4000 and resident() < 100
+    assert np.array_equal(view, content[100:])
+    other = mmap.mmap(-1, 1 << 16)
+    for array in (content, np.frombuffer(other, np.uint8)):  # other memory: nothing happens
+        array[:] = 7
+        forget(array)
+        assert (array == 7).all()
+    file.close()

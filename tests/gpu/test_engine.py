@@ -132,3 +132,28 @@ def test_preemption_keeps_tokens(tmp_path: Path) -> None:
     free = run(build(folder, device="cuda"), prompts, 40)
     tight = build(folder, device="cuda", num_gpu_blocks_override=60, max_model_len="128")
     assert run(tight, prompts, 40) == free
+
+
+def test_the_host_never_waits_for_the_device_but_in_collect(tmp_path: Path) -> None:
+    """torch raises where a call would wait for the device; requests of all kinds come and go."""
+    core = build(checkpoint("qwen3", tmp_path), device="cuda", dtype="bfloat16")
+    rng = random.Random(7)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 1},
+        {"repetition_penalty": 1.2},
+        {"logit_bias": {5: 1.0}},
+        {"logprobs": 2},
+    ]
+    for key in range(40):
+        prompt = [rng.randrange(3, 256) for _ in range(rng.randrange(1, 120))]
+        sampling = SamplingParams(**{"max_tokens": 12, "ignore_eos": True, **rng.choice(kinds)})
+        core.submit(GenerateRequest(id=key, prompt_token_ids=prompt, sampling=sampling))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            core.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    while core.has_work:
+        core.step()
+    core.close()

@@ -11,7 +11,7 @@ import torch
 from octavo.bench import gpu_latent as bench
 from octavo.device.ops.bind import Binder, Op, OpSpec
 from octavo.device.ops.latent import LATENT_ATTENTION, LATENT_PREFILL
-from octavo.device.ops.sparse import INDEX_SCORES, SPARSE_ATTENTION
+from octavo.device.ops.sparse import INDEX_CHOOSE, INDEX_SCORES, SPARSE_ATTENTION
 
 pytestmark = pytest.mark.gpu
 
@@ -73,18 +73,20 @@ def test_decode_in_a_graph_follows_the_lengths(batch: int) -> None:
 @pytest.mark.parametrize("rows", [[(1, 3000)], [(1, 100), (40, 2500), (3, 3)]], ids=["decode", "mixed"])
 def test_indexer_and_chosen_keys_at_model_shapes(rows: list[tuple[int, int]]) -> None:
     """DeepSeek V3.2: 64 index heads of 128, the best 2048 keys for 128 heads."""
-    wide, pages, table, starts, lens, *_, scale, latent = bench.attention_inputs(bench.SHAPES[0], rows)
+    wide, pages, table, _, lens, *_, scale, latent = bench.attention_inputs(bench.SHAPES[0], rows)
     tokens, keys = wide.shape[0], int(lens.max())
     q, weights = bench.normal(tokens, 64, 128), torch.randn(tokens, 64, device="cuda") / 100
     index_pages = bench.normal(pages.shape[0], pages.shape[1], 128)
-    common = (q, weights, index_pages, table, starts, lens, keys, 0, tokens)
+    row = [i for i, (new, _) in enumerate(rows) for _ in range(new)]
+    seen = [length - new + 1 + i for new, length in rows for i in range(new)]
+    row, seen = (torch.tensor(found, dtype=torch.int32, device="cuda") for found in (row, seen))
+    common = (q, weights, index_pages, table, row, seen, keys, 0, tokens)
     scores = bind(INDEX_SCORES)(*common)
-    torch.testing.assert_close(scores, INDEX_SCORES.reference(*common), atol=2e-2, rtol=2e-2)
-    best, positions = scores.topk(min(2048, keys), dim=1)
-    row = torch.searchsorted(starts[1:], torch.arange(tokens, device="cuda", dtype=torch.int32), right=True)
-    slots = table[row.unsqueeze(1), positions // bench.PAGE].long() * bench.PAGE + positions % bench.PAGE
-    chosen = torch.where(best == float("-inf"), -1, slots)
-    counts = (scores > float("-inf")).sum(1)
-    ours = bind(SPARSE_ATTENTION)(wide, pages, chosen, counts, scale, latent)
-    theirs = SPARSE_ATTENTION.reference(wide, pages, chosen, counts, scale, latent)
+    there = torch.arange(keys, device="cuda") < seen.unsqueeze(1)
+    torch.testing.assert_close(scores[there], INDEX_SCORES.reference(*common)[there], atol=2e-2, rtol=2e-2)
+    choice = (scores, table, row, seen, bench.PAGE, 2048, 0)
+    chosen = bind(INDEX_CHOOSE)(*choice)
+    assert torch.equal(chosen.sort().values, INDEX_CHOOSE.reference(*choice).sort().values)
+    ours = bind(SPARSE_ATTENTION)(wide, pages, chosen, seen, scale, latent)
+    theirs = SPARSE_ATTENTION.reference(wide, pages, chosen, seen, scale, latent)
     torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2)

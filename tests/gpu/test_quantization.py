@@ -17,11 +17,13 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 import published
 from packed_cases import LAYOUTS, draw
-from test_quantized import FORMATS, blocks, gguf_model
+from test_load import mxfp4_model
+from test_quantized import EXPERT_FORMATS, FORMATS, blocks, gguf_model, moe_model
 
-from octavo.device.ops import fp8, int8
+from octavo.device.ops import fp8, int8, moe
 from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.ops.packed import LINEAR_PACKED, linear_packed, unpack
+from octavo.files.resolve import open_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,7 +143,8 @@ def first_tokens_agree(folder: Path, least: int = 10, **options: Any) -> None:
 
     Random weights have flat logits, so that rounding may turn a few rows.
     """
-    prompts = some_prompts(12, 60)
+    vocab = open_model(str(folder)).config.get("vocab_size", 128)  # GGUF: that of ``gguf_model``
+    prompts = [[token % (vocab - 3) + 3 for token in prompt] for prompt in some_prompts(12, 60)]
     options = {"dtype": "bfloat16", **options}
     expected = run(build(folder, device="cpu", **options), prompts, 4)
     recorded = run(build(folder, device="cuda", **options), prompts, 4)
@@ -184,7 +187,7 @@ def test_block_types_agree_with_their_decoder() -> None:
 
     for kind, layout in GGUF.items():
         matrix = np.random.default_rng(0).normal(0, 0.05, (64, 512)).astype(np.float32)
-        raw = blocks(kind, matrix).raw
+        raw = blocks(kind, matrix).data
         rows = GgufCodes(kind).read(
             {"blocks": torch.from_numpy(raw.copy()).view(64, -1)}, torch.arange(64), 512
         )
@@ -197,3 +200,56 @@ def test_block_types_agree_with_their_decoder() -> None:
         found = kernels.write_out(weight, slice(0, 64), torch.float32).cpu()
         expected = torch.from_numpy(dequantize_blocks(raw, kind).reshape(64, 512))
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["awq", "symmetric", "mxfp4", "nvfp4", "q4_k", "q6_k", "q8_0", "fp8", "fp8-channel"]
+)
+def test_packed_experts(name: str, dtype: torch.dtype) -> None:
+    """Every block size, up to a whole prompt; experts that are not here give nothing."""
+    num, hidden, inner, top_k = 16, 1024, 512, 4
+    gate_up = draw(LAYOUTS[name], num * 2 * inner, hidden, seed=1)
+    down = draw(LAYOUTS[name], num * hidden, inner, seed=2)
+    compute = bound(moe.EXPERTS_PACKED)
+    for tokens in (1, 5, 40, 300, 1500):
+        x = normal(tokens, hidden, dtype=dtype)
+        ids = torch.rand(tokens, num, device="cuda").argsort(1)[:, :top_k]
+        weights = torch.rand(tokens, top_k, device="cuda")
+        expected = moe.experts_packed(x, ids, weights, gate_up, down, "silu")
+        assert error(compute(x, ids, weights, gate_up, down, "silu"), expected) < 1e-2, tokens
+        ids[:, 0] = num
+        expected = moe.experts_packed(x, ids, weights, gate_up, down, "silu", partial=True)
+        assert error(compute(x, ids, weights, gate_up, down, "silu", partial=True), expected) < 1e-2, tokens
+
+
+@pytest.mark.parametrize("name", ["awq-32", "fp8-tensor", "fp8-block"])
+def test_engines_of_quantized_experts(name: str, tmp_path: Path) -> None:
+    moe_model(tmp_path, stacked=False)
+    config, pack = EXPERT_FORMATS[name]
+    published.quantize_folder(tmp_path, config, pack)
+    first_tokens_agree(tmp_path, least=9)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_engines_of_experts_quantized_on_load(name: str, tmp_path: Path) -> None:
+    moe_model(tmp_path, stacked=True)
+    first_tokens_agree(tmp_path, least=9, quantization=name)
+
+
+def test_engine_of_gpt_oss_blocks(tmp_path: Path) -> None:
+    mxfp4_model(tmp_path)
+    core = build(tmp_path, device="cuda", dtype="bfloat16")
+    assert "triton" in core.settings.kernels["experts_packed"]
+    core.close()
+    prompts = [[token % 120 + 3 for token in prompt] for prompt in some_prompts(12, 60)]
+    expected = run(build(tmp_path, device="cpu", dtype="bfloat16"), prompts, 4)
+    found = run(build(tmp_path, device="cuda", dtype="bfloat16"), prompts, 4)
+    assert sum(a[0] == b[0] for a, b in zip(found, expected)) >= 9, (found, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_engines_with_an_fp8_cache(family: str, tmp_path: Path) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 arithmetic here")
+    first_tokens_agree(checkpoint(family, tmp_path), least=9, kv_cache_dtype="fp8")

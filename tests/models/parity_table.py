@@ -19,7 +19,7 @@ import test_gguf_deepseek
 import test_parity
 import test_shard
 
-from octavo.model.describe import supported
+from octavo.model.describe import ENCODERS, supported
 
 PAGE = TESTS.parent / "docs" / "models.md"
 BEGIN, END = (
@@ -65,7 +65,8 @@ def gpu_families() -> set[str]:
 
 def compared() -> dict[str, dict[str, int]]:
     """Family -> column -> how many configurations are compared."""
-    found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in supported()}
+    decoders = [family for family in supported() if family not in ENCODERS]
+    found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in decoders}
     for column, tests in COLUMNS.items():
         for row in [row for test in tests for row in rows_of(test)]:
             found[test_family_engine.family_of(row)][column] += 1

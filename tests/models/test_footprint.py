@@ -6,15 +6,19 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import PAGE
-from test_parity import BASE, FOREIGN, ROWS, TEXT, transformers
+from test_parity import BASE, FOREIGN, ROWS, TEXT, to_gguf, transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.device.ops.bind import Binder, OpSpec
 from octavo.engine.cache.layout import plan_layout
 from octavo.files.dummy import PRESETS, open_dummy
+from octavo.files.gguf_write import StoredTensor, write_gguf
+from octavo.files.resolve import open_model
+from octavo.host.plan import KEPT_BLOCKS, held_scheme
 from octavo.model import footprint
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.blocks import DecoderSpec, MoE
@@ -23,12 +27,14 @@ from octavo.model.layers import latent
 from octavo.model.layers.build import Ranks
 from octavo.model.network import Network
 from octavo.model.quantization.choose import choose_format
+from octavo.model.quantization.gguf import LAYOUTS
 from octavo.model.read_arch import from_hf, read_arch
 from octavo.model.shard import shard
 from octavo.model.stage import cut
 from octavo.runner.pages import PageMemory
 
 MAX_POSITION = 128
+WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
 def spec_of(name: str, folder: Path) -> DecoderSpec:
@@ -72,13 +78,17 @@ def allocated(network: Network) -> tuple[int, int]:
         if id(value) in seen:
             return
         seen.add(id(value))
+        if isinstance(value, torch.Tensor) and value.device.type == "meta":
+            return  # shapes of stacks that are held packed
         if isinstance(value, torch.Tensor):
             kept = tables if name in ("cos_sin", "temperatures") else weights
             kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item, name)
-        elif type(value).__module__.startswith("octavo.model") and hasattr(value, "__dict__"):
+        elif type(value).__module__.startswith(("octavo.model", "octavo.device.ops")) and hasattr(
+            value, "__dict__"
+        ):
             for key, item in vars(value).items():
                 visit(item, key)
 
@@ -95,9 +105,55 @@ def test_weights_are_exact(name: str, tmp_path: Path) -> None:
         assert footprint.position_bytes(spec, MAX_POSITION) == tables
     weights, _ = allocated(build(spec, torch.bfloat16, ranks=2))
     assert footprint.weight_bytes(shard(spec, 2), footprint.DENSE, 2) == weights
-    if not any(isinstance(layer.mlp, MoE) for layer in spec.layers):
-        weights, _ = allocated(build(spec, torch.bfloat16, "fp8"))
-        assert footprint.weight_bytes(spec, footprint.FP8, 2) == weights
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith(("gpt_oss", "llama4"))])
+def test_quantized_weights_are_exact(name: str, tmp_path: Path) -> None:
+    spec = spec_of(name, tmp_path)
+    for scheme in (footprint.FP8, footprint.INT8, footprint.INT4):
+        weights, _ = allocated(build(spec, torch.bfloat16, scheme.name))
+        assert footprint.weight_bytes(spec, scheme, 2) == weights, scheme.name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf_blocks_that_are_kept(tied: bool, tmp_path: Path) -> None:
+    import gguf
+
+    config = transformers.LlamaConfig(
+        **{
+            **BASE,
+            **WIDE,
+            "head_dim": 32,
+            "vocab_size": 512,
+            "intermediate_size": 768,
+            "tie_word_embeddings": tied,
+        }
+    )
+    to_gguf(transformers.LlamaForCausalLM(config), "llama", tmp_path / "plain.gguf")
+    plain = open_model(str(tmp_path / "plain.gguf"))
+    tensors: dict[str, Any] = {}
+    for name, info in plain.tensors.items():
+        tensors[name] = plain.read(name).view(np.float32).reshape(info.shape)
+        if len(info.shape) > 1:
+            kind = "Q4_0" if "ffn" in name else "Q8_0"
+            raw = gguf.quantize(tensors[name], gguf.GGMLQuantizationType[kind])
+            tensors[name] = StoredTensor(kind, info.shape, raw.reshape(-1).view(np.uint8))
+    write_gguf(tmp_path / "packed.gguf", plain.config, tensors)
+    files = open_model(str(tmp_path / "packed.gguf"))
+    spec = describe(read_arch(files))
+    op_spec = OpSpec("cpu", "bfloat16")
+    network = Network(
+        spec,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        binder=Binder(),
+        op_spec=op_spec,
+        max_position=MAX_POSITION,
+        weight_format=choose_format("gguf", spec, op_spec, files),
+    )
+    scheme = held_scheme(files, spec)
+    assert scheme is not None
+    assert footprint.weight_bytes(spec, scheme, 2) == pytest.approx(allocated(network)[0], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss", "qwen2_moe"])
@@ -134,6 +190,10 @@ def test_parameters_are_those_of_the_reference(name: str, tmp_path: Path) -> Non
 
 def test_the_workspace_of_latent_layers_is_that_of_the_layers() -> None:
     assert footprint.LATENT_WORK_BYTES == latent.WORK_BYTES
+
+
+def test_blocks_that_are_kept_are_those_with_kernels() -> None:
+    assert set(KEPT_BLOCKS) == set(LAYOUTS)
 
 
 def test_published_sizes() -> None:
@@ -182,12 +242,16 @@ class KernelBinder(Binder):
             return lambda x, residual, weight, eps: torch.empty_like(x)
         if op.name == "act_mul":
             return lambda x, activation: x.new_empty((x.shape[0], x.shape[1] // 2))
+        if op.name == "gated_linear":  # many tokens: the product, then the activation
+
+            def gated(x: torch.Tensor, weight: torch.Tensor, activation: str) -> torch.Tensor:
+                wide = x.new_empty((x.shape[0], weight.shape[0]))
+                return wide.new_empty((x.shape[0], weight.shape[0] // 2))
+
+            return gated
         if op.name in ("paged_attention", "rms_norm"):
             return lambda x, *rest: torch.empty_like(x)
         return op.reference
-
-
-WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "olmo2", "gpt_neox", "starcoder2"])

@@ -19,6 +19,7 @@ from test_shard import Group
 
 from octavo.device.ops.packed import unpack
 from octavo.errors import ModelFileError, UsageError
+from octavo.files.dummy import open_dummy
 from octavo.files.gguf import GGUFFile
 from octavo.files.gguf_write import StoredTensor, write_gguf
 from octavo.files.resolve import open_model
@@ -534,3 +535,15 @@ def test_gguf_types_mixed(size: int, tmp_path: Path) -> None:
         dense = Driver(open_model(str(path)), ranks=ranks)
         same(ours, dense, (PackedWeight, SplitWeight))
         assert size == 2 or any(isinstance(layer.weight, SplitWeight) for layer in projections(ours.network))
+
+
+@pytest.mark.parametrize("name", ["awq-32", "gptq-8", "fp8-tensor", "nvfp4", "int8"])
+def test_random_weights_of_a_quantized_configuration(name: str, tmp_path: Path) -> None:
+    """--load-format dummy: products keep the size of their operand."""
+    oracle("qwen3", tmp_path)
+    quantize_folder(tmp_path, *FORMATS[name])
+    network = Driver(open_dummy(tmp_path)).network
+    for layer in projections(network):
+        found = values(layer.weight)
+        assert 0.5 < float(found.std()) * found.shape[1] ** 0.5 < 2.0
+        assert abs(float(found.mean())) < 0.2 * float(found.std())

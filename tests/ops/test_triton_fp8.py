@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from octavo.device.ops import fp8
+from octavo.device.ops.rope_store import rope_store
 
 pytest.importorskip("triton")
 from octavo.device.kernels.triton import activation, norm
 from octavo.device.kernels.triton import fp8 as kernels
+from octavo.device.kernels.triton import rope_store as rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -190,3 +192,22 @@ def test_who_quantizes_is_told_ahead() -> None:
         assert takes == (tokens > 1 or outputs >= kernels.WIDE)
         assert isinstance(result, fp8.Raw) == (takes and tokens < kernels.ROW_WISE_FROM)
     assert not fp8.takes_rows(30, 40, 9, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("rotary", [0, 16, 32])
+def test_the_rotation_applies_scales(dtype: torch.dtype, normed: bool, rotary: int) -> None:
+    tokens, heads, kv_heads, dim = 3, 4, 2, 32
+    qkv = raw(tokens, (heads + 2 * kv_heads) * dim, dtype)
+    weight = draw(dim) + 2 if normed else None
+    cos_sin = draw(16, rotary).clamp(-1, 1) if rotary else None
+    positions, slots = torch.tensor([0, 9, 4], device=DEVICE), torch.tensor([5, -1, 17], device=DEVICE)
+    pages = [torch.zeros(2, 2, kv_heads, 16, dim, dtype=dtype, device=DEVICE) for _ in range(2)]
+    arguments = (weight, weight, 1e-6, cos_sin, positions)
+    actual = rope.rope_store(qkv, *arguments, pages[0], slots, heads)
+    expected = rope_store(qkv, *arguments, pages[1], slots, heads)
+    bound = 4 * BOUND[dtype]
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), expected.float(), atol=bound, rtol=bound)
+    torch.testing.assert_close(pages[0].float(), pages[1].float(), atol=bound, rtol=bound)

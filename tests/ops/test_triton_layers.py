@@ -118,3 +118,12 @@ def test_rope_store_into_eight_bits() -> None:
 def test_gated_linear(dtype: torch.dtype, name: str, tokens: int) -> None:
     x, weight = draw(tokens, 600, dtype=dtype), draw(2 * 70, 600, dtype=dtype) / 24
     close(linear_kernels.gated_linear(x, weight, name), linear.gated_linear(x, weight, name))
+
+
+@pytest.mark.parametrize("shape", [(4, 256), (16, 512), (8, 1024)], ids=str)
+def test_every_launch_shape_multiplies_the_same(shape: tuple[int, int]) -> None:
+    """What ``octavo.bench.gpu_vector`` may choose from."""
+    launch = linear_kernels.Launch(*shape, 4, 2)
+    x, weight = draw(1, 600), draw(2 * 70, 600) / 24
+    close(linear_kernels.vector(x, weight, None, launch), linear.linear(x, weight))
+    close(linear_kernels.gated_vector(x, weight, "silu", launch), linear.gated_linear(x, weight, "silu"))

@@ -42,21 +42,55 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
 
 
+def visible(rows: list[tuple[int, int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Every token's row and the number of keys it sees."""
+    row = [i for i, (new, _) in enumerate(rows) for _ in range(new)] + [len(rows) - 1] * padding
+    seen = [length - new + 1 + i for new, length in rows for i in range(new)] + [0] * padding
+    return (torch.tensor(found, dtype=torch.int32, device=DEVICE) for found in (row, seen))  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize(("heads", "size"), [(2, 16), (20, 24)])
 @pytest.mark.parametrize("first", [0, 3])
 def test_scores(heads: int, size: int, first: int) -> None:
-    pages, table, starts, lens = paged(ROWS, size)
-    tokens = int(starts[-1]) + 2  # two are padding
+    pages, table, starts, _ = paged(ROWS, size)
+    tokens = int(starts[-1]) + 2
+    rows, seen = visible(ROWS, 2)
     q, weights = draw(tokens, heads, size), draw(tokens, heads)
-    common = (q, weights, pages, table, starts, lens, 45, first, tokens - first)
+    common = (q, weights, pages, table, rows, seen, 45, first, tokens - first)
     ours, theirs = kernels.index_scores(*common), ops.index_scores(*common)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert (ours[-2:] == float("-inf")).all()
+    there = torch.arange(45, device=DEVICE) < seen[first:].unsqueeze(1)
+    torch.testing.assert_close(ours[there], theirs[there], atol=1e-4, rtol=1e-4)
     at = starts[3] - first  # the single token with 40 keys, by hand
     keys = torch.cat([pages[table[3, i // PAGE], i % PAGE].unsqueeze(0) for i in range(40)])
     by_hand = (torch.relu(q[starts[3]] @ keys.T) * weights[starts[3]].unsqueeze(1)).sum(0)
     torch.testing.assert_close(theirs[at, :40], by_hand, atol=1e-4, rtol=1e-4)
-    assert (theirs[at, 40:] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 40, 64, 1500])
+@pytest.mark.parametrize("ties", [False, True])
+def test_choice(top_k: int, ties: bool) -> None:
+    lengths = [0, 1, 39, 40, 41, 1300, 2600]
+    count, most = len(lengths), 2600
+    generator = torch.Generator().manual_seed(top_k)
+    scores = torch.randn(count, most, generator=generator) * 10
+    if ties:
+        scores = scores.round() * 0.0 if top_k == 7 else scores.round()
+    scores = scores.to(DEVICE)
+    table = torch.randperm(count * 330, generator=generator).view(count, 330).to(DEVICE, torch.int32)
+    rows = torch.arange(count, dtype=torch.int32, device=DEVICE)
+    seen = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    ours = kernels.index_choose(scores, table, rows, seen, PAGE, top_k, 0)
+    theirs = ops.index_choose(scores, table, rows, seen, PAGE, top_k, 0)
+    for i, length in enumerate(lengths):
+        position = {int(table[i, at // PAGE]) * PAGE + at % PAGE: at for at in range(length)}
+        picked = []
+        for found in (ours[i], theirs[i]):
+            at = [position[int(slot)] for slot in found if slot >= 0]
+            assert len(set(at)) == len(at) == min(top_k, length)
+            picked.append(scores[i, at].sort().values)
+        assert torch.equal(*picked)  # the same scores; which of equal ones is nobody's business
+        if not ties:
+            assert torch.equal(ours[i].sort().values, theirs[i].sort().values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -94,7 +128,7 @@ def test_all_keys_chosen_is_plain_latent_attention() -> None:
     for token in range(3):
         at = torch.arange(19 + token, device=DEVICE)
         chosen[token, : len(at)] = table[0, at // PAGE].long() * PAGE + at % PAGE
-    counts = torch.tensor([19, 20, 21], device=DEVICE)
+    counts = torch.tensor([19, 20, 21], dtype=torch.int32, device=DEVICE)
     want = dense.latent_attention(q, pages, table, starts, lens, 3, 21, 0.3, latent)
     torch.testing.assert_close(
         ops.sparse_attention(q, pages, chosen, counts, 0.3, latent), want, atol=1e-5, rtol=1e-5

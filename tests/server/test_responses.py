@@ -25,6 +25,7 @@ from server_fake import (
 
 from octavo.api.openai.responses.schema import Reasoning, Response, TextConfig
 from octavo.api.openai.responses.store import Kept, ResponseNotFoundError, ResponseStore, StoreLimits
+from octavo.errors import QueueFullError
 from octavo.protocol.generate import TokenDelta
 
 TEXT = "Hello, wörld 🎉! How are you?"
@@ -279,6 +280,23 @@ def test_background_is_cancelled_deleted_and_fails_alone() -> None:
         assert wait_for(client, made.id) == "failed"
         failed = client.responses.retrieve(made.id)
         assert failed.error is not None and failed.error.code == "server_error"
+
+
+def test_what_runs_in_the_background_is_bounded_for_each_key() -> None:
+    store = ResponseStore(StoreLimits(running=2))
+    for i in range(2):
+        made = response(f"r{i}")
+        made.stop = lambda: None
+        store.check_running("a")
+        store.put("a", made)
+    store.check_running("b")
+    with pytest.raises(QueueFullError):
+        store.check_running("a")
+    stopped: list[str] = []
+    store.get("a", "r0").stop = lambda: stopped.append("r0")
+    store.put("a", response("r0"))  # the same id again
+    assert stopped == ["r0"]
+    store.check_running("a")
 
 
 def wait_for(client: openai.OpenAI, response_id: str) -> str:

@@ -13,8 +13,11 @@ from starlette.testclient import TestClient
 
 from octavo.api.anthropic.schema import MessagesRequest
 from octavo.api.ollama.schema import ChatRequest, GenerateRequest
+from octavo.api.openai.pooling_schema import EmbeddingRequest, RerankRequest, ScoreRequest
 from octavo.api.openai.responses.schema import ResponsesRequest
 from octavo.api.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from octavo.api.openai.tokens import TokensRequest
+from octavo.protocol.control import ModelFacts
 
 ROUTES: dict[str, tuple[type, dict[str, Any]]] = {
     "/v1/chat/completions": (ChatCompletionRequest, {"messages": [{"role": "user", "content": "Hi"}]}),
@@ -22,6 +25,10 @@ ROUTES: dict[str, tuple[type, dict[str, Any]]] = {
     "/tokenize": (TokenizeRequest, {"prompt": "a"}),
     "/v1/messages": (MessagesRequest, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}),
     "/v1/responses": (ResponsesRequest, {"input": "Hi"}),
+    "/v1/embeddings": (EmbeddingRequest, {"input": "a"}),
+    "/score": (ScoreRequest, {"text_1": "a", "text_2": "b"}),
+    "/rerank": (RerankRequest, {"query": "a", "documents": ["b"]}),
+    "/inference/v1/generate": (TokensRequest, {"token_ids": [72]}),
     "/api/chat": (ChatRequest, {"messages": [{"role": "user", "content": "Hi"}]}),
     "/api/generate": (GenerateRequest, {"prompt": "Hi"}),
 }
@@ -47,7 +54,9 @@ values = st.recursive(
 
 @pytest.fixture(scope="module")
 def client() -> TestClient:
-    return make_client(FakeEngine(max_model_len=40, rule=says("ab")))
+    return make_client(
+        FakeEngine(max_model_len=40, rule=says("ab"), facts=ModelFacts(can_pool=True, hidden_size=8))
+    )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

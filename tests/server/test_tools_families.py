@@ -131,7 +131,7 @@ calls = st.lists(
     before=st.sampled_from(["", "Let me see. 1 < 2"]),
     places=st.lists(st.integers(0, 999), max_size=12),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_what_is_written_is_read_however_it_is_cut(
     syntax: ToolSyntax, made: Calls, before: str, places: list[int]
 ) -> None:
@@ -160,7 +160,7 @@ fragments = st.lists(st.sampled_from([*FRAGMENTS.split(), " ", "\n"]), max_size=
 
 
 @given(syntax=st.sampled_from(FAMILIES), parts=fragments, places=st.lists(st.integers(0, 999), max_size=10))
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_any_text_gives_the_same_however_it_is_cut(
     syntax: ToolSyntax, parts: list[str], places: list[int]
 ) -> None:
@@ -173,26 +173,28 @@ def test_any_text_gives_the_same_however_it_is_cut(
 
 
 MEGABYTE = 1 << 20
-HOSTILE = [
-    "<tool_call><function=f>" + "<parameter=a>" * (MEGABYTE // 13),
-    "<tool_call><function=f></function></tool_call>" * (MEGABYTE // 46),
-    "<tool_call>f</tool_call>" * (MEGABYTE // 24),
-    "<tool_call>f\n<arg_key>a</arg_key><arg_value>" + "</arg" * (MEGABYTE // 5),
-    "[f(" + "a=1," * (MEGABYTE // 4),
-    "[f(a=" + "[" * MEGABYTE,
-    "[f(a='" + "\\'" * (MEGABYTE // 2),
-    "[" * MEGABYTE,
-    "<start_function_call>call:f{a:<escape>" + "<escap" * (MEGABYTE // 6),
-    f"<{BAR}tool▁calls▁begin{BAR}>" + CALL * (MEGABYTE // 22),
-    "<|tool_calls_section_begin|>" + "<|tool_call_begin|>functions.f:0" * (MEGABYTE // 32),
+TAGGED, PYTHONS, NAMED = (QWEN3_CODER, GLM45), (LLAMA4_PYTHONIC, OLMO3), (DEEPSEEK_V31, KIMI_K2)
+HOSTILE: list[tuple[str, tuple[ToolSyntax, ...]]] = [
+    ("<tool_call><function=f>" + "<parameter=a>" * (MEGABYTE // 13), TAGGED),
+    ("<tool_call><function=f></function></tool_call>" * (MEGABYTE // 46), TAGGED),
+    ("<tool_call>f</tool_call>" * (MEGABYTE // 24), TAGGED),
+    ("<tool_call>f\n<arg_key>a</arg_key><arg_value>" + "</arg" * (MEGABYTE // 5), TAGGED),
+    ("[f(" + "a=1," * (MEGABYTE // 4), PYTHONS),
+    ("[f(a=" + "[" * MEGABYTE, PYTHONS),
+    ("[f(a='" + "\\'" * (MEGABYTE // 2), PYTHONS),
+    ("[" * MEGABYTE, PYTHONS),
+    ("<start_function_call>call:f{a:<escape>" + "<escap" * (MEGABYTE // 6), (FUNCTIONGEMMA, GEMMA4)),
+    (f"<{BAR}tool▁calls▁begin{BAR}>" + CALL * (MEGABYTE // 22), NAMED),
+    ("<|tool_calls_section_begin|>" + "<|tool_call_begin|>functions.f:0" * (MEGABYTE // 32), NAMED),
+    ("<" * MEGABYTE, (*TAGGED, GRANITE, LFM2)),
 ]
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_megabyte_of_hostile_text_takes_linear_time(text: str) -> None:
-    for syntax in FAMILIES:
+@pytest.mark.parametrize(("text", "syntaxes"), HOSTILE, ids=range(len(HOSTILE)))
+def test_a_megabyte_of_hostile_text_takes_linear_time(text: str, syntaxes: tuple[ToolSyntax, ...]) -> None:
+    for syntax in syntaxes:
         begin = time.process_time()
-        read(syntax, [text[i : i + 4096] for i in range(0, len(text), 4096)])
+        read(syntax, [text])
         assert time.process_time() - begin < 10, syntax.name
 
 

@@ -128,7 +128,7 @@ def llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     model(0).save_pretrained(tmp_path)
     tokenizer = Tokenizer(build_byte_tokenizer({"vocab_size": VOCAB, "eos_token_id": EOS}))
 
-    def front(options: EngineOptions, files: Any, client: Any) -> Frontend:
+    def front(options: EngineOptions, files: Any, client: Any, ahead: Any) -> Frontend:
         return Frontend(client, tokenizer, ChatTemplate(None), model_name="tiny")
 
     monkeypatch.setattr(host, "build_frontend", front)

@@ -181,3 +181,9 @@ def test_proofs_see_a_wrong_page_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prober, "_step", broken)
     assert table_check.error(prober.logits([0, 1, 2]), right) > 0.05
     assert not table_check.Finding("x", float("nan"), 1.0).holds
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert table.main(["--rows", "8b/1"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err

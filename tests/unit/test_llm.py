@@ -69,7 +69,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LLM]]:
         core = EngineCore(InlineExecutor(runner), settings)
         tokenizer = Tokenizer(build_byte_tokenizer({"vocab_size": VOCAB, "eos_token_id": EOS}))
 
-        def front(options: EngineOptions, files: Any, client: Any) -> Frontend:
+        def front(options: EngineOptions, files: Any, client: Any, ahead: Any) -> Frontend:
             return Frontend(client, tokenizer, ChatTemplate(TEMPLATE), model_name="null", defaults=defaults)
 
         monkeypatch.setattr(host, "open_files", lambda options, progress=None: None)

@@ -4,7 +4,8 @@ Every instruction is timed inside the parallel region by the processor's counter
 nine of ten steps take at least, so that what else runs on the machine counts little. Per kernel: calls in a step, milliseconds in it and
 behind it at the barrier (mean of the threads), GB/s of weights and 8-bit GOP/s (two a multiplication) of all threads,
 and the share of the roofline: what its bytes would take at the read bandwidth or its products at the multiplication
-rate, whichever is more, over the time that passed. Both ceilings are measured in the same run.
+rate, whichever is more, over the time that passed. Both ceilings are measured in the same run, reading as much memory as a
+pass reads of weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from octavo.protocol.generate import SamplingParams
 from octavo.runner.cpu.program import Program, Tape, aligned
 from octavo.runner.cpu.runner import CPURunner
 
-PROBE_MIB, PROBE_ROUNDS = 256, 400_000
+PROBE_ROUNDS = 400_000
 NANO = 1e9
 
 
@@ -85,12 +86,14 @@ class Load:
 
 
 def ceilings(runner: CPURunner) -> Ceilings:
-    """Best of several rounds on the runner's own threads: whatever disturbs only makes them slower."""
-    memory = aligned(PROBE_MIB << 20, np.uint8)
+    """Best of several rounds on the runner's own threads: whatever disturbs only makes them slower. As much memory is read
+    as one pass reads of weights: part of it may stay in a cache there too."""
+    kib = max(1 << 16, runner.lowered.weight_bytes >> 10)
+    memory = aligned(kib << 10, np.uint8)
     memory[:] = 1
     scratch = aligned(128 * runner.team.threads, np.uint8, zero=True)
     program = Program(runner.library)
-    program.add("probe_read", [memory.ctypes.data, PROBE_MIB << 10, scratch.ctypes.data])
+    program.add("probe_read", [memory.ctypes.data, kib, scratch.ctypes.data])
     read = program.tape()
     program.add("probe_dot", [PROBE_ROUNDS, scratch.ctypes.data])
     dot = program.tape()
@@ -110,7 +113,7 @@ def ceilings(runner: CPURunner) -> Ceilings:
     runner.team.watch = None
     operations = 2 * probe.PRODUCTS * PROBE_ROUNDS * runner.team.threads
     return Ceilings(
-        (PROBE_MIB << 20) / min(found[id(read)]), operations / min(found[id(dot)]), percentile(rates, 50)
+        (kib << 10) / min(found[id(read)]), operations / min(found[id(dot)]), percentile(rates, 50)
     )
 
 

@@ -360,7 +360,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0, or 1 where a proof failed or a stage broke."""
+    """Exit status: 0, 1 where a proof failed or a stage broke, 2 without a GPU."""
     args = parse(argv)
     patterns = [pattern.strip() for pattern in args.rows.split(",") if pattern.strip()]
     plan = chosen(patterns, stages())
@@ -383,6 +383,9 @@ def main(argv: list[str]) -> int:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         runner.check(prove, tell)
+        if table.ceilings is None:
+            print(f"octavo bench table: {'; '.join(table.errors) or 'no rates'}", file=sys.stderr)
+            return 2
         tell(HEADER)
         for stage in plan:
             runner.stage(stage, folder, tell)

@@ -270,8 +270,10 @@ def _version(package: str) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Print the rates and, without --rates, every finding, as lines of JSON."""
-    if torch.cuda.is_available():
-        print(json.dumps({"rates": rates()}), flush=True)
+    if not torch.cuda.is_available():
+        print("There is no CUDA device here; run this on a machine with an NVIDIA GPU.", file=sys.stderr)
+        return 2
+    print(json.dumps({"rates": rates()}), flush=True)
     if "--rates" not in argv:
         config = {**LLAMA_3_1_8B, "num_hidden_layers": NUM_LAYERS}
         for finding in prove(config):

@@ -13,6 +13,7 @@ from typing import Any
 from octavo import __version__
 from octavo.cli.progress import Reporter
 from octavo.cli.talk import engine_options
+from octavo.device.kernels.numba.target import choose_target, host_features
 from octavo.device.platform.select import open_platform
 from octavo.errors import OctavoError
 from octavo.files.fetch import cache_folder
@@ -59,12 +60,14 @@ def device(args: argparse.Namespace) -> dict[str, Any]:
         hardware = open_platform(engine_options(args).device.device).hardware()
     except OctavoError as error:
         return {"error": str(error)}
+    tiles = {"cpu tiles": choose_target(host_features()).name} if hardware.kind == "cpu" else {}
     return {
         "kind": hardware.kind,
         "name": hardware.name,
         "memory": f"{hardware.total_memory_bytes / 2**30:.1f} GiB",
         "cores": hardware.num_cores,
         "bfloat16": hardware.supports_bfloat16,
+        **tiles,
     }
 
 

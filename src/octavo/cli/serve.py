@@ -38,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
 
     async def start() -> tuple[ASGIApp, EngineClient]:
         files = host.open_files(options, reporter)
+        tokenizer = host.tokenizer_ahead(options, files)
         client = host.connect(options, files, progress=reporter)
         facts.append(client.info)
-        frontend = host.build_frontend(options, files, client)
+        frontend = host.build_frontend(options, files, client, tokenizer)
         settings = ServerSettings.of(server, (frontend.model_name,))
         return build_app(frontend, client, settings), client
 

@@ -34,6 +34,10 @@ class Source(Protocol):
         """Let go of the file."""
 
 
+class FileMap(mmap.mmap):
+    """Memory whose content a file holds too."""
+
+
 class MappedFile:
     """The bytes of ``path``, mapped. Raises ``ModelFileError`` for what is missing, empty or no regular file."""
 
@@ -52,7 +56,7 @@ class MappedFile:
                 raise ModelFileError(f"{path} is not a regular file.")
             if status.st_size == 0:
                 raise ModelFileError(f"{path} is empty.", "Download it again.")
-            self.data: mmap.mmap | bytes = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
+            self.data: mmap.mmap | bytes = FileMap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
         finally:
             os.close(descriptor)
         self.size = status.st_size
@@ -87,3 +91,22 @@ class RemoteHead:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def forget(view: NDArray[np.uint8]) -> None:
+    """Let the system take the memory of a part of a mapped file back; reading it again brings it back from the file.
+
+    Nothing happens where ``view`` looks into other memory, or where the system knows no such advice.
+    """
+    base: object = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, FileMap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    offset = view.ctypes.data - np.frombuffer(base, np.uint8, count=1).ctypes.data
+    start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (offset + view.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        base.madvise(mmap.MADV_DONTNEED, start, length)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
+from concurrent.futures import Future
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +20,7 @@ import msgspec
 
 from octavo.api.frontend import Frontend
 from octavo.api.text.template import ChatTemplate
-from octavo.api.text.tokenizer import load_tokenizer
+from octavo.api.text.tokenizer import Tokenizer, load_tokenizer
 from octavo.config import EngineOptions
 from octavo.engine.client.base import EngineClient
 from octavo.engine.client.inprocess import InProcessClient
@@ -211,20 +213,39 @@ def connect(
     )
 
 
-def build_frontend(options: EngineOptions, files: ModelFiles, client: EngineClient) -> Frontend:
-    """Tokenizer, template and sampling defaults around an engine."""
+def tokenizer_ahead(options: EngineOptions, files: ModelFiles) -> Future[Tokenizer]:
+    """The tokenizer, built in a thread while the engine loads: half of both is work outside the interpreter."""
+    future: Future[Tokenizer] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(load_tokenizer(files, options.model.tokenizer))
+        except BaseException as error:  # noqa: BLE001  (raised where the result is asked for)
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="octavo-tokenizer", daemon=True).start()
+    return future
+
+
+def build_frontend(
+    options: EngineOptions,
+    files: ModelFiles,
+    client: EngineClient,
+    tokenizer: Future[Tokenizer] | None = None,
+) -> Frontend:
+    """Tokenizer (that of ``tokenizer_ahead``, if it was begun), template and sampling defaults around an engine."""
     model = options.model
-    tokenizer = load_tokenizer(files, model.tokenizer)
+    words = load_tokenizer(files, model.tokenizer) if tokenizer is None else tokenizer.result()
     source = files.chat_template
     if model.chat_template is not None:
         try:
             source = Path(model.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--chat-template {model.chat_template} cannot be read: {error}.") from None
-    template = ChatTemplate(source, tokenizer.special_tokens)
+    template = ChatTemplate(source, words.special_tokens)
     return Frontend(
         client,
-        tokenizer,
+        words,
         template,
         model_name=model.served_model_name or files.name,
         defaults=sampling_defaults(options, files),

@@ -67,11 +67,12 @@ class StartBudget:
         self.use: dict[str, tuple[int, int]] = {}
 
     def _scheme(self) -> Scheme:
-        """How the weights are held here: on CPUs the blocks of GGUF files are decoded."""
+        """How the weights are held here; on CPUs the blocks of GGUF files and MXFP4 are decoded, unless asked for."""
+        asked = self.options.model.quantization
         held = None if self.arch.num_parameters else held_scheme(self.files, describe(self.arch))
-        if held is not None and (self.on_gpu or self.files.format != "gguf"):
+        if held is not None and (self.on_gpu or held.name not in ("gguf", "mxfp4") or asked == held.name):
             return held
-        return SCHEMES.get(self.options.model.quantization, DENSE)
+        return SCHEMES.get(asked, DENSE)
 
     def require_room(self) -> None:
         """Raise ``OutOfMemoryError`` with numbers and cure where weights and a first page cannot fit.

@@ -8,6 +8,7 @@ What a device holds comes from ``model.footprint``, the cache from ``runner.memo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from octavo.device.platform.gpus import GIB, GPU, GPUS
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.engine.cache.spec import ceil_div
 from octavo.errors import OutOfMemoryError, UnsupportedModelError, UsageError
-from octavo.files.base import ModelFiles
+from octavo.files.base import ModelFiles, TensorInfo
 from octavo.host.built import limits_of
 from octavo.host.implementation import architecture
 from octavo.host.spread import part_of
@@ -37,27 +38,38 @@ SIZES = (1, 2, 4, 8)  # tensor parallel
 LENGTHS = (4096, 32768, 131072)
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SCHEMES: dict[str | None, Scheme] = {None: DENSE, "fp8": FP8, "int8": INT8, "int4": INT4}  # by --quantization
+KEPT_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # of GGUF files, on a GPU
 USEFUL = 4096  # tokens of context below which nobody would say that a model fits
 FP8_CAPABILITY = 89
 
 
 def held_scheme(files: ModelFiles, spec: DecoderSpec) -> Scheme | None:
-    """How quantized files hold the weights, on average; None where they are plain. Shapes alone say what they describe."""
+    """How quantized files hold the matrices, on average over all of them; None where they are plain."""
     quantization = None if files.format == "gguf" else describe_quantization(files.config)
-    if files.format != "gguf" and (quantization is None or quantization.method == "mxfp4"):
-        return None  # MXFP4 is decoded
-    stored = sum(tensor.nbytes for tensor in files.tensors.values())
+    if files.format != "gguf" and quantization is None:
+        return None
+    name = quantization.method if quantization else "gguf"
+    matrices = [tensor for tensor in files.tensors.values() if _is_matrix(tensor, spec)]
+    stored = sum(_kept_bytes(tensor) if quantization is None else tensor.nbytes for tensor in matrices)
     if not stored and quantization is not None:  # a configuration alone
         scheme = quantization.scheme
-        return (
-            Scheme(quantization.method, bits=scheme.bits_per_weight(spec.embedding.hidden))
-            if scheme
-            else DENSE
-        )
-    elements = sum(held.elements for held in footprint.held_by(spec))
-    return Scheme(
-        quantization.method if quantization else "gguf", bits=8 * stored / elements, everything=True
-    )
+        return Scheme(name, bits=scheme.bits_per_weight(spec.embedding.hidden)) if scheme else DENSE
+    kinds = ("matrix", "experts", "head")
+    elements = sum(held.elements for held in footprint.held_by(spec) if held.kind in kinds)
+    return Scheme(name, bits=8 * stored / elements, head=True)
+
+
+def _kept_bytes(tensor: TensorInfo) -> int:
+    """Bytes on a GPU: types of GGUF files without kernels are decoded into the run type."""
+    return tensor.nbytes if tensor.dtype in KEPT_BLOCKS else 2 * math.prod(tensor.shape)
+
+
+def _is_matrix(tensor: TensorInfo, spec: DecoderSpec) -> bool:
+    """Whether a stored tensor belongs to what a scheme stores: not to embeddings, norms, or the tower of another kind
+    of input."""
+    tables = [name for table in (spec.embedding, spec.positions) if table for name in (table.hf, table.gguf)]
+    known = any(tensor.name.endswith(f"{name}.weight") for name in tables)
+    return len(tensor.shape) > 1 and not known and "vision" not in tensor.name and "visual" not in tensor.name
 
 
 def predict(
@@ -226,7 +238,7 @@ class Planner:
     def _check(self, gpu: GPU, scheme: Scheme, size: int) -> None:
         if self.arch.num_parameters and size > 1:
             raise UnsupportedModelError("Models that transformers computes run on one card.")
-        if scheme is FP8 and 0 < gpu.capability < FP8_CAPABILITY:
+        if scheme.name == FP8.name and 0 < gpu.capability < FP8_CAPABILITY:
             raise UnsupportedModelError(
                 f"{gpu.name} has no fp8 arithmetic (compute capability {gpu.capability / 10:.1f}, needed 8.9)."
             )

@@ -123,12 +123,15 @@ def start(
 
 
 def understudy(options: EngineOptions, plan: Plan) -> EngineOptions:
-    """Options of a torch engine with the same pages, slots and limits; bfloat16, as the compiled path's cache."""
-    resolved = plan.resolved
+    """Options of a torch engine with the same pages, slots and limits; bfloat16, as the compiled path's cache.
+
+    One thread fewer: the compiler needs it, and torch's threads wait for each other by spinning.
+    """
+    resolved, threads = plan.resolved, max(1, plan.threads - 1)
     return replace(
         options,
         model=replace(options.model, dtype="bfloat16", max_model_len=str(resolved.max_model_len)),
-        device=replace(options.device, device="cpu", cpu_backend="torch"),
+        device=replace(options.device, device="cpu", cpu_backend="torch", threads=threads),
         cache=replace(options.cache, num_gpu_blocks_override=plan.memory.num_pages),
         scheduler=replace(
             options.scheduler,

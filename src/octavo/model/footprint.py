@@ -36,7 +36,7 @@ from octavo.model.blocks import (
     Router,
 )
 
-Kind = Literal["matrix", "experts", "run", "float32"]
+Kind = Literal["matrix", "experts", "head", "run", "float32"]
 FLOAT32 = 4
 # Logits, their copy for log probabilities, the log probabilities and the penalties' counts: 4 bytes each.
 SAMPLING_BYTES = 16
@@ -47,8 +47,8 @@ RECORDING_BYTES = 1 << 20  # a few hundred launches
 
 @dataclass(frozen=True)
 class Held:
-    """``count`` equal tensors [rows, inputs] of the network: matrices and experts are stored by the weight scheme,
-    the rest in the run type or in float32. A ``constant`` is in no file."""
+    """``count`` equal tensors [rows, inputs] of the network: matrices and experts are stored by the weight scheme (and
+    the output head by some), the rest in the run type or in float32. A ``constant`` is in no file."""
 
     kind: Kind
     rows: int
@@ -64,38 +64,40 @@ class Held:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a projection's weights are stored: ``bits`` each (0 = in the run type), ``row_bytes`` beside every output
-    row, ``group_bits`` beside every ``group`` inputs of a row. Where ``experts`` is False those stay in the run type;
-    with ``everything`` the bits are an average over all tensors."""
+    """How a projection's weights are stored: ``bits`` each (0 = in the run type), and ``scale_bytes`` beside every run of
+    the first of ``groups`` inputs that divides a row, or beside a whole row. Experts, and with ``packed`` everything, take
+    whole runs of ``device.ops.packed``. ``head``: the output head is stored so too."""
 
     name: str
     bits: float = 0
-    row_bytes: int = 0
-    group: int = 0
-    group_bits: int = 0
-    experts: bool = True
-    everything: bool = False
+    scale_bytes: int = 0
+    groups: tuple[int, ...] = ()
+    packed: bool = False
+    head: bool = False
 
     def nbytes(self, held: Held, element_bytes: int) -> int:
         """Bytes of tensors of the network with run type elements of so many bytes."""
-        if self.everything:
-            return round(held.elements * self.bits / 8)
         if held.kind == "float32":
             return held.elements * FLOAT32
-        if not self.bits or held.kind == "run" or (held.kind == "experts" and not self.experts):
+        if not self.bits or held.kind == "run" or (held.kind == "head" and not self.head):
             return held.elements * element_bytes
-        row = math.ceil(held.inputs * self.bits / 8) + self.row_bytes
-        if self.group:
-            row += ceil_div(ceil_div(held.inputs, self.group) * self.group_bits, 8)
+        inputs = held.inputs
+        if self.scale_bytes and (self.packed or held.kind == "experts"):
+            inputs += -inputs % self._run(inputs)
+        group = next((size for size in self.groups if held.inputs % size == 0), inputs)
+        row = math.ceil(inputs * self.bits / 8) + ceil_div(inputs, group) * self.scale_bytes
         return row * held.rows * held.count
+
+    def _run(self, inputs: int) -> int:
+        """Inputs that are packed together: 32 words' worth, or 16 where 4-bit codes are padded less by it."""
+        wide = int(32 * 32 / self.bits)
+        return wide // 2 if self.packed and -inputs % (wide // 2) < -inputs % wide else wide
 
 
 DENSE = Scheme("dense")
-FP8 = Scheme("fp8", bits=8, row_bytes=4)  # a float32 scale an output channel
-INT8 = Scheme("int8", bits=8, row_bytes=4, experts=False)
-INT4 = Scheme(
-    "int4", bits=4, group=128, group_bits=32, experts=False
-)  # a scale and a zero point of 16 bits a group
+FP8 = Scheme("fp8", bits=8, scale_bytes=4)  # a float32 scale an output channel
+INT8 = Scheme("int8", bits=8, scale_bytes=4)
+INT4 = Scheme("int4", bits=4, scale_bytes=4, groups=(128, 64, 32), packed=True)  # a scale and a zero point a group
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _decoder(spec: DecoderSpec) -> Iterator[Held]:
     yield from held_by(spec.layers)
     yield from held_by(spec.norm)
     if spec.head is not None:
-        yield from _linear(spec.head, "run")
+        yield from _linear(spec.head, "head")
 
 
 def num_parameters(spec: DecoderSpec) -> int:

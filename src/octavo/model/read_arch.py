@@ -32,7 +32,7 @@ MULTIMODAL = {  # whose text part has a family
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
 }
-OLD_KINDS = {"attention": FULL, "mamba": LINEAR}  # how hybrids spell their layer types
+OLD_KINDS = {"attention": FULL, "mamba": LINEAR, "deepseek_sparse_attention": FULL}  # other spellings of layer types
 GGUF_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,8 +19,7 @@ from octavo.device.platform.base import Platform
 from octavo.model.batch import Batch, GroupTables, Prompts
 from octavo.protocol.plan import StepPlan
 from octavo.runner.slots import POOL, PROMPT_LOGPROBS, Slots
-
-Ints = NDArray[np.int64]
+from octavo.runner.staging import Ints, Staging
 
 
 @dataclass(frozen=True)
@@ -52,32 +50,6 @@ class Prepared:
     positions: Tensor
     prompt_rows: list[tuple[int, int, int]]
     pooled_rows: list[PooledRow] = field(default_factory=list)
-
-
-class Staging:
-    """A ring of page-locked host buffers; depth 4 outlives every copy in flight (at most two steps are)."""
-
-    DEPTH = 4
-
-    def __init__(self, platform: Platform, size: int) -> None:
-        self.platform = platform
-        self.buffers = [platform.host_buffer(size, torch.int32) for _ in range(self.DEPTH)]
-        self.turn = 0
-
-    def pack(self, columns: list[Ints]) -> Tensor:
-        """All columns one after the other in the next buffer, as int32."""
-        total = sum(len(column) for column in columns)
-        self.turn = (self.turn + 1) % self.DEPTH
-        if self.buffers[self.turn].numel() < total:
-            self.buffers[self.turn] = self.platform.host_buffer(2 * total, torch.int32)
-        buffer = self.buffers[self.turn][:total]
-        np.concatenate(columns, out=buffer.numpy(), casting="unsafe")
-        return buffer
-
-    def upload(self, columns: list[Ints]) -> list[Tensor]:
-        """Device copies of the columns (int32), by one transfer."""
-        packed = self.pack(columns).to(self.platform.device, non_blocking=True)
-        return list(torch.split(packed, [len(column) for column in columns]))
 
 
 class BatchBuilder:

@@ -80,7 +80,7 @@ class TorchRunner:
         self.num_pages = pages.num_pages
         self.num_slots = num_slots
         self.max_tokens = max_tokens
-        self.slots = Slots(num_slots, max_model_len, pages.layout, platform.device)
+        self.slots = Slots(num_slots, max_model_len, pages.layout, platform)
         self.builder = BatchBuilder(self.slots, platform, max_tokens, max_model_len)
         self.sampler = Sampler(self.slots, vocab_size, platform, binder)
         self.pooler = Pooler()
@@ -239,7 +239,7 @@ class TorchRunner:
         size = len(hidden)
 
         def work() -> PendingLogprobs:
-            target = torch.from_numpy(known).to(self.platform.device)
+            target = torch.from_numpy(known).to(self.platform.device, non_blocking=True)
             logits = self.network.logits(hidden)
             return self.sampler.rank(logits, target, list(range(size)), [limit] * size)
 

@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from octavo.device.platform.base import Platform
 from octavo.engine.cache.layout import CacheLayout
 from octavo.engine.cache.spec import ceil_div
 from octavo.protocol.generate import Pooling, SamplingParams
 from octavo.protocol.plan import PageWrite, SlotInit
+from octavo.runner.staging import Staging
 
 # What a slot asks of a step beyond drawing a token.
 RANDOM, BIAS, PENALTY, LOGPROBS, PROMPT_LOGPROBS, MIN_TOKENS, POOL = 1, 2, 4, 8, 16, 32, 64
@@ -40,10 +42,11 @@ class GroupTable:
 class Slots:
     """Rows for ``num_slots`` sequences of at most ``max_model_len`` tokens."""
 
-    def __init__(self, num_slots: int, max_model_len: int, layout: CacheLayout, device: torch.device) -> None:
+    def __init__(self, num_slots: int, max_model_len: int, layout: CacheLayout, platform: Platform) -> None:
         self.num_slots = num_slots
         self.dummy = num_slots
-        self.device = device
+        self.device = device = platform.device
+        self.staging = Staging(platform, 10 * min(64, num_slots))
         self.known: list[NDArray[np.int64]] = [np.zeros(0, np.int64)] * num_slots
         self.num_known = np.zeros(num_slots + 1, np.int64)
         self.num_prompt = np.zeros(num_slots + 1, np.int64)
@@ -88,9 +91,19 @@ class Slots:
                 sampling.repetition_penalty,
             )
             ints[row] = (max(0, sampling.top_k), admit.seed)
-        where = torch.tensor([admit.slot for admit in admits], device=self.device)
-        self.floats[where] = torch.from_numpy(floats).to(self.device)
-        self.ints[where] = torch.from_numpy(ints).to(self.device)
+        count = len(admits)
+        # Seeds first: as 64-bit numbers they want an even place.
+        seeds, values, slots, top_k = self.staging.upload(
+            [
+                ints[:, 1].copy().view(np.int32),
+                floats.reshape(-1).view(np.int32),
+                np.asarray([admit.slot for admit in admits], np.int64),
+                ints[:, 0],
+            ]
+        )
+        where = slots.long()
+        self.floats[where] = values.view(torch.float32).view(count, 6)
+        self.ints[where] = torch.stack((top_k.long(), seeds.view(torch.int64)), dim=1)
 
     def write_pages(self, writes: list[PageWrite]) -> tuple[list[int], list[int]]:
         """(flat index, page) of every page table entry that changes; the batch builder uploads them."""

@@ -62,7 +62,7 @@ async def _whole(reply: _Reply) -> ChatCompletion:
         created=reply.created,
         model=reply.model,
         choices=[_choice(reply, i, fold, message) for i, (fold, message) in enumerate(zip(folds, messages))],
-        usage=run.usage(),
+        usage=reply.usage(),
         system_fingerprint=reply.context.fingerprint,
     )
     if request.return_token_ids:
@@ -120,12 +120,12 @@ async def _stream(reply: _Reply) -> AsyncGenerator[bytes, None]:
                     for choice in _chunk_choices(reply, index, delta):
                         blank.choices = [choice]
                         if continuous:
-                            blank.usage = run.usage()
+                            blank.usage = reply.usage()
                         data += event(blank)
             if data:
                 yield data
     if with_usage:
-        blank.choices, blank.usage = [], run.usage()
+        blank.choices, blank.usage = [], reply.usage()
         yield event(blank)
 
 

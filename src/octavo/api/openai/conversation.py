@@ -18,7 +18,7 @@ from octavo.api.openai.context import Context, reply_id
 from octavo.api.openai.prompts import chat_ids, chat_prompt, encode_text
 from octavo.api.openai.run import Run
 from octavo.api.openai.sampling import check_fields, sampling_params, structured_outputs
-from octavo.api.openai.schema import ChatCompletionRequest
+from octavo.api.openai.schema import ChatCompletionRequest, CompletionTokensDetails, Usage
 from octavo.api.openai.tools import choice_readers, tool_plan
 from octavo.errors import RequestError
 from octavo.protocol.generate import SamplingParams
@@ -41,6 +41,14 @@ class Conversation:
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.run.prompts[0][0])
+
+    def usage(self) -> Usage:
+        """Tokens so far, thoughts among them."""
+        usage = self.run.usage()
+        if self.readers is not None:
+            count = sum(reader.num_reasoning_tokens for reader in self.readers)
+            usage.completion_tokens_details = CompletionTokensDetails(count)
+        return usage
 
     async def events(self) -> AsyncGenerator[list[ChatEvent], None]:
         """What every engine step brought, in the neutral form; closing it aborts what still runs."""

@@ -315,6 +315,12 @@ class Timings(msgspec.Struct, kw_only=True):
     tokens_per_second: float | None
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """How many generated tokens were thoughts, counted by engine steps."""
+
+    reasoning_tokens: int = 0
+
+
 class Usage(msgspec.Struct, kw_only=True):
     """Tokens of a request over all its choices; a prompt counts once."""
 
@@ -322,6 +328,7 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
     timings: Timings | UnsetType = UNSET
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import msgspec
@@ -39,6 +40,8 @@ from octavo.api.server.routes import route_table
 from octavo.api.server.sse import EventStream, until_disconnect
 from octavo.api.server.tracing import trace_exporter
 from octavo.engine.client.base import EngineClient
+
+log = logging.getLogger("octavo.server")
 
 
 class Endpoint:
@@ -133,6 +136,8 @@ def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings
         metrics.observers.append(
             trace_exporter(settings.otlp_traces_endpoint, settings.served_model_names[0])
         )
+    if client.info.facts.can_generate:
+        log.info("Tools are called in the format %s.", frontend.tool_syntax.name)  # found and proved now
     context = Context(frontend, client.info, settings.served_model_names, metrics.start, __version__)
     store = ResponseStore(settings.response_limits)
     service = Service(context, client, settings, metrics, store)

@@ -10,8 +10,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo.api.server.errors import ForbiddenError, dialect_of, error_reply
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-
 
 class HostCheck:
     """Answers 403 to a Host header that names none of ``allowed`` (without port, lower case)."""

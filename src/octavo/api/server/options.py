@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from octavo.api.openai.responses.store import StoreLimits
-from octavo.api.server.hosts import LOOPBACK_NAMES
-from octavo.api.server.keys import KeyEntry, read_keys
 from octavo.config import option
 from octavo.errors import UsageError
+
+if TYPE_CHECKING:
+    from octavo.api.openai.responses.store import StoreLimits
+    from octavo.api.server.keys import KeyEntry
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,11 @@ class ServerOptions:
 
     def key_entries(self) -> tuple[KeyEntry, ...]:
         """The entries of the keys file."""
-        return () if self.api_keys_file is None else read_keys(self.api_keys_file)
+        if self.api_keys_file is None:
+            return ()
+        # Only now: flags must not load what the server stands on.
+        found: tuple[KeyEntry, ...] = import_module("octavo.api.server.keys").read_keys(self.api_keys_file)
+        return found
 
     def hosts(self) -> tuple[str, ...]:
         """Names the server answers to; empty for all."""
@@ -164,7 +173,7 @@ class ServerSettings:
     sse_heartbeat_s: float = 15.0
     metrics_prefix: str = "octavo"
     ignore_unknown_fields: bool = False
-    response_limits: StoreLimits = field(default_factory=StoreLimits)
+    response_limits: StoreLimits = field(default_factory=lambda: store_limits())
 
     @classmethod
     def of(cls, options: ServerOptions, served_model_names: tuple[str, ...]) -> ServerSettings:
@@ -185,9 +194,15 @@ class ServerSettings:
             sse_heartbeat_s=options.sse_heartbeat,
             metrics_prefix=options.metrics_prefix,
             ignore_unknown_fields=options.ignore_unknown_fields,
-            response_limits=StoreLimits(
+            response_limits=store_limits(
                 options.response_store_size,
                 options.response_store_mib << 20,
                 options.response_store_seconds,
             ),
         )
+
+
+def store_limits(*limits: float) -> StoreLimits:
+    """Bounds of the store of responses; its own defaults where none are given."""
+    found: StoreLimits = import_module("octavo.api.openai.responses.store").StoreLimits(*limits)
+    return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo.device.kernels.rows import Raw
 from octavo.device.ops.bind import Op, triton_rows
-from octavo.device.ops.fp8 import FP8, FP8_MAX
+from octavo.device.ops.fp8 import FP8, FP8_MAX, settled
 from octavo.device.ops.norm import rms_norm
 
 
 def rope_store(
-    qkv: Tensor,
+    qkv: Tensor | Raw,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
@@ -25,14 +26,14 @@ def rope_store(
 ) -> Tensor:
     """Norm and rotate q and k, write k and v to the cache, return q.
 
-    qkv [T, (Hq + 2 Hkv) * D]; q_weight, k_weight [D] or None (no per-head norm); cos_sin [max_position, dim] float32
+    qkv [T, (Hq + 2 Hkv) * D], also as a product whose scales are applied here; q_weight, k_weight [D] or None (no per-head norm); cos_sin [max_position, dim] float32
     (first half cos, second half sin; dim <= D, halves convention) or None (no rotation); positions [T] int64;
     kv_pages [pages, 2, Hkv, page_size, D]; slot_mapping [T] int64 = page * page_size + offset, -1 = do not store.
     Pages of fp8 get k / k_scale and v / v_scale, at most 448 in size. Returns q [T, Hq, D] in qkv's type.
     """
     num_kv_heads, page_size, head_dim = kv_pages.shape[2:]
     tokens = qkv.shape[0]
-    heads = qkv.view(tokens, num_heads + 2 * num_kv_heads, head_dim)
+    heads = settled(qkv).view(tokens, num_heads + 2 * num_kv_heads, head_dim)
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_weight is not None:
         q = rms_norm(q, q_weight, eps)

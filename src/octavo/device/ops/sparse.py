@@ -33,30 +33,42 @@ def index_scores(
     weights: Tensor,
     pages: Tensor,
     page_table: Tensor,
-    query_start: Tensor,
-    kv_lens: Tensor,
+    rows: Tensor,
+    seen: Tensor,
     max_kv: int,
     first: int,
     count: int,
 ) -> Tensor:
-    """sum_h weights[t, h] relu(q[t, h]·key) of each key up to the token's own, -inf beyond: [count, max_kv] float32.
+    """sum_h weights[t, h] relu(q[t, h]·key) of the keys that ``count`` tokens from ``first`` on see: [count, max_kv] float32.
 
-    Of the tokens from ``first`` on; tokens past query_start[-1] (padding) have -inf everywhere. q [T, H, D]; weights [T, H]
-    float32; pages [num_pages, page_size, D]; the rows and tables are those of ``paged_attention``.
+    q [T, H, D]; weights [T, H] float32; pages [num_pages, page_size, D]; page_table [R, max_pages] int32; rows [T], seen
+    [T] int32: a token's row, and how many keys it sees (0 for padding). Scores beyond those are unspecified.
     """
     out = torch.full((count, max_kv), float("-inf"), device=q.device)
-    starts, lens = query_start.tolist(), kv_lens.tolist()
-    for row, kv_len in enumerate(lens):
-        begin, end = max(starts[row], first), min(starts[row + 1], first + count)
-        if begin >= end:
-            continue
-        keys = pages[page_table[row, : -(-kv_len // pages.shape[1])].long()].float().flatten(0, 1)[:kv_len]
-        products = torch.relu(torch.einsum("thd,kd->thk", q[begin:end].float(), keys))
-        scores = torch.einsum("th,thk->tk", weights[begin:end], products)
-        last = kv_len - starts[row + 1] + torch.arange(begin, end, device=q.device).unsqueeze(1)
-        hidden = torch.arange(kv_len, device=q.device) > last
-        out[begin - first : end - first, :kv_len] = scores.masked_fill(hidden, float("-inf"))
+    for index in range(count):
+        row, length = int(rows[first + index]), int(seen[first + index])
+        keys = pages[page_table[row, : -(-length // pages.shape[1])].long()].float().flatten(0, 1)[:length]
+        products = torch.relu(keys @ q[first + index].float().T)
+        out[index, :length] = products @ weights[first + index]
     return out
+
+
+def index_choose(
+    scores: Tensor, page_table: Tensor, rows: Tensor, seen: Tensor, page_size: int, top_k: int, first: int
+) -> Tensor:
+    """Slots [n, top_k] int64 of the keys with the highest of scores [n, max_kv] that the tokens from ``first`` on see.
+
+    -1 where a token sees fewer; in any order; among equal scores any may be chosen.
+    """
+    count = scores.shape[0]
+    at = torch.arange(scores.shape[1], device=scores.device)
+    hidden = at >= seen[first : first + count].unsqueeze(1)
+    best, positions = scores.masked_fill(hidden, float("-inf")).topk(min(top_k, scores.shape[1]), dim=1)
+    page = page_table[rows[first : first + count].long().unsqueeze(1), positions // page_size].long()
+    chosen = torch.full((count, top_k), -1, dtype=torch.int64, device=scores.device)
+    slots = page * page_size + positions % page_size
+    chosen[:, : positions.shape[1]] = torch.where(best == float("-inf"), -1, slots)
+    return chosen
 
 
 def sparse_attention(
@@ -64,8 +76,8 @@ def sparse_attention(
 ) -> Tensor:
     """Attention of every token over the latents at its chosen slots.
 
-    q [T, H, latent + rope]; pages [num_pages, page_size, latent + rope]; chosen [T, K] int64 slots, -1 = none; counts [T]:
-    the first so many of them at most are slots. Returns [T, H, latent_dim] in q's type, zeros where nothing was chosen.
+    q [T, H, latent + rope]; pages [num_pages, page_size, latent + rope]; chosen [T, K] int64 slots, -1 = none; counts [T]
+    int32: the first so many of them at most are slots. Returns [T, H, latent_dim] in q's type, zeros where nothing was chosen.
     """
     out = q.new_zeros((*q.shape[:2], latent_dim))
     for token in range(q.shape[0]):
@@ -80,6 +92,7 @@ def sparse_attention(
 
 INDEX_STORE = Op("index_store", index_store, triton_rows("sparse:index_store"))
 INDEX_SCORES = Op("index_scores", index_scores, triton_rows("sparse:index_scores"))
+INDEX_CHOOSE = Op("index_choose", index_choose, triton_rows("sparse:index_choose"))
 SPARSE_ATTENTION = Op(
     "sparse_attention",
     sparse_attention,

@@ -14,12 +14,12 @@ That is the bound of any step. Within it a step takes only its share of the prom
 over the steps in which answers go on anyway. A step that decodes waits for the weights to be read; the first few hundred
 tokens beside it cost almost nothing, while a step full of prompts makes every answer wait:
 
-    share = max(ALMOST_FREE, waiting tokens / horizon)        horizon = HORIZON steps, fewer beyond ROUND answers
+    share = max(ALMOST_FREE, waiting tokens / horizon)        horizon = HORIZON steps, fewer beyond FEW answers
 
 Under steady load that settles where as much is computed as arrives, so many steps later; a burst gets larger steps, up to
-the bound. Where answers alone fill the matrix units nothing is free, and waiting prompts only keep the step's rows from
-being many: they are spread less. Prompts that end in different steps also keep their answers from ending together, and the next prompts from
-arriving together.
+the bound. The more answers go on, the less of a step is free beside them, and a prompt that waits keeps a row empty all
+the while: they are spread less. Prompts that end in different steps also keep their answers from ending together, and
+the next prompts from arriving together.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SMALL, LARGE = 0.125, 0.5  # of the present budget: what counts as a small and a
 LEAST = 64  # tokens: below this prompts would starve
 HORIZON = 16  # steps over which waiting prompts are spread
 ALMOST_FREE = 256  # tokens: about where a step stops waiting for memory on GPUs of the last generations
+FEW = 32  # answers beside which prompts are spread over the whole horizon
 ROUND = 128  # tokens: rows of a matrix tile, and the grain of recorded steps
 
 
@@ -62,7 +63,7 @@ class Pace:
         most = self.budget()
         if answers == 0 or self.target_s <= 0:
             return most
-        share = waiting * max(ROUND, answers) // (HORIZON * ROUND)
+        share = waiting * max(FEW, answers) // (HORIZON * FEW)
         whole = (answers + max(ALMOST_FREE, share)) // ROUND * ROUND
         return max(min(most, whole) - answers, LEAST)
 

@@ -62,7 +62,7 @@ class AttentionLayer:
         block, tables = self.block, batch.groups[self.group]
         heads_normed = not self.whole_norms
         q = self.store(
-            self.qkv(x) if heads_normed else self._normed(self.qkv(x)),
+            self.qkv.branch(x) if heads_normed else self._normed(self.qkv(x)),
             self.q_weight if heads_normed else None,
             self.k_weight if heads_normed else None,
             self.eps,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from octavo.device.ops.sparse import INDEX_SCORES, INDEX_STORE
+from octavo.device.ops.sparse import INDEX_CHOOSE, INDEX_SCORES, INDEX_STORE
 from octavo.model.batch import Batch
 from octavo.model.blocks import Indexer, Rope
 from octavo.model.cache import CachePlace
@@ -35,6 +35,7 @@ class IndexLayer:
         self.cos_sin = build.cos_sin(rope)
         self.store = build.binder.bind(INDEX_STORE, build.spec)
         self.scores = build.binder.bind(INDEX_SCORES, build.spec)
+        self.choose = build.binder.bind(INDEX_CHOOSE, build.spec)
         self.scale = (block.num_heads * block.head_dim) ** -0.5
         self.dtype = build.dtype
         self.pages = torch.empty(0)
@@ -57,33 +58,19 @@ class IndexLayer:
         if batch.max_kv <= block.top_k:
             return None
         weights = self.weights(x).float() * self.scale
+        rows, seen = visible(batch)
         tokens = q.shape[0]
         at_once = max(1, SCORE_BYTES // (4 * batch.max_kv))
         parts = []
         for first in range(0, tokens, at_once):
+            count = min(at_once, tokens - first)
             scores = self.scores(
-                q,
-                weights,
-                self.pages,
-                tables.page_table,
-                batch.query_start,
-                batch.kv_lens,
-                batch.max_kv,
-                first,
-                min(at_once, tokens - first),
+                q, weights, self.pages, tables.page_table, rows, seen, batch.max_kv, first, count
             )
-            best, positions = scores.topk(block.top_k, dim=1)
-            parts.append(torch.where(best == float("-inf"), -1, positions))
-        return self._slots(torch.cat(parts) if len(parts) > 1 else parts[0], batch)
-
-    def _slots(self, positions: Tensor, batch: Batch) -> Tensor:
-        """Cache slots of positions [T, K] (-1 = none) in each token's row."""
-        table, size = batch.groups[self.group].page_table, self.pages.shape[1]
-        token = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
-        row = torch.searchsorted(batch.query_start[1:].contiguous(), token, right=True)
-        row = row.clamp(max=table.shape[0] - 1).unsqueeze(1)
-        page = table[row, positions.clamp(min=0) // size].long()
-        return torch.where(positions < 0, -1, page * size + positions % size)
+            parts.append(
+                self.choose(scores, tables.page_table, rows, seen, self.pages.shape[1], block.top_k, first)
+            )
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def bind(self, place: CachePlace, first_byte: int) -> None:
         """Take pages [num_pages, P, head_dim] behind the first bytes of each page."""
@@ -94,3 +81,17 @@ class IndexLayer:
         """What the loader must fill."""
         parts = (self.query, self.key, self.key_norm, self.weights)
         return [item for part in parts for item in part.items()]
+
+
+def visible(batch: Batch) -> tuple[Tensor, Tensor]:
+    """For every token of a step its row and how many keys it sees (0 for padding), both [T] int32; computed once a step."""
+    if "visible" not in batch.derived:
+        starts = batch.query_start
+        token = torch.arange(batch.positions.shape[0], dtype=torch.int32, device=starts.device)
+        row = torch.searchsorted(starts[1:].contiguous(), token, right=True)
+        real = row < batch.kv_lens.shape[0]
+        row = row.clamp(max=batch.kv_lens.shape[0] - 1)
+        seen = torch.where(real, batch.kv_lens[row] - (starts[row + 1] - token) + 1, 0)
+        batch.derived["visible"] = row.to(torch.int32), seen.to(torch.int32)
+    found: tuple[Tensor, Tensor] = batch.derived["visible"]
+    return found

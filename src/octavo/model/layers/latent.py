@@ -23,10 +23,13 @@ from octavo.model.batch import Batch, Prompts
 from octavo.model.blocks import LatentAttention
 from octavo.model.cache import CachePlace
 from octavo.model.layers.build import Build
-from octavo.model.layers.indexer import IndexLayer
+from octavo.model.layers.indexer import IndexLayer, visible
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import Cut, LoadItem
 from octavo.model.layers.norm import NormLayer
+from octavo.model.quantization.choose import CheckpointFormat
+from octavo.model.quantization.dense import DenseWeight
+from octavo.model.quantization.whole import whole
 
 WORK_BYTES = 512 << 20  # of a model on a GPU: room for 167,000 keys of DeepSeek-V3 in full heads
 
@@ -145,9 +148,9 @@ class LatentLayer:
         if self.attend_chosen is None:
             raise ValueError("only an indexer chooses keys")
         self.up.absorb(q[..., : block.nope_dim], wide[..., : block.latent_dim])
-        counts = batch.positions + 1
+        _, seen = visible(batch)
         return self.up.values(
-            self.attend_chosen(wide, self.pages, chosen, counts, block.scale, block.latent_dim)
+            self.attend_chosen(wide, self.pages, chosen, seen, block.scale, block.latent_dim)
         )
 
     def _in_full_heads(self, q: Tensor, wide: Tensor, batch: Batch, prompts: Prompts) -> Tensor:
@@ -183,6 +186,7 @@ class LatentLayer:
         shape = (place.spec.page_size, self.block.latent_dim + self.block.rope_dim)
         self.pages = place.typed(shape, self.build.dtype)
         self.group = place.group
+        self.up.decode()
         if self.indexer is not None:
             self.indexer.bind(place, shape[0] * shape[1] * self.build.dtype.itemsize)
         if self.build.spec.device != "cpu":
@@ -227,17 +231,38 @@ def long_rows(batch: Batch, prompts: Prompts, group: int, page_size: int) -> Lon
 
 
 class UpProjection:
-    """K_h and V_h of this rank's heads in one tensor [H, nope + value, latent], in the run type whatever the format."""
+    """K_h and V_h of this rank's heads in one tensor [H, nope + value, latent], in the run type whatever files hold.
+
+    They are multiplied from both sides, which quantized matrices cannot be: what a checkpoint holds quantized is loaded as
+    it is, and decoded once when the cache is bound.
+    """
 
     def __init__(self, block: LatentAttention, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
         self.block = block
         self.ranks = build.ranks
-        self.matrix = build.empty(block.num_heads, block.nope_dim + block.value_dim, block.latent_dim)
-        self.keys = self.matrix.narrow(1, 0, block.nope_dim)
-        self.of_values = self.matrix.narrow(1, block.nope_dim, block.value_dim)
+        self.dtype = build.dtype
+        self.shape = (block.num_heads, block.nope_dim + block.value_dim, block.latent_dim)
+        self.quantized: LinearLayer | None = None
+        if isinstance(build.weight_format, CheckpointFormat):
+            stored = LinearLayer(block.up, build, hf_prefix, gguf_prefix)
+            self.quantized = None if isinstance(stored.weight, DenseWeight) else stored
+        if self.quantized is None:
+            self._split(build.empty(*self.shape))
         part = block.up.parts[0]
         self.names = (f"{hf_prefix}{part.hf}.weight", f"{gguf_prefix}{part.gguf}.weight")
         self.split_names = [f"{gguf_prefix}{name}.weight" for name in block.split_up]
+
+    def _split(self, matrix: Tensor) -> None:
+        """Take the whole, and views of its two kinds of rows."""
+        self.matrix = matrix
+        self.keys = matrix.narrow(1, 0, self.block.nope_dim)
+        self.of_values = matrix.narrow(1, self.block.nope_dim, self.block.value_dim)
+
+    def decode(self) -> None:
+        """Replace quantized weights by what they stand for."""
+        if self.quantized is not None:
+            self._split(whole(self.quantized.weight).to(self.dtype).view(self.shape))
+            self.quantized = None
 
     def absorb(self, q: Tensor, out: Tensor) -> None:
         """out [T, H, latent] = K_h^T q of q [T, H, nope]; both may be slices of wider heads."""
@@ -251,6 +276,8 @@ class UpProjection:
 
     def items(self) -> list[LoadItem]:
         """What the loader must fill; GGUF files hold keys (transposed) and values together or apart."""
+        if self.quantized is not None:
+            return self.quantized.items()
         flat, heads = self.matrix.flatten(0, 1), self.block.num_heads
         whole = LoadItem(*self.names, flat, cut=self._cut(flat.shape[0]))
         apart = tuple(

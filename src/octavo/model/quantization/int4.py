@@ -1,4 +1,4 @@
-"""4-bit codes with a scale and a zero point for 128 inputs, made while plain weights are loaded."""
+"""4-bit codes with a scale and a zero point for 128 inputs (32 in small models), made while plain weights are loaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from octavo.model.layers.build import Build
 
 GROUPS = (128, 64, 32)  # the largest that divides the inputs
+SMALL = 2048  # inputs below which models are small and sensitive, and groups of 32 cost little
 SHRINK = (
     1.0,
     0.95,
@@ -26,7 +27,8 @@ TOP = 15
 
 def int4_layout(inputs: int) -> Layout:
     """Where the inputs are no multiple of 32, one scale serves a whole row."""
-    group = next((size for size in GROUPS if inputs % size == 0), 0)
+    sizes = GROUPS if inputs >= SMALL else GROUPS[-1:]
+    group = next((size for size in sizes if inputs % size == 0), 0)
     return Layout(4, 0, choose_width(group, inputs), group, scales="zero")
 
 

@@ -10,8 +10,14 @@ from octavo.device.kernels.numba.library import KernelLibrary
 from octavo.runner.cpu.program import Program, aligned
 from octavo.runner.cpu.threads import Team
 
-# Block type -> float16 fields before the weights, words of weights, what their bits are xored with.
-SIMPLE = {"Q4_0": (1, 4, 0), "Q4_1": (2, 4, 0), "Q8_0": (1, 8, -0x7F7F7F80)}
+# Block type -> float16 fields, words of fifth bits, words of weights, what these are xored with.
+SIMPLE = {
+    "Q4_0": (1, 0, 4, 0),
+    "Q4_1": (2, 0, 4, 0),
+    "Q5_0": (1, 1, 4, 0),
+    "Q5_1": (2, 1, 4, 0),
+    "Q8_0": (1, 0, 8, -0x7F7F7F80),
+}
 
 
 class Packer:
@@ -36,7 +42,6 @@ class Packer:
             formats.pack(dtype, raw, inputs, weights, scales)
             return
         raw = np.ascontiguousarray(raw)
-        fields, words, flip = SIMPLE[dtype]
         program = Program(self.library)
         planes = weights.ctypes.data, scales.ctypes.data, 0 if lower is None else lower.ctypes.data
         program.add(
@@ -47,9 +52,7 @@ class Packer:
                 raw.shape[1] // blocks,
                 blocks,
                 len(raw) // formats.ROWS,
-                fields,
-                words,
-                flip,
+                *SIMPLE[dtype],
                 *planes,
                 self.scratch.ctypes.data,
             ],

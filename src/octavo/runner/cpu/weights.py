@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from octavo.device.kernels.numba import formats
 from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles, TensorInfo
+from octavo.files.mapped import forget
 from octavo.model.blocks import DecoderSpec, Embedding, Linear, Norm, Part
 from octavo.model.quantization.gguf_blocks import dequantize_blocks, quantize_blocks
 from octavo.runner.cpu.packing import Packer
@@ -186,11 +187,13 @@ class WeightReader:
         for part in parts:
             self._check(prefix, part, inputs)
             name = self._name(prefix, part)
-            raw = self._rows(self._read(name + ".weight").reshape(part.total or part.out_features, -1), part)
+            whole = self._read(name + ".weight")
+            raw = self._rows(whole.reshape(part.total or part.out_features, -1), part)
             order = self._order(part)
             panel = first // formats.ROWS
             target = weights[panel:], scales[panel:], None if lower is None else lower[panel:]
             self._fill((dtype, stored), raw, order, inputs, *target)
+            forget(whole)
             if bias is not None:
                 values = self._rows(self._floats(name + ".bias", part.total or part.out_features), part)
                 bias[first : first + part.out_features] = values if order is None else values[order]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from octavo.device.platform.base import Platform
 from octavo.protocol.plan import SlotInit
 from octavo.runner.slots import PENALTY, wants_of
+from octavo.runner.staging import Staging
 
 IN_PROMPT = 1 << 30
 GROWTH = 8
@@ -21,8 +22,9 @@ GROWTH = 8
 class TokenCounts:
     """The table and which slot has which row (-1 = none)."""
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, num_slots: int, vocab_size: int, platform: Platform) -> None:
+        self.device = device = platform.device
+        self.staging = Staging(platform, 4096)
         self.vocab_size = vocab_size
         self.table = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self.row_of = np.full(num_slots + 1, -1, np.int64)
@@ -30,6 +32,7 @@ class TokenCounts:
 
     def admit(self, admits: list[SlotInit]) -> None:
         """Give rows to the sequences that need one and take them from slots that no longer do."""
+        wanting: list[tuple[int, SlotInit]] = []
         for admit in admits:
             wanted = wants_of(admit.sampling) & PENALTY
             row = int(self.row_of[admit.slot])
@@ -41,7 +44,9 @@ class TokenCounts:
             if row < 0:
                 row = self._take()
                 self.row_of[admit.slot] = row
-            self._fill(row, admit)
+            wanting.append((row, admit))
+        if wanting:
+            self._fill(wanting)
 
     def _take(self) -> int:
         if not self.free:
@@ -51,11 +56,15 @@ class TokenCounts:
             self.free = list(range(old, old + GROWTH))
         return self.free.pop()
 
-    def _fill(self, row: int, admit: SlotInit) -> None:
-        counts: Tensor = self.table[row]
-        counts.zero_()
-        tokens = torch.tensor(admit.token_ids, dtype=torch.int64, device=self.device)
-        generated = tokens[admit.num_prompt :]
-        counts.index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
-        prompt = torch.unique(tokens[: admit.num_prompt])
-        counts[prompt] += IN_PROMPT
+    def _fill(self, wanting: list[tuple[int, SlotInit]]) -> None:
+        """Count on the host, once for all: the device would have to be waited for to learn how many tokens differ."""
+        places, numbers = [], []
+        for row, admit in wanting:
+            self.table[row].zero_()
+            known = np.asarray(admit.token_ids, np.int64)
+            prompt = np.unique(known[: admit.num_prompt])
+            generated, times = np.unique(known[admit.num_prompt :], return_counts=True)
+            places += [row * self.vocab_size + prompt, row * self.vocab_size + generated]
+            numbers += [np.full(len(prompt), IN_PROMPT), times]
+        where, values = self.staging.upload([np.concatenate(places), np.concatenate(numbers)])
+        self.table.view(-1).index_add_(0, where, values)

@@ -54,7 +54,7 @@ class Sampler:
         self.slots = slots
         self.platform = platform
         self.vocab_size = vocab_size
-        self.counts = TokenCounts(slots.num_slots, vocab_size, platform.device)
+        self.counts = TokenCounts(slots.num_slots, vocab_size, platform)
         spec = platform.op_spec(torch.float32)
         self.greedy = binder.bind(ops.GREEDY, spec)
         self.sample = binder.bind(ops.SAMPLE, spec)

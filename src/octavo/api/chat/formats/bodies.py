@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Protocol
 
-from octavo.api.chat.formats.markers import partial_marker
+from octavo.api.chat.formats.markers import may_begin, partial_marker
 
 MAX_NAME = 256
+WINDOW = 1024  # characters
 Schemas = Mapping[str, Mapping[str, Any] | None]  # of the tools' parameters, by name
 
 
@@ -31,6 +32,16 @@ class BodyReader(Protocol):
 
     def take(self) -> str:
         """The arguments' JSON text since the last call."""
+
+
+def joined(pending: str, text: str, at: int) -> tuple[str, int, int]:
+    """What is to be read on: a buffer, the place to begin, and where the buffer begins in ``text``.
+
+    Only what was held back makes a copy, and that a short one: what follows is read by the next call.
+    """
+    if not pending:
+        return text, at, 0
+    return pending + text[at : at + WINDOW], 0, at - len(pending)
 
 
 def quoted_inside(text: str) -> str:
@@ -98,18 +109,18 @@ class TaggedReader:
 
     def feed(self, text: str, at: int) -> int:
         """See ``BodyReader.feed``; stops behind the name too."""
-        buffer, self._pending = self._pending + text[at:], ""
-        place = 0
+        buffer, place, base = joined(self._pending, text, at)
+        self._pending = ""
         while place < len(buffer) and not (self.done or self.broken):
             had_name = self.name is not None
             moved = self._steps[self._stage](buffer, place)
             if moved is None:  # a marker may be incomplete
-                self._pending = buffer[place:]
-                return len(text)
+                self._pending, place = buffer[place:], len(buffer)
+                break
             place = moved
             if not had_name and self.name is not None:
                 break
-        return len(text) - (len(buffer) - place)
+        return base + place
 
     def take(self) -> str:
         """See ``BodyReader.take``."""
@@ -124,7 +135,7 @@ class TaggedReader:
         if buffer.startswith(mark, at):
             self._stage = _Stage.NAME
             return at + len(mark)
-        if mark.startswith(buffer[at:]):
+        if may_begin(buffer, at, mark):
             return None
         self.broken = True
         return at
@@ -152,7 +163,7 @@ class TaggedReader:
             self._pieces.append("}" if self._num_keys else "{}")
             self.done = True
             return at + len(tags.end)
-        if any(mark.startswith(buffer[at:]) for mark in (tags.key_begin, tags.end)):
+        if any(may_begin(buffer, at, mark) for mark in (tags.key_begin, tags.end)):
             return None
         return at + 1  # white space, or something that stands between arguments
 
@@ -178,7 +189,7 @@ class TaggedReader:
         if buffer.startswith(mark, at):
             self._stage = _Stage.VALUE
             return at + len(mark)
-        return None if mark.startswith(buffer[at:]) else at + 1
+        return None if may_begin(buffer, at, mark) else at + 1
 
     def _value(self, buffer: str, at: int) -> int | None:
         end = self._tags.value_end

@@ -95,7 +95,8 @@ class HarmonyReader:
     def _begin(self, buffer: str, at: int) -> int:
         """An answer that begins without a header is text."""
         head = buffer[at:].lstrip()
-        if not head or (len(head) < len(CHANNEL) and any(mark.startswith(head) for mark in HEADS)):
+        undecided = len(head) < len(CHANNEL) and any(mark.startswith(head) for mark in HEADS)
+        if undecided and len(buffer) - at < MAX_HEADER:
             self._pending = buffer[at:]
             return len(buffer)
         self._at = _At.HEADER if head.startswith(HEADS) else _At.BODY

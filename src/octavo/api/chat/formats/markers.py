@@ -9,3 +9,8 @@ def partial_marker(text: str, start: int, marker: str) -> int:
         if text.endswith(marker[:size]):
             return size
     return 0
+
+
+def may_begin(text: str, at: int, marker: str) -> bool:
+    """Whether all that is left of ``text`` from ``at`` on is the beginning of ``marker`` (and not all of it)."""
+    return len(text) - at < len(marker) and marker.startswith(text[at:])

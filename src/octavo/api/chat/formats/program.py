@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from octavo.api.chat.formats.bodies import MAX_NAME, quoted_inside
-from octavo.api.chat.formats.markers import partial_marker
+from octavo.api.chat.formats.bodies import MAX_NAME, joined, quoted_inside
+from octavo.api.chat.formats.markers import may_begin, partial_marker
 
 MAX_DEPTH = 64
 MAX_WORD = 4096
@@ -80,18 +80,18 @@ class ProgramReader:
 
     def feed(self, text: str, at: int) -> int:
         """See ``BodyReader.feed``; stops behind the name too."""
-        buffer, self._pending = self._pending + text[at:], ""
-        place = 0
+        buffer, place, base = joined(self._pending, text, at)
+        self._pending = ""
         while place < len(buffer) and not (self.done or self.broken):
             had_name = self.name is not None
             moved = self._step(buffer, place)
             if moved is None:  # a marker or an escape may be incomplete
-                self._pending = buffer[place:]
-                return len(text)
+                self._pending, place = buffer[place:], len(buffer)
+                break
             place = moved
             if not had_name and self.name is not None:
                 break
-        return len(text) - (len(buffer) - place)
+        return base + place
 
     def _step(self, buffer: str, at: int) -> int | None:
         if self._at is _At.TEXT:
@@ -119,7 +119,7 @@ class ProgramReader:
         if buffer.startswith(prefix, at):
             self._at = _At.NAME
             return at + len(prefix)
-        return None if prefix.startswith(buffer[at:]) else self._fail(at)
+        return None if may_begin(buffer, at, prefix) else self._fail(at)
 
     def _read_name(self, buffer: str, at: int) -> int:
         opener = self._dialect.opener
@@ -165,7 +165,7 @@ class ProgramReader:
             return at + 1
         self._is_key = self._at is _At.KEY
         quote = next((q for q in self._dialect.quotes if buffer.startswith(q, at)), None)
-        longer = any(q != quote and q.startswith(buffer[at:]) for q in self._dialect.quotes)
+        longer = any(q != quote and may_begin(buffer, at, q) for q in self._dialect.quotes)
         if longer and len(buffer) - at < max(map(len, self._dialect.quotes)):
             return None  # one quote may be the first of three
         if quote is not None:

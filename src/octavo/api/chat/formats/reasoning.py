@@ -22,6 +22,8 @@ MARKERS = (
     ThinkingMarkers("<think>", "</think>"),
     ThinkingMarkers("[THINK]", "[/THINK]"),
     ThinkingMarkers("<seed:think>", "</seed:think>"),
+    ThinkingMarkers("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+    ThinkingMarkers("<|START_THINKING|>", "<|END_THINKING|>"),
 )
 
 

@@ -16,7 +16,7 @@ from enum import Enum, auto
 from octavo.api.chat.events import ChatEvent, Text, ToolArgs, ToolStart
 from octavo.api.chat.formats.bodies import BodyReader, Schemas, TaggedReader, Tags
 from octavo.api.chat.formats.calls import CallReader
-from octavo.api.chat.formats.markers import partial_marker
+from octavo.api.chat.formats.markers import may_begin, partial_marker
 from octavo.api.chat.formats.program import PYTHON, Dialect, ProgramReader
 
 MAX_NAME = 256
@@ -191,7 +191,7 @@ class ToolParser:
                 return at + 1
             if syntax.end and buffer.startswith(syntax.end, at):
                 return self._close(buffer, at + len(syntax.end))
-            if syntax.end and syntax.end.startswith(buffer[at:]):
+            if syntax.end and may_begin(buffer, at, syntax.end):
                 self._pending = buffer[at:]
                 return len(buffer)
         if syntax.is_json and mark == "{":
@@ -201,7 +201,7 @@ class ToolParser:
         if buffer.startswith(syntax.begin, at):  # some models write it before every call
             self._raw_add(syntax.begin)
             return at + len(syntax.begin)
-        if partial_marker(buffer, at, syntax.begin) == len(buffer) - at:
+        if may_begin(buffer, at, syntax.begin):
             self._pending = buffer[at:]
             return len(buffer)
         if mark.isspace() or mark in ",;[]":

@@ -56,6 +56,8 @@ class Responses:
     async def create(self, owner: str, body: ResponsesRequest) -> Response | Stream:
         """Answer; with ``background`` at once, while the answer is still being made."""
         _check(body)
+        if body.background:
+            self._store.check_running(owner)
         items = input_items(body.input)
         now = turns_of(items)
         earlier = self._earlier(owner, body.previous_response_id)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from octavo.api.openai.responses.schema import Response
-from octavo.errors import RequestError
+from octavo.errors import QueueFullError, RequestError
 
 
 class ResponseNotFoundError(RequestError):
@@ -29,6 +29,7 @@ class StoreLimits:
     entries: int = 256
     nbytes: int = 64 << 20
     seconds: float = 3600.0
+    running: int = 32  # in the background at a time
 
 
 @dataclass
@@ -75,6 +76,9 @@ class ResponseStore:
         kept.nbytes = len(msgspec.json.encode((kept.response, kept.items, list(kept.turns))))
         kept.written_s = self._clock()
         mine = self._owners.setdefault(owner, OrderedDict())
+        before = mine.get(kept.response.id)
+        if before is not None and before is not kept and before.stop is not None:
+            before.stop()  # the client gave its id to another
         mine[kept.response.id] = kept
         mine.move_to_end(kept.response.id)
         self._expire()
@@ -93,6 +97,12 @@ class ResponseStore:
         self._forget_empty(owner)
         if kept is not None and kept.stop is not None:
             kept.stop()
+
+    def check_running(self, owner: str) -> None:
+        """``QueueFullError`` where a key has as many responses in the background as it may."""
+        running = sum(kept.stop is not None for kept in self._owners.get(owner, {}).values())
+        if running >= self.limits.running:
+            raise QueueFullError(f"{running} responses of this key run in the background, as many as may.")
 
     def __len__(self) -> int:
         return sum(len(mine) for mine in self._owners.values())

@@ -6,14 +6,18 @@ side, and so does field f.
 
 from __future__ import annotations
 
+from numba import types
 from numba.extending import register_jitable
 
 from octavo.device.kernels.numba import memory as mem
 from octavo.device.kernels.numba.rows import address_of
 
 # Entries of ``args``. SOURCE: rows of ROW_BYTES with blocks of BLOCK_BYTES; OUT: weights (the upper plane), SCALES, LOWER
-# (0: one plane); FIELDS float16 fields, then WORDS words xor FLIP; SCRATCH: 512 bytes a thread.
-SOURCE, ROW_BYTES, BLOCK_BYTES, BLOCKS, PANELS, FIELDS, WORDS, FLIP, OUT, SCALES, LOWER, SCRATCH = range(12)
+# (0: one plane); FIELDS float16 fields, where FIFTH is 1 a word of fifth bits, then WORDS words xor FLIP; SCRATCH: 512 bytes
+# a thread.
+SOURCE, ROW_BYTES, BLOCK_BYTES, BLOCKS, PANELS, FIELDS, FIFTH, WORDS, FLIP, OUT, SCALES, LOWER, SCRATCH = (
+    range(13)
+)
 NIBBLES, PAIRS = 0x0F0F0F0F0F0F0F0F, 0x0303030303030303
 
 
@@ -41,6 +45,14 @@ def split_block(source, upper, lower):
     join_pairs(source, 4, 0, lower + 64)
 
 
+@register_jitable
+def join_fifth(bits, row, target):
+    """The fifth bits of a row's 32 weights into its four bits of the block's eight 64-bit words."""
+    for word in range(8):
+        known = 0 if row == 0 else mem.load_i64(target + 8 * word)
+        mem.store_i64(target + 8 * word, known | (((bits >> (4 * word)) & 15) << (4 * row)))
+
+
 def pack_blocks(args, thread, threads):
     """args: see above."""
     row_bytes, block_bytes, blocks = (
@@ -49,12 +61,12 @@ def pack_blocks(args, thread, threads):
         address_of(args, BLOCKS),
     )
     fields, words, flip = address_of(args, FIELDS), address_of(args, WORDS), address_of(args, FLIP)
-    lower = address_of(args, LOWER)
+    lower, fifth = address_of(args, LOWER), address_of(args, FIFTH)
     items = address_of(args, PANELS) * blocks
     for item in range(items * thread // threads, items * (thread + 1) // threads):
         source = address_of(args, SOURCE) + item // blocks * 16 * row_bytes + item % blocks * block_bytes
         scales = address_of(args, SCALES) + item * fields * 32
-        target = address_of(args, OUT) + item * words * 64
+        target = address_of(args, OUT) + item * (words + fifth) * 64
         if lower != 0:
             target = address_of(args, SCRATCH) + 512 * thread
         for row in range(16):
@@ -62,6 +74,9 @@ def pack_blocks(args, thread, threads):
             for field in range(fields):
                 mem.store_u16(scales + 32 * field + 2 * row, mem.load_u16(at + 2 * field))
             at += 2 * fields
+            if fifth != 0:
+                join_fifth(types.int64(mem.load_i32(at)), row, target + 64 * words)
+                at += 4
             for word in range(words):
                 mem.store_i32(target + 64 * word + 4 * row, mem.load_i32(at + 4 * word) ^ flip)
         if lower != 0:

@@ -61,7 +61,7 @@ def _bytes_kernel(
             a = tl.load(left + step * BLOCK_K, mask=inside[None, :], other=0)
             b = tl.load(right + step * BLOCK_K, mask=inside[:, None], other=0)
         if WHOLE:
-            whole = tl.dot(a, b, whole)
+            whole = tl.dot(a, b, whole, out_dtype=tl.int32)
         elif GROUPS:
             s = tl.load(scale + step * N + own_n)
             t = tl.load(x_scale + own_m * groups + step)

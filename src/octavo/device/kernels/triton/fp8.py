@@ -19,9 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.device.kernels.rows import ALIGNMENT, WIDE, Fp8Rows, Raw
+from octavo.device.kernels.triton.linear import Launch
 from octavo.device.kernels.triton.quantize import empty_rows, quantized_row
 
 ROW_WISE_FROM = 512  # tokens from which scales inside the product cost less than a pass over its result
+VECTOR = Launch(8, 1024)
 
 
 @triton.jit
@@ -105,15 +107,16 @@ def scaled(
 
 
 def vector(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, pdl: bool = False
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, launch: Launch = VECTOR, *,
+    pdl: bool = False,
+) -> Tensor:  # fmt: skip
     """``linear_fp8`` of one token without quantizing it; its row and the weight are contiguous."""
     outputs, size = weight.shape
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
-    launch = {"launch_pdl": True} if pdl else {}
-    _vector_kernel[(triton.cdiv(outputs, 8),)](
-        out, x, weight, scale, bias, N=outputs, K=size, BLOCK_N=8, BLOCK_K=1024, BIAS=bias is not None,
-        STAGES=4, PDL=pdl, num_warps=8, **launch,
+    _vector_kernel[(triton.cdiv(outputs, launch.block_n),)](
+        out, x, weight, scale, bias, N=outputs, K=size, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
+        BIAS=bias is not None, STAGES=launch.num_stages, PDL=pdl, num_warps=launch.num_warps,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 

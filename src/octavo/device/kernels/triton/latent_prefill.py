@@ -143,6 +143,8 @@ def prefill_tiles(query_dim: int, wide: bool, large: bool) -> Tiles:
         return Tiles(32, 16, 4, 1)
     if not large or query_dim > 256:
         return Tiles(64, 32, 4, 1)
+    if query_dim > 192:
+        return Tiles(64, 64, 4, 2)
     return Tiles(128, 64, 8, 2)
 
 

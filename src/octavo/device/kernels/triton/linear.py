@@ -6,6 +6,7 @@ vendor's library reads the weight as fast and has tensor cores to spare.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,6 +16,26 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.device.kernels.triton.activation import KINDS, act_mul, activate
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch shape of a one-token kernel: rows of the weight and inputs a turn, warps, software pipeline depth."""
+
+    block_n: int
+    block_k: int
+    num_warps: int = 8
+    num_stages: int = 4
+
+
+def vector_launch(outputs: int) -> Launch:
+    """Of ``linear``: a few programs on every multiprocessor."""
+    return Launch(8 if outputs < 16384 else 16, 512)
+
+
+def gated_launch(outputs: int) -> Launch:
+    """Of ``gated_linear``: as many rows of the weight a program as ``linear`` takes, half of them gates."""
+    return Launch(4 if outputs < 8192 else 8, 512)
 
 
 @triton.jit
@@ -45,13 +66,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pdl: bool =
     """``octavo.device.ops.linear.linear`` on a GPU; a row of x is contiguous."""
     if x.shape[0] != 1 or not weight.is_contiguous():
         return F.linear(x, weight, bias)
+    return vector(x, weight, bias, vector_launch(weight.shape[0]), pdl=pdl)
+
+
+def vector(x: Tensor, weight: Tensor, bias: Tensor | None, launch: Launch, *, pdl: bool = False) -> Tensor:
+    """``linear`` of one token; ``octavo.bench.gpu_vector`` compares launch shapes."""
     outputs, size = weight.shape
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
-    block = 8 if outputs < 16384 else 16  # a few programs on every multiprocessor
-    launch = {"launch_pdl": True} if pdl else {}
-    _vector_kernel[(triton.cdiv(outputs, block),)](
-        out, x, weight, bias, N=outputs, K=size, BLOCK_N=block, BLOCK_K=512, BIAS=bias is not None, STAGES=4,
-        PDL=pdl, num_warps=8, **launch,
+    _vector_kernel[(triton.cdiv(outputs, launch.block_n),)](
+        out, x, weight, bias, N=outputs, K=size, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, BIAS=bias is not None,
+        STAGES=launch.num_stages, PDL=pdl, num_warps=launch.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 
@@ -86,13 +110,17 @@ def gated_linear(x: Tensor, weight: Tensor, activation: str, *, pdl: bool = Fals
     """``octavo.device.ops.linear.gated_linear`` on a GPU; a row of x is contiguous."""
     if x.shape[0] != 1 or not weight.is_contiguous():
         return act_mul(F.linear(x, weight), activation, pdl=pdl)
+    return gated_vector(x, weight, activation, gated_launch(weight.shape[0] // 2), pdl=pdl)
+
+
+def gated_vector(x: Tensor, weight: Tensor, activation: str, launch: Launch, *, pdl: bool = False) -> Tensor:
+    """``gated_linear`` of one token."""
     outputs, size = weight.shape[0] // 2, weight.shape[1]
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
-    block = 4 if outputs < 8192 else 8  # as many rows of the weight a program as ``linear`` takes
-    launch = {"launch_pdl": True} if pdl else {}
-    _gated_kernel[(triton.cdiv(outputs, block),)](
-        out, x, weight, N=outputs, K=size, BLOCK_N=block, BLOCK_K=512, ACTIVATION=KINDS.get(activation, 2), STAGES=4,
-        PDL=pdl, num_warps=8, **launch,
+    _gated_kernel[(triton.cdiv(outputs, launch.block_n),)](
+        out, x, weight, N=outputs, K=size, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
+        ACTIVATION=KINDS.get(activation, 2), STAGES=launch.num_stages, PDL=pdl, num_warps=launch.num_warps,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 

@@ -292,7 +292,7 @@ def _linear_kernel(
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "count"])
 def _unpack_kernel(
     out, words, high, scale, outer, N, K, begin, count,
     W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,

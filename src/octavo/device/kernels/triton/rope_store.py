@@ -9,18 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.device.kernels.rows import Raw
+
 METADATA = ("positions", "slot_mapping")  # views of one packed upload: any alignment, one kernel
 
 
 @triton.jit(do_not_specialize_on_alignment=METADATA)
 def _rope_store_kernel(
-    out, qkv, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps, k_unit, v_unit,
+    out, qkv, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps, k_unit, v_unit, token_scale, scale,
     stride_qkv, stride_rope, stride_page, stride_value, stride_head, stride_slot,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, ROTARY: tl.constexpr,
     PAGE: tl.constexpr, HEADS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PDL: tl.constexpr,
-    EIGHT: tl.constexpr,
+    EIGHT: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token, in the order q, k, v; ROTARY is the number of rotated dims (0 = none)."""
+    """HEADS heads of one token, in the order q, k, v; ROTARY is the number of rotated dims (0 = none).
+
+    RAW: qkv is a product that still wants token_scale[token] * scale.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -30,14 +35,19 @@ def _rope_store_kernel(
     is_q, is_k = head < HQ, (head >= HQ) & (head < HQ + HKV)
     inside = (head < HQ + 2 * HKV)[:, None] & (dims < D)[None, :]
     source = qkv + token * stride_qkv + head[:, None] * D
-    kind = qkv.dtype.element_ty
-    x = tl.load(source + dims[None, :], mask=inside, other=0.0)
-    y = x.to(tl.float32)
+    kind = out.dtype.element_ty
+    y = tl.load(source + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    if RAW:
+        unit = tl.load(token_scale + token)
+        channels = scale + head[:, None] * D
+        y = (y * unit * tl.load(channels + dims[None, :], mask=inside, other=0.0)).to(kind).to(tl.float32)
     half: tl.constexpr = ROTARY // 2
     partner = tl.where(dims < half, dims + half, tl.where(dims < ROTARY, dims - half, dims))
     if ROTARY > 0:
         # The same row again with the halves swapped: a second read of the cache line, no shuffle of registers.
         z = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        if RAW:
+            z = (z * unit * tl.load(channels + partner[None, :], mask=inside, other=0.0)).to(kind).to(tl.float32)
     if Q_NORM or K_NORM:
         rms = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
         normed, swapped = y, z if ROTARY > 0 else y
@@ -80,7 +90,7 @@ def _rope_store_kernel(
 
 
 def rope_store(
-    qkv: Tensor,
+    qkv: Tensor | Raw,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
@@ -97,18 +107,22 @@ def rope_store(
     """``octavo.device.ops.rope_store.rope_store`` on a GPU; rows of qkv, slots of kv_pages are contiguous."""
     num_kv_heads, page_size, head_dim = kv_pages.shape[2:]
     tokens = qkv.shape[0]
-    out = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    raw = None if isinstance(qkv, Tensor) else qkv
+    values = qkv if raw is None else raw.values
+    out = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype, device=values.device)
     if tokens == 0:
         return out
     heads = 2 if tokens <= 64 else 8  # a decode step has few tokens: more, smaller programs
     pdl = pdl and tokens == 1  # with more the neighbours are library kernels, which take no part in it
     launch = {"launch_pdl": True} if pdl else {}
     _rope_store_kernel[(tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
-        out, qkv, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps,
-        1.0 / k_scale, 1.0 / v_scale, qkv.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *kv_pages.stride()[:4],
+        out, values, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps,
+        1.0 / k_scale, 1.0 / v_scale, None if raw is None else raw.token_scale, None if raw is None else raw.scale,
+        values.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *kv_pages.stride()[:4],
         HQ=num_heads, HKV=num_kv_heads, D=head_dim, DPAD=triton.next_power_of_2(head_dim),
         ROTARY=0 if cos_sin is None else cos_sin.shape[1], PAGE=page_size, HEADS=heads,
-        Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PDL=pdl, EIGHT=kv_pages.element_size() == 1, num_warps=1 if heads == 2 else 4, **launch,
+        Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PDL=pdl, EIGHT=kv_pages.element_size() == 1,
+        RAW=raw is not None, num_warps=1 if heads == 2 else 4, **launch,
     )  # fmt: skip
     return out
 

@@ -77,45 +77,34 @@ def index_store(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "max_kv", "first", "stride_table"],
-    do_not_specialize_on_alignment=("page_table", "query_start", "kv_lens"),
+    do_not_specialize=["max_kv", "first", "stride_table"], do_not_specialize_on_alignment=("page_table", "rows", "seen")
 )
 def _scores_kernel(
-    out, q, weights, pages, page_table, query_start, kv_lens, num_rows, max_kv, first, stride_table, stride_page,
-    stride_slot, H: tl.constexpr, HPAD: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PAGE: tl.constexpr,
+    out, q, weights, pages, page_table, rows, seen, max_kv, first, stride_table, stride_page, stride_slot,
+    H: tl.constexpr, HPAD: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one token with SPAN keys; -inf for keys that it does not see."""
+    """Scores of one token with SPAN keys."""
     local, span = tl.program_id(0), tl.program_id(1)
     token = first + local
-    low: tl.int32 = 0
-    high = num_rows
-    while high - low > 1:  # the last row that begins at or before the token
-        middle = (low + high) // 2
-        here = tl.load(query_start + middle) <= token
-        low = tl.where(here, middle, low)
-        high = tl.where(here, high, middle)
-    row_end = tl.load(query_start + low + 1)
-    seen = tl.where(token < row_end, tl.load(kv_lens + low) - (row_end - token) + 1, 0)  # padding sees none
+    length = tl.load(seen + token)
+    if span * SPAN >= length:
+        return
     heads, dims = tl.arange(0, HPAD), tl.arange(0, DPAD)
     inside = (heads < H)[:, None] & (dims < D)[None, :]
     flat = token.to(tl.int64) * H + heads
     queries = tl.load(q + flat[:, None] * D + dims[None, :], mask=inside, other=0.0)
     w = tl.load(weights + flat, mask=heads < H, other=0.0)
-    table = page_table + low.to(tl.int64) * stride_table
+    table = page_table + tl.load(rows + token).to(tl.int64) * stride_table
     target = out + local.to(tl.int64) * max_kv
-    for start in range(span * SPAN, tl.minimum(span * SPAN + SPAN, max_kv), BLOCK_N):
+    for start in range(span * SPAN, tl.minimum(span * SPAN + SPAN, length), BLOCK_N):
         key_at = start + tl.arange(0, BLOCK_N)
-        scores = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        if start < seen:
-            there = key_at < seen
-            page = tl.load(table + key_at // PAGE, mask=there, other=0).to(tl.int64)
-            at = pages + page * stride_page + (key_at % PAGE) * stride_slot
-            keys = tl.load(at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0.0)
-            products = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision=PRECISION)
-            total = tl.sum(tl.maximum(products, 0.0) * w[:, None], 0)
-            scores = tl.where(there, total, scores)
-        tl.store(target + key_at, scores, mask=key_at < max_kv)
+        there = key_at < length
+        page = tl.load(table + key_at // PAGE, mask=there, other=0).to(tl.int64)
+        at = pages + page * stride_page + (key_at % PAGE) * stride_slot
+        keys = tl.load(at[:, None] + dims[None, :], mask=there[:, None] & (dims < D)[None, :], other=0.0)
+        products = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision=PRECISION)
+        tl.store(target + key_at, tl.sum(tl.maximum(products, 0.0) * w[:, None], 0), mask=there)
 
 
 def index_scores(
@@ -123,8 +112,8 @@ def index_scores(
     weights: Tensor,
     pages: Tensor,
     page_table: Tensor,
-    query_start: Tensor,
-    kv_lens: Tensor,
+    rows: Tensor,
+    seen: Tensor,
     max_kv: int,
     first: int,
     count: int,
@@ -132,15 +121,87 @@ def index_scores(
     """``octavo.device.ops.sparse.index_scores`` on a GPU; q and weights are contiguous."""
     heads, size = q.shape[1:]
     out = torch.empty((count, max_kv), dtype=torch.float32, device=q.device)
-    if count == 0 or kv_lens.shape[0] == 0:
-        return out.fill_(float("-inf"))
+    if count == 0:
+        return out
     wide = q.element_size() == 4
     _scores_kernel[(count, triton.cdiv(max_kv, SPAN))](
-        out, q, weights, pages, page_table, query_start, kv_lens, kv_lens.shape[0], max_kv, first,
+        out, q, weights, pages, page_table, rows, seen, max_kv, first,
         page_table.stride(0), pages.stride(0), pages.stride(1), H=heads, HPAD=max(16, triton.next_power_of_2(heads)),
         D=size, DPAD=max(16, triton.next_power_of_2(size)), PAGE=pages.shape[1], BLOCK_N=32 if wide else 64, SPAN=SPAN,
         PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=2,
     )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _ordered(scores):
+    """Whole numbers from 0 to 2^32 - 1 in the order of float32 scores."""
+    bits = scores.to(tl.int32, bitcast=True).to(tl.int64)
+    return tl.where(bits < 0, -bits - 1, bits + 2147483648)
+
+
+@triton.jit(
+    do_not_specialize=["max_kv", "first", "stride_table"], do_not_specialize_on_alignment=("page_table", "rows", "seen")
+)
+def _choose_kernel(
+    out, scores, page_table, rows, seen, max_kv, first, stride_table,
+    K: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The K best keys of one token: their K-th score is found a byte at a time by counting, then they are listed."""
+    local = tl.program_id(0)
+    token = first + local
+    length = tl.load(seen + token)
+    table = page_table + tl.load(rows + token).to(tl.int64) * stride_table
+    source = scores + local.to(tl.int64) * max_kv
+    target = out + local.to(tl.int64) * K
+    lanes = tl.arange(0, BLOCK)
+    if length <= K:
+        for start in range(0, K, BLOCK):
+            at = start + lanes
+            page = tl.load(table + at // PAGE, mask=at < length, other=0).to(tl.int64)
+            tl.store(target + at, tl.where(at < length, page * PAGE + at % PAGE, -1), mask=at < K)
+    else:
+        bins = tl.arange(0, 512)  # 256 counts what an earlier byte ruled out
+        edge = tl.full((), 0, tl.int64)
+        wanted = tl.full((), K, tl.int32)
+        for shift in tl.static_range(24, -8, -8):
+            counts = tl.zeros((512,), tl.int32)
+            for start in range(0, length, BLOCK):
+                at = start + lanes
+                key = _ordered(tl.load(source + at, mask=at < length, other=0.0))
+                mine = (at < length) & ((key >> (shift + 8)) == (edge >> (shift + 8)))
+                counts += tl.histogram(tl.where(mine, (key >> shift) & 255, 256).to(tl.int32), 512)
+            counts = tl.where(bins < 256, counts, 0)
+            from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+            found = tl.sum(((from_here >= wanted) & (bins < 256)).to(tl.int32), 0) - 1
+            wanted -= tl.sum(tl.where(bins > found, counts, 0), 0)
+            edge += found.to(tl.int64) << shift
+        listed = tl.full((), 0, tl.int32)
+        ties = tl.full((), 0, tl.int32)
+        for start in range(0, length, BLOCK):
+            at = start + lanes
+            key = _ordered(tl.load(source + at, mask=at < length, other=0.0))
+            equal = ((at < length) & (key == edge)).to(tl.int32)
+            early = (equal > 0) & (ties + tl.cumsum(equal, 0) <= wanted)
+            taken = (((at < length) & (key > edge)) | early).to(tl.int32)
+            page = tl.load(table + at // PAGE, mask=taken > 0, other=0).to(tl.int64)
+            place = listed + tl.cumsum(taken, 0) - 1
+            tl.store(target + place, page * PAGE + at % PAGE, mask=taken > 0)
+            listed += tl.sum(taken, 0)
+            ties += tl.sum(equal, 0)
+
+
+def index_choose(
+    scores: Tensor, page_table: Tensor, rows: Tensor, seen: Tensor, page_size: int, top_k: int, first: int
+) -> Tensor:
+    """``octavo.device.ops.sparse.index_choose`` on a GPU; scores are contiguous."""
+    count, max_kv = scores.shape
+    out = torch.empty((count, top_k), dtype=torch.int64, device=scores.device)
+    if count:
+        _choose_kernel[(count,)](
+            out, scores, page_table, rows, seen, max_kv, first, page_table.stride(0),
+            K=top_k, PAGE=page_size, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -155,8 +216,9 @@ def _sparse_kernel(
     count = tl.minimum(tl.load(counts + token), K).to(tl.int32)
     size = tl.cdiv(tl.cdiv(count, BLOCK_N), SPLITS) * BLOCK_N
     start = split * size
-    if (SPLITS > 1) & (start >= count):
-        return
+    if SPLITS > 1:  # noqa: SIM102  one is known at compile time, the other is not
+        if start >= count:
+            return
     head = block * BLOCK_M + tl.arange(0, BLOCK_M)
     real = head < H
     dims, turned = tl.arange(0, LPAD), tl.arange(0, RPAD)

@@ -1,0 +1,34 @@
+"""Kernels become machine code for real GPUs, and fit their shared memory; the interpreter would not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SHARED = {90: 227 << 10, 86: 99 << 10}
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize(("group", "least"), [("dense", 6), ("chosen", 5), ("chunks", 2)])
+def test_kernels_compile_without_a_gpu(group: str, least: int, arch: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).parent / "ahead.py"
+    done = subprocess.run(
+        [sys.executable, str(script), group, str(arch)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) >= least
+    assert [kernel for kernel in found if kernel["shared"] > SHARED[arch]] == []
