@@ -208,10 +208,7 @@ def measure(
 def bytes_read(runner: TorchRunner, tokens: int) -> float:
     """Bytes of the weights that a step reads: all but experts that nobody chose, were all as likely to be."""
     idle = runner.network.idle_elements(tokens)
-    return sum(
-        (count - idle.get(dtype, 0.0)) * dtype.itemsize
-        for dtype, count in runner.network.matrix_elements().items()
-    )
+    return runner.network.matrix_bytes() - sum(count * dtype.itemsize for dtype, count in idle.items())
 
 
 def sums_ms(runner: TorchRunner, tokens: int) -> float:
