@@ -22,7 +22,7 @@ from octavo.model.read_arch import read_arch
 from octavo.protocol.control import CheckPool
 from octavo.protocol.generate import GenerateRequest, SamplingParams
 
-PAGE, NEW_TOKENS, ROWS_AT_ONCE = 4, 10, 6
+PAGE, NEW_TOKENS, ROWS_AT_ONCE = 4, 10, 10
 SLACK = 1e-3  # logits closer than this may be chosen either way
 
 

@@ -65,7 +65,8 @@ class Held:
 @dataclass(frozen=True)
 class Scheme:
     """How a projection's weights are stored: ``bits`` each (0 = in the run type), and ``scale_bytes`` beside every run of
-    the first of ``groups`` inputs that divides a row, or beside a whole row. Experts, and with ``packed`` everything, take
+    the first of ``groups`` inputs that divides a row (the last of them for rows of fewer than ``small`` inputs), or beside
+    a whole row. Experts, and with ``packed`` everything, take
     whole runs of ``device.ops.packed``. ``head``: the output head is stored so too."""
 
     name: str
@@ -74,6 +75,7 @@ class Scheme:
     groups: tuple[int, ...] = ()
     packed: bool = False
     head: bool = False
+    small: int = 0
 
     def nbytes(self, held: Held, element_bytes: int) -> int:
         """Bytes of tensors of the network with run type elements of so many bytes."""
@@ -84,7 +86,8 @@ class Scheme:
         inputs = held.inputs
         if self.scale_bytes and (self.packed or held.kind == "experts"):
             inputs += -inputs % self._run(inputs)
-        group = next((size for size in self.groups if held.inputs % size == 0), inputs)
+        groups = self.groups if held.inputs >= self.small else self.groups[-1:]
+        group = next((size for size in groups if held.inputs % size == 0), inputs)
         row = math.ceil(inputs * self.bits / 8) + ceil_div(inputs, group) * self.scale_bytes
         return row * held.rows * held.count
 
@@ -97,7 +100,7 @@ class Scheme:
 DENSE = Scheme("dense")
 FP8 = Scheme("fp8", bits=8, scale_bytes=4)  # a float32 scale an output channel
 INT8 = Scheme("int8", bits=8, scale_bytes=4)
-INT4 = Scheme("int4", bits=4, scale_bytes=4, groups=(128, 64, 32), packed=True)  # a scale and a zero point a group
+INT4 = Scheme("int4", bits=4, scale_bytes=4, groups=(128, 64, 32), packed=True, small=2048)  # a scale and a zero point a group
 
 
 @dataclass(frozen=True)
