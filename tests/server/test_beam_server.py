@@ -96,7 +96,7 @@ def test_a_length_penalty_needs_beams(engine: Ladder) -> None:
 
 
 def test_a_deadline_ends_the_search_with_what_there_is(engine: Ladder) -> None:
-    reply = ask(engine, n=2, max_tokens=400, deadline_ms=30)
+    reply = ask(engine, n=2, max_tokens=60, deadline_ms=2)
     assert reply.status_code == 200
     assert [choice["finish_reason"] for choice in reply.json()["choices"]] == ["deadline"] * 2
     assert not engine.running

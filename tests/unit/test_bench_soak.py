@@ -47,7 +47,7 @@ class Runner(NullRunner):
         return result
 
 
-def core(num_pages: int = 120) -> EngineCore:
+def core(num_pages: int = 64) -> EngineCore:
     runner = Runner(plan_layout({0: FullKV(16, 64)}), num_pages=num_pages, num_slots=64, vocab_size=VOCAB)
     settings = EngineSettings(
         max_model_len=400, max_num_seqs=64, max_num_batched_tokens=256, vocab_size=VOCAB, overlap=True
