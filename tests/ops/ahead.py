@@ -13,14 +13,25 @@ from triton import compile as compile_source
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from octavo.device.kernels.triton import attention, latent, latent_prefill, sparse
+from octavo.device.kernels.triton import (
+    attention,
+    compressed,
+    compressed_attention,
+    fragments,
+    hyper,
+    latent,
+    latent_prefill,
+    packed,
+    sparse,
+)
+from octavo.device.ops.packed import Layout
 
 HALF, FLOAT, INT, LONG, NUMBER = "*bf16", "*fp32", "*i32", "*i64", "fp32"
 TYPES = {
     "sums": FLOAT, "stats": FLOAT, "weight": FLOAT, "cos_sin": FLOAT, "weights": FLOAT, "scores": FLOAT, "eps": NUMBER,
     "scale": NUMBER, "softcap": NUMBER, "positions": LONG, "slot_mapping": LONG, "slots": LONG, "chosen": LONG,
     "page_table": INT, "query_start": INT, "kv_lens": INT, "rows": INT, "seen": INT, "counts": INT, "begins": INT,
-    "first_query": INT, "first_key": INT, "counters": INT,
+    "first_query": INT, "first_key": INT, "counters": INT, "kv_scales": FLOAT,
 }  # fmt: skip
 HALVES = {"out", "q", "pages", "kv_pages", "wide", "compressed", "latents", "heads", "key", "sinks"}
 V3: dict[str, Any] = {"H": 128, "LATENT": 512, "LPAD": 512}
@@ -103,15 +114,68 @@ def chosen(arch: int) -> None:
         BLOCK_N=32,
         SPLITS=2,
     )
+    entries(arch)
+
+
+def entries(arch: int) -> None:
+    """DeepSeek V4-Flash: heads of 512, entries of 4 tokens that an indexer chooses and of 128, four residual streams."""
+    head, floats = {"H": 64, "D": 512, "DPAD": 512}, ("bias", "sinks", "logits", "base", "fn", "squares")
+    types = dict.fromkeys(floats, FLOAT) | dict.fromkeys(
+        ("x", "pieces", "entries", "streams", "answer"), HALF
+    )
+    types |= {"entry_table": INT, "norm_eps": NUMBER}
+    block, warps, stages = (64, 8, 2) if arch >= HOPPER else (16, 4, 1)
+    shape = {**head, "WINDOW": 128, "RATE": 4, "K": 512, "ENTRIES": True, "BLOCK_N": 32, "SPLITS": 2}
+    rest = {"PAGE": 16, "PER_PAGE": 16, "BLOCK_M": block, "PRECISION": "tf32"}
+    compiled(compressed_attention._attention_kernel, arch, warps, stages, types, **shape, **rest)
+    if arch < HOPPER:  # the others need hardly any shared memory
+        return
+    compiled(compressed_attention._merge_kernel, arch, 4, 3, types, **shape)
+    turned = {"ROPE": 64, "HEADS": compressed.HEADS}
+    compiled(compressed._rotate_kernel, arch, 2, 3, types, **head, **turned, BACK=True)
+    compiled(compressed._head_store_kernel, arch, 2, 3, types, **head, **turned, PAGE=16)
+    compiled(compressed._piece_kernel, arch, 4, 3, types, W=2560, PAGE=4, BLOCK=compressed.BLOCK)
+    made = {
+        "FIRST": 0,
+        "RATE": 4,
+        "WIDTH": 1024,
+        "D": 512,
+        "DPAD": 512,
+        "ROPE": 64,
+        "PAGE": 16,
+        "PER_PAGE": 16,
+    }
+    compiled(compressed._compress_kernel, arch, 4, 3, types, **made, TOKENS=4)
+    sums, product = {**types, "out": FLOAT}, {"K": 24, "KPAD": 32, "SIZE": 16384, "SPLITS": 64}
+    tile = {"RANGE": 256, "TOKENS": hyper.TOKENS, "INPUTS": hyper.INPUTS, "PRECISION": "tf32x3"}
+    compiled(hyper._logits_kernel, arch, 4, 3, sums, **product, **tile)
+    compiled(hyper._sum_kernel, arch, 4, 3, sums, **product)
+    streams, types = {"N": 4, "NPAD": 4, "E": 4096, "BLOCK": hyper.BLOCK}, {**types, "scale": FLOAT}
+    compiled(hyper._enter_kernel, arch, 4, 3, types, **streams, TURNS=20)
+    compiled(hyper._leave_kernel, arch, 4, 3, types, **streams)
 
 
 def chunks(arch: int) -> None:
     """Paged attention within chunks (Llama 4)."""
     shape = {"GROUP": 5, "PAGE": 16, "D": 128, "DPAD": 128, "BLOCK_N": 64, "WINDOW": 2, "SOFTCAP": False}
-    rest = {"SINKS": False, "PRECISION": "tf32", "PDL": False}
+    rest = {"SINKS": False, "SCALED": True, "PRECISION": "tf32", "PDL": False}
     compiled(attention._varlen_kernel, arch, 4, 2, {}, **shape, **rest, BLOCK_M=64)
     compiled(attention._decode_kernel, arch, 2, 2, {}, **shape, **rest, GPAD=16, SPLITS=4, MERGE=True)
 
 
+def codes(arch: int) -> None:
+    """AWQ's codes in the order of tensor cores: few tokens without shared memory but for the last sum, and tiles."""
+    large = arch >= HOPPER
+    words = dict.fromkeys(("words", "scale"), INT)
+    none: dict[str, Any] = {"high": None, "outer": None, "bias": None, "BIAS": False, "SPLIT": True}
+    shape = {**packed.constants(Layout(4, 0, 32, 128, scales="zero")), **none}
+    types = {**words, "x": HALF}
+    compiled(fragments._few_kernel, arch, 8, 3, types, **shape, KS=8, TWO=False, NH=1, PDL=large)
+    for block in (fragments.LARGE_TILES if large else fragments.TILES)[-1:]:
+        rows, warps, stages = fragments.tile(block, large)
+        tiles = {"BLOCK_M": block, "BLOCK_N": rows, "WR": warps, "STAGES": stages, "EVEN": True}
+        compiled(fragments._tile_kernel, arch, warps, 3, types, **shape, **tiles)
+
+
 if __name__ == "__main__":
-    {"dense": dense, "chosen": chosen, "chunks": chunks}[sys.argv[1]](int(sys.argv[2]))
+    {"dense": dense, "chosen": chosen, "chunks": chunks, "codes": codes}[sys.argv[1]](int(sys.argv[2]))

@@ -21,8 +21,13 @@ LAYOUTS = {
     "q4_1": Layout(4, 0, 32, 32, scales="minimum"),
     "q5_0": Layout(4, 1, 32, 32, offset=16),
     "q4_k": Layout(4, 0, 32, 32, scales="k"),
+    "int4-128": Layout(4, 0, 32, 128, scales="k", half=torch.bfloat16),
     "q5_k": Layout(4, 1, 32, 32, scales="k"),
     "q6_k": Layout(4, 2, 16, 16, scales="bytes", offset=32),
+    "q2_k": Layout(2, 0, 16, 16, scales="k4"),
+    "q3_k": Layout(2, 1, 16, 16, scales="bytes", offset=4),
+    "iq4_nl": Layout(4, 0, 32, 32, code="iq4"),
+    "iq4_xs": Layout(4, 0, 32, 32, code="iq4", scales="bytes"),
     "nvfp4": Layout(4, 0, 16, 16, code="e2m1", scales="e4m3"),
     "mxfp4": Layout(4, 0, 32, 32, code="e2m1", half=torch.bfloat16),
     "fp8": Layout(8, 0, 32, 128, code="e4m3", scales="float"),
@@ -55,6 +60,8 @@ def fields(
     if layout.scales == "e4m3":
         return (near(outputs, groups) / size).to(torch.float8_e4m3fn), near(outputs, 1)
     outer = torch.stack((near(outputs, outer_groups), near(outputs, outer_groups) * 8), -1) / 32
+    if layout.scales == "k4":
+        return whole(0, 256, outputs, groups).to(torch.uint8), outer.to(layout.half)
     if layout.scales == "bytes":
         return whole(-60, 60, outputs, groups).to(torch.int8), outer.to(layout.half)
     return whole(0, 64, outputs, groups, 2).to(torch.uint8), outer.to(layout.half)
@@ -69,7 +76,8 @@ def draw(layout: Layout, outputs: int, inputs: int, seed: int = 0) -> Packed:
     if layout.code == "e4m3":
         codes = torch.randn((outputs, inputs), generator=generator).to(torch.float8_e4m3fn).view(torch.uint8)
     weight.words, weight.high = pack_codes(codes, layout)
-    size = inputs**-0.5 / (2 ** (bits - 1) if layout.code == "int" else 1 if layout.code == "e4m3" else 2)
+    largest = {"int": 2 ** (bits - 1), "e4m3": 1, "iq4": 72}
+    size = inputs**-0.5 / largest.get(layout.code, 2)
     inner, outer = fields(layout, layout.num_groups(inputs), outputs, size, generator)
     weight.scale = join_fields(inner, layout.scale_rows(inputs))
     if outer is not None:

@@ -15,7 +15,7 @@ SHARED = {90: 227 << 10, 86: 99 << 10}
 
 
 @pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize(("group", "least"), [("dense", 6), ("chosen", 5), ("chunks", 2)])
+@pytest.mark.parametrize(("group", "least"), [("dense", 6), ("chosen", 6), ("chunks", 2), ("codes", 2)])
 def test_kernels_compile_without_a_gpu(group: str, least: int, arch: int, tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
     environment.pop("TRITON_INTERPRET", None)

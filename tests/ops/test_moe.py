@@ -56,7 +56,7 @@ def test_reference_is_the_plain_sum() -> None:
 )
 @pytest.mark.parametrize(
     ("tokens", "num", "top_k", "hidden", "inner"),
-    [(1, 4, 2, 64, 32), (5, 8, 3, 96, 40), (70, 4, 2, 64, 64), (40, 130, 4, 32, 16)],
+    [(1, 4, 2, 64, 32), (5, 8, 3, 96, 40), (70, 4, 2, 64, 64), (12, 130, 4, 32, 16)],
 )
 def test_experts(dtype: torch.dtype, tokens: int, num: int, top_k: int, hidden: int, inner: int) -> None:
     ids, weights = moe.route(draw(tokens, num), top_k)
@@ -65,7 +65,9 @@ def test_experts(dtype: torch.dtype, tokens: int, num: int, top_k: int, hidden: 
         draw(num, 2 * inner, hidden, dtype=dtype, scale=hidden**-0.5),
         draw(num, hidden, inner, dtype=dtype, scale=inner**-0.5),
     )
-    ours = kernels.GroupedExperts()(x, ids, weights, gate_up, down, "silu")
+    compute = kernels.GroupedExperts()
+    compute.ready = DEVICE == "cpu" and tokens > 1  # one token goes through every block size
+    ours = compute(x, ids, weights, gate_up, down, "silu")
     theirs = moe.experts(x.float(), ids, weights, gate_up.float(), down.float(), "silu")
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.float(), theirs, atol=BOUND[dtype], rtol=BOUND[dtype])
@@ -111,6 +113,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "unnormalized": {"renormalize": False, "scale": 2.5},
     "top_k": {"scoring": "softmax_top_k"},
     "sigmoid": {"scoring": "sigmoid", "correction": True},
+    "root": {"scoring": "sqrt_softplus", "correction": True, "scale": 1.5},
     "groups": {"scoring": "sigmoid", "groups": 4, "top_groups": 2, "correction": True},
     "groups of one": {"groups": 24, "top_groups": 5},
     "best of a group": {"renormalize": False, "scale": 16.0, "groups": 4, "top_groups": 2, "group_best": 1},

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llvmlite import ir
 
 from octavo.device.kernels.numba import attention as kernels
-from octavo.device.kernels.numba import rows, vector
+from octavo.device.kernels.numba import shared, vector
 from octavo.device.kernels.numba.library import KernelLibrary
 from octavo.device.kernels.numba.target import AVX512, AVX512_BF16, PORTABLE, Target, host_features
 
@@ -310,13 +310,13 @@ def test_norm(threads: int) -> None:
     assert np.isnan(meta[0]).all() and np.isfinite(meta[1:]).all()
 
 
-@pytest.mark.parametrize("kind", rows.ACTIVATIONS)
+@pytest.mark.parametrize("kind", shared.ACTIVATIONS)
 def test_gate(kind: str) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 128)).astype(np.float32) * 4
     x[0, :4] = [100, -100, 0, 30]
     out = forms(3, 64)
-    call("gate", [np.array([3]), x, 64, rows.ACTIVATIONS[kind], *out], 2)
+    call("gate", [np.array([3]), x, 64, shared.ACTIVATIONS[kind], *out], 2)
     gate, up = x[:, :64].astype(np.float64), x[:, 64:]
     if kind == "silu":
         want = gate / (1 + np.exp(-gate)) * up

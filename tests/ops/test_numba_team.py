@@ -109,11 +109,21 @@ def test_an_idle_team_sleeps_and_wakes() -> None:
 def test_a_crowded_team_shrinks_and_tries_again() -> None:
     ladder, team = Ladder(2), Team(3, LIBRARY)
     for napped, active in ((0.0, 3), (0.5, 2), (0.05, 2), (0.5, 1), (0.9, 1)):
-        team._adapt(napped, 1.0)
+        team._adapt(napped, 1.0, now=10.0)
         assert team.active == active
-    for _ in range(team.PATIENCE):
-        team._adapt(0.0, 1.0)
+    pause = team._retry_at - 10.0
+    assert pause == pytest.approx(2 * team.FIRST_PAUSE_S)
+    team._adapt(0.0, 1.0, now=10.0 + 0.9 * pause)
+    assert team.active == 1
+    team._adapt(0.0, 1.0, now=10.1 + pause)
     assert team.active == 3
+    for _ in range(12):  # crowded at every attempt
+        team._adapt(0.5, 1.0, now=20.0)
+        team.active = 3
+    assert team._retry_at == 20.0 + team.LONGEST_PAUSE_S
+    team._adapt(0.0, 1.0, now=30.0)
+    team._adapt(0.5, 1.0, now=40.0)
+    assert team._retry_at == pytest.approx(40.0 + team.FIRST_PAUSE_S)
     team.active = 2  # the third helper sleeps through this run and is there for the next
     team.run(ladder.tape)
     team.active = 3
@@ -207,6 +217,19 @@ def test_a_kill_while_warming_leaves_a_usable_cache(tmp_path: Path) -> None:
     library = KernelLibrary(tmp_path)
     library.warm(["norm", "gate", "add_norm"])
     assert all(library.address(name) for name in ("norm", "gate", "add_norm"))
+
+
+def test_compiled_kernels_load_without_the_compiler() -> None:
+    """Importing Numba takes longer than everything else at the start of ``octavo run``."""
+    LIBRARY.warm(["norm"])
+    script = (
+        "import sys; from octavo.host import compiled_engine; from octavo.device.kernels.numba.library import KernelLibrary\n"
+        "library = KernelLibrary(); assert library.missing(['norm']) == []\n"
+        "assert library.address('norm') and library.execute()\n"
+        "print(sorted({'numba', 'torch'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
 
 
 def test_old_kernel_folders_go_and_other_things_stay(tmp_path: Path) -> None:

@@ -73,7 +73,13 @@ def test_reference_in_words() -> None:
 
 def test_impossible_layouts() -> None:
     wrong: dict[str, Any]
-    for wrong in ({"bits": 5}, {"width": 8}, {"group": 48}):
+    for wrong in (
+        {"bits": 5},
+        {"width": 8},
+        {"group": 48},
+        {"bits": 2, "scales": "k"},
+        {"bits": 2, "high_bits": 2},
+    ):
         with pytest.raises(ValueError, match="no such layout"):
             Layout(**wrong)
 
@@ -106,7 +112,7 @@ def few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels(name: str, dtype: torch.dtype, tokens: int) -> None:
     """Few tokens over split inputs, more in tiles; outputs and inputs that fill no tile; a bias."""
     layout = LAYOUTS[name]
-    inputs = 512 if layout.scales in ("k", "bytes") else 320
+    inputs = 512 if layout.scales in ("k", "k4", "bytes") else 320
     weight, bias, x = draw(layout, 40, inputs), normal(40, dtype=dtype), normal(tokens, inputs, dtype=dtype)
     linear = kernels.LinearPacked()
     actual = linear(x, weight, bias)
@@ -128,7 +134,7 @@ def test_written_out_values_are_exact(name: str) -> None:
             kernels.write_out(weight, slice(66, 70), torch.float32),
         ]
     )
-    if layout.scales in ("minimum", "k"):  # a fused multiply and add on a GPU
+    if layout.scales in ("minimum", "k", "k4"):  # a fused multiply and add on a GPU
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     else:
         assert torch.equal(found, expected)
@@ -137,8 +143,8 @@ def test_written_out_values_are_exact(name: str) -> None:
 @pytest.mark.usefixtures("few_kernels")
 def test_many_tokens_use_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "WRITE_OUT_FROM", 3)
-    monkeypatch.setattr(kernels, "WRITE_OUT_ELEMENTS", 64 * 256)
-    weight, bias, x = draw(LAYOUTS["q4_k"], 70, 256), normal(70), normal(5, 256)
+    monkeypatch.setattr(kernels, "WRITE_OUT_ELEMENTS", 128 * 256)
+    weight, bias, x = draw(LAYOUTS["q4_k"], 200, 256), normal(200), normal(5, 256)
     torch.testing.assert_close(
         kernels.LinearPacked()(x, weight, bias), linear_packed(x, weight, bias), atol=1e-4, rtol=1e-4
     )
@@ -157,9 +163,9 @@ def test_order_and_columns() -> None:
 
 @triton.jit
 def _show(
-    out, words, high, PLACE: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, CODE: tl.constexpr, KIND: tl.constexpr
+    out, words, high, W: tl.constexpr, PLACE: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, CODE: tl.constexpr, KIND: tl.constexpr
 ):  # fmt: skip
-    at = tl.arange(0, 32)
+    at = tl.arange(0, W)
     extra = tl.load(words + at)
     if HIGH > 0:
         extra = kernels._spread(tl.load(high + at), HIGH)
@@ -168,7 +174,7 @@ def _show(
 
 
 @pytest.mark.parametrize("kind", [tl.bfloat16, tl.float16, tl.float32], ids=str)
-@pytest.mark.parametrize("name", ["awq", "q5_k", "q8_0", "mxfp4", "fp8"])
+@pytest.mark.parametrize("name", ["awq", "q5_k", "q8_0", "mxfp4", "fp8", "q2_k", "q3_k", "iq4_nl"])
 def test_codes_become_numbers_exactly(name: str, kind: tl.dtype) -> None:
     """Every code at every place, in every type; what the interpreter cannot multiply it can still take apart."""
     layout = LAYOUTS[name]
@@ -178,14 +184,19 @@ def test_codes_become_numbers_exactly(name: str, kind: tl.dtype) -> None:
     words, high = pack_codes(codes.to(DEVICE), layout)
     constants = kernels.constants(layout)
     for place in range(layout.places):
-        out = torch.empty(32, device=DEVICE)
-        _show[(1,)](out, words, high, place, constants["BITS"], constants["HIGH"], constants["CODE"], kind)
-        here = codes[0, 32 * place : 32 * (place + 1)]
+        width = layout.width
+        out = torch.empty(width, device=DEVICE)
+        _show[(1,)](
+            out, words, high, width, place, constants["BITS"], constants["HIGH"], constants["CODE"], kind
+        )
+        here = codes[0, width * place : width * (place + 1)]
         expected = here.float()
-        if layout.code == "e2m1":
-            expected = torch.tensor(ops.E2M1)[here.long()]
+        if layout.code in ops.TABLES:
+            expected = torch.tensor(ops.TABLES[layout.code], dtype=torch.float32)[here.long()]
         elif layout.code == "e4m3":
             expected = here.view(torch.float8_e4m3fn).float()
-        if name == "mxfp4" and kind == tl.bfloat16 and DEVICE == "cpu":  # the interpreter flushes subnormal numbers
+        if (
+            name == "mxfp4" and kind == tl.bfloat16 and DEVICE == "cpu"
+        ):  # the interpreter flushes subnormal numbers
             out[expected.abs() == 0.5] = expected[expected.abs() == 0.5]
         assert torch.equal(out.cpu(), expected), place

@@ -155,6 +155,8 @@ def test_pages_of_eight_bits(rows: list[tuple[int, int]]) -> None:
     inputs = make(rows, dtype=torch.float16)
     inputs["kv_pages"] = inputs["kv_pages"].to(torch.float8_e4m3fn)  # type: ignore[attr-defined]
     check(inputs, 2e-3)
+    scales = torch.tensor([[0.5, 3.0], [0.25, 4.0]], device=DEVICE)  # of each head
+    check(inputs, 2e-3, kv_scales=scales, sinks=torch.tensor([0.0, 3.0, -2.0, 1.0], device=DEVICE))
 
 
 @pytest.mark.parametrize(

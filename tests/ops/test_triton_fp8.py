@@ -74,6 +74,8 @@ def test_one_token_is_not_quantized(dtype: torch.dtype) -> None:
 def test_more_tokens(way: Callable[..., Tensor], dtype: torch.dtype) -> None:
     x, (weight, scale), bias = draw(7, 96, dtype=dtype) * 3, matrix(48, 96), draw(48, dtype=dtype)
     bound = BOUND[dtype] * 2  # the raw product is rounded once more
+    if DEVICE == "cuda":
+        bound = max(bound, 5e-3)  # tensor cores add fp8 products in fewer bits
     for shift in (None, bias):
         actual = way(x, weight, scale, shift)
         expected = fp8.linear_fp8(x, weight, scale, shift)

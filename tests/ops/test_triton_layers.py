@@ -53,7 +53,10 @@ def test_act_mul(dtype: torch.dtype, name: str) -> None:
     for size in (96, 1500):
         gate_up = draw(3, 2 * size, dtype=dtype) * 4
         gate_up[0, 0], gate_up[1, 1] = 60.0, -60.0
-        close(activation_kernels.act_mul(gate_up, name), activation.act_mul(gate_up, name))
+        for limit in (0.0, 2.5):
+            ours = activation_kernels.act_mul(gate_up, name, limit)
+            close(ours, activation.act_mul(gate_up, name, limit))
+        assert ours.abs().max() <= 2.5 * 2.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,13 +101,15 @@ def test_linear(dtype: torch.dtype, tokens: int) -> None:
     close(linear_kernels.linear(x, weight), linear.linear(x, weight))
 
 
-def test_rope_store_into_eight_bits() -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rope_store_into_eight_bits(scaled: bool) -> None:
     qkv, cos_sin, positions = draw(5, (4 + 2 * 2) * 16), draw(64, 16), torch.arange(5, device=DEVICE) + 3
     slots = torch.tensor([9, 3, -1, 17, 40], device=DEVICE)
+    scales = torch.tensor([[0.25, 0.125], [2.0, 1.0]], device=DEVICE) if scaled else None
     found = []
     for function in (rope_kernels.rope_store, rope_store.rope_store):
         pages = torch.zeros(4, 2, 2, 16, 16, dtype=torch.float8_e4m3fn, device=DEVICE)
-        q = function(qkv, None, None, 1e-5, cos_sin, positions, pages, slots, 4, 0.25, 2.0)
+        q = function(qkv, None, None, 1e-5, cos_sin, positions, pages, slots, 4, scales)
         found.append((q, pages.float()))
     close(found[0][0], found[1][0])
     # One step of three bits of mantissa where the sum of two products falls between two; the interpreter rounds oddly.

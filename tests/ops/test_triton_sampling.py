@@ -130,3 +130,30 @@ def test_logprobs(kind: str) -> None:
     ours, theirs = kernels.logprobs_of(logits, tokens), ops.logprobs_of(logits, tokens)
     torch.testing.assert_close(ours[0], theirs[0], atol=2e-5, rtol=1e-5)
     assert ours[1].tolist() == theirs[1].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_with_a_nan_are_found(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 20_000).to(DEVICE, dtype)
+    logits[1, 0] = logits[3, -1] = float("nan")
+    logits[4] = float("-inf")
+    assert kernels.nan_rows(logits).tolist() == [False, True, False, True, False]
+    assert ops.nan_rows(logits).tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("vocab", [64, 5001])
+def test_masked_tokens_are_forbidden(vocab: int) -> None:
+    """Some rows, in any order; bits beyond the vocabulary mean nothing."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(6, vocab, generator=generator).to(DEVICE)
+    rows = torch.tensor([4, 0, 3], device=DEVICE)
+    words = torch.randint(-(2**31), 2**31, (3, -(-vocab // 32)), generator=generator).int().to(DEVICE)
+    expected = logits.clone()
+    for row, line in zip(rows.tolist(), words.tolist()):
+        for token in range(vocab):
+            if not line[token // 32] >> (token % 32) & 1:
+                expected[row, token] = float("-inf")
+    for masked in (kernels.mask_logits, ops.mask_logits):
+        changed = logits.clone()
+        masked(changed, rows, words)
+        assert torch.equal(changed, expected)

@@ -6,6 +6,8 @@ may be recorded in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,10 +41,13 @@ class Group:
         self._gather(joined, x.contiguous(), group=self.handle)
         return joined.view(self.size, tokens, width).transpose(0, 1).reshape(tokens, self.size * width)
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        """The first member's values, in place everywhere."""
-        dist.broadcast(x, self.members[0], group=self.handle)
-        return x
+    def broadcast(self, x: Tensor) -> Callable[[], object]:
+        """Begin to make ``x``, in place, the first member's values everywhere; what is returned waits for them."""
+        work = dist.broadcast(x, self.members[0], group=self.handle, async_op=True)
+        if work is None:
+            raise RuntimeError("this process is not of the group")
+        wait: Callable[[], object] = work.wait
+        return wait
 
     def send(self, x: Tensor, to: int) -> None:
         """Give ``x`` to a member."""

@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, Store, TCPStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from octavo.device.distributed.group import Group
 from octavo.errors import EngineDeadError, UsageError
@@ -47,18 +47,8 @@ class World:
         tensor_size = meeting.tensor_size
         self.num_stages = self.size // tensor_size
         self.stage = self.num_stages - 1 - self.rank // tensor_size
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timedelta(seconds=meeting.timeout_s),
-            device_id=device if device.type == "cuda" else None,
-        )
-        everyone = dist.group.WORLD
-        if everyone is None:
-            raise EngineDeadError("The process group was not made.")
-        self.everyone = Group(everyone, tuple(range(self.size)), self.rank)
+        self.is_guest = dist.is_initialized()  # a script that joined its processes before it made an LLM
+        self.everyone = Group(self._everyone(meeting), tuple(range(self.size)), self.rank)
         self.tensor = self.everyone
         if self.num_stages > 1:
             for first in range(0, self.size, tensor_size):  # every rank makes every group, as torch wants it
@@ -66,6 +56,35 @@ class World:
                 handle = dist.new_group(list(members))
                 if self.rank in members and isinstance(handle, dist.ProcessGroup):
                     self.tensor = Group(handle, members, self.rank - first)
+
+    def _everyone(self, meeting: Meeting) -> dist.ProcessGroup:
+        """The group of all ranks."""
+        timeout = timedelta(seconds=meeting.timeout_s)
+        on_gpu = self.device.type == "cuda"
+        backend = "nccl" if on_gpu else "gloo"
+        if self.is_guest:
+            made = dist.new_group(list(range(self.size)), timeout=timeout, backend=backend)
+        else:
+            dist.init_process_group(
+                backend,
+                store=self.store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timeout,
+                device_id=self.device if on_gpu else None,
+            )
+            made = dist.group.WORLD
+        if not isinstance(made, dist.ProcessGroup):
+            raise EngineDeadError("The process group was not made.")
+        return made
+
+    def leave(self) -> None:
+        """Give the groups back, for a process that goes on; a collective call."""
+        if not self.is_guest:
+            dist.destroy_process_group()
+            return
+        for group in {self.everyone.name: self.everyone, self.tensor.name: self.tensor}.values():
+            dist.destroy_process_group(group.handle)
 
     @property
     def before(self) -> int | None:
@@ -83,9 +102,10 @@ class World:
         return [bytes(self.store.get(f"octavo/{name}/{rank}")) for rank in range(self.size)]
 
 
-def join(meeting: Meeting, device: torch.device) -> World:
-    """Meet the others; raises ``EngineDeadError`` that names who did not come, ``UsageError`` for a port in use."""
-    store = open_store(meeting)
+def join(meeting: Meeting, device: torch.device, store: Store | None = None) -> World:
+    """Meet the others, where they are in ``store`` if that is given; raises ``EngineDeadError`` that names who did not
+    come, ``UsageError`` for a port in use."""
+    store = open_store(meeting) if store is None else store
     wait = timedelta(seconds=min(JOIN_S, meeting.timeout_s))
     names = [f"octavo/here/{rank}" for rank in range(meeting.size)]
     store.set(names[meeting.rank], "1")
@@ -99,6 +119,31 @@ def join(meeting: Meeting, device: torch.device) -> World:
         ) from None
     store.set_timeout(timedelta(seconds=meeting.timeout_s))
     return World(meeting, store, device)
+
+
+def external_store(meeting: Meeting, *, is_served: bool) -> Store:
+    """The table of ranks that others started, at the address they gave; ``is_served`` where its server runs already.
+
+    A script may make several models one after the other: each gets names of its own in the table.
+    """
+    wait = timedelta(seconds=min(JOIN_S, meeting.timeout_s))
+    is_master = not is_served and not dist.is_initialized() and meeting.rank == 0
+    try:
+        table = TCPStore(
+            meeting.address,
+            meeting.port,
+            is_master=is_master,
+            timeout=wait,
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        raise EngineDeadError(
+            f"Rank {meeting.rank} does not reach the others at MASTER_ADDR:MASTER_PORT {meeting.address}:{meeting.port}: "
+            f"{first_line(error)}",
+            "See whether the other ranks run, and whether that port is free.",
+        ) from None
+    count = table.add(f"octavo/models/{meeting.rank}", 1)
+    return PrefixStore(f"octavo/{count}", table)
 
 
 def open_store(meeting: Meeting) -> Store:

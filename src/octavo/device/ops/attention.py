@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.device.ops.bind import Op, triton_rows
+from octavo.device.ops.bind import Implementation, Op, OpSpec, triton_rows
 
 
 def paged_attention(
@@ -21,6 +21,7 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     chunk: int = 0,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's new tokens over its cached keys (the new ones are stored already).
 
@@ -30,7 +31,8 @@ def paged_attention(
     skipped, as are tokens of q past query_start[-1] (padding; their output is unspecified). ``max_query`` and
     ``max_kv`` are host-side upper bounds of the row lengths. ``window`` > 0: a query sees itself and the window - 1
     keys before it; ``chunk`` > 0 (and no window): those of its own chunk of so many positions. ``softcap`` > 0: scores become softcap * tanh(score / softcap). ``sinks`` [Hq]: an extra logit
-    per head that takes probability but has no value. Returns [T, Hq, D] in q's type.
+    per head that takes probability but has no value. ``kv_scales`` [2, Hkv] float32: what each head's keys and values were
+    divided by when they were stored. Returns [T, Hq, D] in q's type.
     """
     out = torch.zeros_like(q)
     num_heads = q.shape[1]
@@ -44,6 +46,8 @@ def paged_attention(
         first = first_visible(kv_len - count, window, chunk) // page_size
         pages = page_table[row, first : -(-kv_len // page_size)].long()
         keys, values = read_pages(kv_pages, pages).transpose(0, 1).unbind(0)  # [n, Hkv, P, D]
+        if kv_scales is not None:
+            keys, values = keys * kv_scales[0, :, None, None], values * kv_scales[1, :, None, None]
         base = first * page_size
         keys = keys.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[: kv_len - base]
         values = values.transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[: kv_len - base]
@@ -88,8 +92,23 @@ def hidden_keys(query_at: Tensor, key_at: Tensor, window: int, chunk: int) -> Te
     return hidden
 
 
+def _suits_flash_attention_3(spec: OpSpec) -> bool:
+    return spec.device == "cuda" and 90 <= spec.capability < 100 and spec.dtype in ("float16", "bfloat16")
+
+
+FLASH_ATTENTION_3 = Implementation(
+    "flash-attention-3",
+    "octavo.device.kernels.vendor.flash_attention:flash_attention_3",
+    _suits_flash_attention_3,
+    requires="flash_attn_interface",
+    factory=True,
+    vendor=True,
+)
 PAGED_ATTENTION = Op(
     "paged_attention",
     paged_attention,
-    triton_rows("attention:PagedAttention", "PagedAttentionHopper", factory=True),
+    (
+        FLASH_ATTENTION_3,
+        *triton_rows("attention:PagedAttention", "PagedAttentionHopper", factory=True),
+    ),
 )

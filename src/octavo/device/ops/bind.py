@@ -34,6 +34,7 @@ class Implementation:
 
     ``when`` returns True where it can run; ``requires`` names a third-party module that must be importable.
     With ``factory`` the target is called once for each binding and returns the function: it may own a workspace.
+    A ``vendor``'s is bound only where it was measured to be right and faster than ours on this card.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Implementation:
     when: Callable[[OpSpec], bool]
     requires: str | None = None
     factory: bool = False
+    vendor: bool = False
 
 
 def triton_rows(target: str, hopper: str | None = None, factory: bool = False) -> tuple[Implementation, ...]:
@@ -74,9 +76,13 @@ class Op:
 
 @dataclass
 class Binder:
-    """Chooses implementations for one device and remembers why; ``forced`` maps op name to implementation name."""
+    """Chooses implementations for one device and remembers why; ``forced`` maps op name to implementation name.
+
+    ``proven`` holds (op, implementation) of the vendors' that a recorded measurement speaks for.
+    """
 
     forced: dict[str, str] = field(default_factory=dict)
+    proven: frozenset[tuple[str, str]] = frozenset()
     choices: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def bind(self, op: Op, spec: OpSpec) -> Callable[..., Any]:
@@ -85,7 +91,10 @@ class Binder:
         for implementation in op.implementations:
             if op.name in self.forced and self.forced[op.name] != implementation.name:
                 continue
-            if not implementation.when(spec) or not _importable(implementation.requires):
+            is_forced = op.name in self.forced
+            if implementation.vendor and not is_forced and (op.name, implementation.name) not in self.proven:
+                continue
+            if not implementation.when(spec) or not importable(implementation.requires):
                 continue
             module, _, attribute = implementation.target.partition(":")
             chosen, function = implementation.name, getattr(import_module(module), attribute)
@@ -103,7 +112,8 @@ class Binder:
         }
 
 
-def _importable(module: str | None) -> bool:
+def importable(module: str | None) -> bool:
+    """Whether a third-party module is there; None is."""
     if module is None:
         return True
     try:

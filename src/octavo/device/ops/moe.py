@@ -23,14 +23,13 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """The experts of each token and their weights: logits [T, E] -> ids [T, top_k] int64, weights [T, top_k] float32.
 
-    ``scoring``: "softmax" over all experts, "sigmoid" of each, or "softmax_top_k": over the chosen logits. For the choice
+    ``scoring``: "softmax" over all experts, "sigmoid" or "sqrt_softplus" of each, or "softmax_top_k": over the
+    chosen logits. For the choice
     alone, ``correction`` [E] is added and experts outside the ``top_groups`` best of ``groups`` equal groups (by the sum
     of their ``group_best`` best scores, 1 or 2 of them) are left out (DeepSeek-AI 2024). ``renormalize``: weights sum to 1 before ``scale``.
     """
     wide = logits.float()
-    scores = torch.softmax(wide, -1) if scoring == "softmax" else wide
-    if scoring == "sigmoid":
-        scores = torch.sigmoid(wide)
+    scores = scored(wide, scoring)
     choice = scores if correction is None else scores + correction
     if groups > 1:
         grouped = choice.view(choice.shape[0], groups, -1)
@@ -48,14 +47,33 @@ def route(
     return ids, weights * scale
 
 
+def scored(logits: Tensor, scoring: str) -> Tensor:
+    """The scores of all experts for logits [T, E] float32."""
+    if scoring == "softmax":
+        return torch.softmax(logits, -1)
+    if scoring == "sigmoid":
+        return torch.sigmoid(logits)
+    return F.softplus(logits).sqrt() if scoring == "sqrt_softplus" else logits
+
+
+def shares_of(logits: Tensor, ids: Tensor, scoring: str, renormalize: bool, scale: float) -> Tensor:
+    """The weights [T, top_k] float32 of experts that were chosen otherwise; see ``route``."""
+    weights = scored(logits.float(), scoring).gather(1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * scale
+
+
 def gated(gate_up: Tensor, activation: str, alpha: float = 1.0, limit: float = 0.0) -> Tensor:
     """act(gate) * up of [T, 2 I] -> [T, I]; "swiglu_clamped" is gate * sigmoid(alpha gate) * (up + 1), both clamped:
-    gate to at most ``limit``, up to +-``limit``."""
+    gate to at most ``limit``, up to +-``limit``; so are those of "silu" where ``limit`` > 0."""
     gate, up = gate_up.chunk(2, dim=-1)
     if activation == "swiglu_clamped":
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(alpha * gate) * (up + 1)
     if activation == "silu":
+        if limit:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return F.silu(gate) * up
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 

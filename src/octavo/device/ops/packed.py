@@ -1,15 +1,16 @@
-"""Linear maps whose weights are codes of 4 to 8 bits with scales: ONE layout for every weight-only format.
+"""Linear maps whose weights are codes of 2 to 8 bits with scales: ONE layout for every weight-only format.
 
-A run is 8 W inputs of one output (4 W where codes have 8 bits), W = 16 or 32. It is stored as W words of 32 bits; word w
+A run is 8 W inputs of one output (4 W where codes have 8 bits, 16 W where they have 2 or 3), W = 16 or 32. It is stored as W words of 32 bits; word w
 holds the codes of inputs w, W + w, 2 W + w, ... of the run. So one mask gives two codes in the two halves of a word, ready
 to become two bfloat16 numbers, and the codes at one place of all words are W neighbouring inputs, ready for a tensor core.
 
     4 bits    word w   |31        16|15         0|        inputs of the run, for W = 32
                        | 7  5  3  1 | 6  4  2  0 |        0: w   1: 32 + w   2: 64 + w  ...  7: 224 + w
     8 bits    word w   |  3    2    |  1    0    |        0: w   1: 32 + w   2: 64 + w       3:  96 + w
+    2 bits    word w   |15 13 .. 3 1|14 12 .. 2 0|        0: w   1: 16 + w ... 15: 240 + w, for W = 16
 
     words [runs, N, W] int32         a tile of some outputs and one run is one piece of memory
-    high  [runs, N, W] uint8, int16  the fifth (and sixth) bits: even places in the low half, odd ones in the high half
+    high  [runs, N, W] uint8, int16  the bits above those (one, or two): even places in the low half, odd ones in the high half
     scale [ceil(groups / per word), N] int32    a group is ``group`` inputs of one output; 0 = all of them
     outer [ceil(inputs / 256) or 1, N] int32    factors of the scales, in formats of two levels
 
@@ -19,11 +20,12 @@ What a scale word holds, from its lowest bits on ("half" is float16 or bfloat16)
     pair     half s | half s of the next group       value = s (code - offset)  the same without zero points; Q4_0, Q8_0
     minimum  half s | half m                         value = s code - m         Q4_1, Q5_1
     k        bytes s, m | s, m of the next group     value = d s code - dm m    Q4_K, Q5_K;  outer: half d | half dm
-    bytes    signed bytes s of four groups           value = d s (code - offset)       Q6_K;  outer: half d
+    k4       nibbles s, m of four groups             value = d s code - dm m    Q2_K;  outer: half d | half dm
+    bytes    signed bytes s of four groups           value = d s (code - offset)       Q3_K, Q6_K, IQ4_XS;  outer: half d
     e4m3     8-bit floats s of four groups           value = d s v[code]              NVFP4;  outer: float32 d
     float    float32 s                               value = s v[code]                  NF4, fp8
 
-Where codes are small floats (E2M1, NF4's sixteen values, 8-bit E4M3), v[code] stands for code - offset. Inputs are padded to whole runs;
+Where codes are small floats (E2M1, 8-bit E4M3) or places in a table (the sixteen values of NF4, of IQ4), v[code] stands for code - offset. Inputs are padded to whole runs;
 the operand beside the padding is 0.
 """
 
@@ -37,19 +39,21 @@ from torch import Tensor
 
 from octavo.device.ops.bind import Op, triton_rows
 
-CodeKind = Literal["int", "e2m1", "nf4", "e4m3"]
-ScaleKind = Literal["zero", "pair", "minimum", "k", "bytes", "e4m3", "float"]
+CodeKind = Literal["int", "e2m1", "nf4", "e4m3", "iq4"]
+ScaleKind = Literal["zero", "pair", "minimum", "k", "k4", "bytes", "e4m3", "float"]
 GROUPS_IN_WORD: dict[ScaleKind, int] = {
     "zero": 1,
     "pair": 2,
     "minimum": 1,
     "k": 2,
+    "k4": 4,
     "bytes": 4,
     "e4m3": 4,
     "float": 1,
 }
 OUTER_GROUP: dict[ScaleKind, int] = {
     "k": 256,
+    "k4": 256,
     "bytes": 256,
     "e4m3": 0,
 }  # inputs under an outer scale; 0 = all
@@ -60,14 +64,16 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml's kvalues_iq4nl
+TABLES: dict[CodeKind, tuple[float, ...]] = {"e2m1": E2M1, "nf4": NF4, "iq4": IQ4}
 
 
 @dataclass(frozen=True)
 class Layout:
     """What is the same for all codes of a matrix; see the drawing above.
 
-    ``bits`` are those in the words (4 or 8), ``high_bits`` (0, 1, 2) those beside them, ``width`` is W. ``group`` is a
-    multiple of W; 0 = one scale for all inputs. ``half`` is the type of 16-bit scales.
+    ``bits`` are those in the words (2, 4 or 8), ``high_bits`` (0, 1, 2) those beside them, ``width`` is W. ``group`` is a
+    multiple of W; 0 = one scale for all inputs. ``half`` is the type of 16-bit scales. A run has one outer scale.
     """
 
     bits: int = 4
@@ -78,9 +84,11 @@ class Layout:
     scales: ScaleKind = "pair"
     offset: int = 8
     half: torch.dtype = torch.float16
+    fragments: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.width not in (16, 32) or self.group % self.width:
+        known = self.bits in (2, 4, 8) and self.width in (16, 32) and self.group % self.width == 0
+        if not known or OUTER_GROUP.get(self.scales, 0) % self.run or self.high_bits * self.places > 16:
             raise ValueError(f"no such layout: {self}")
 
     @property
@@ -143,7 +151,7 @@ def empty_packed(layout: Layout, outputs: int, inputs: int, device: torch.device
     shape = (layout.num_runs(inputs), outputs, layout.width)
     high = None
     if layout.high_bits:
-        high = zeros(*shape, dtype=torch.uint8 if layout.high_bits == 1 else torch.int16)
+        high = zeros(*shape, dtype=torch.uint8 if layout.high_bits * layout.places == 8 else torch.int16)
     outer = layout.outer_rows(inputs)
     return Packed(
         layout,
@@ -161,7 +169,7 @@ def _shifts(layout: Layout, bits: int, device: torch.device) -> Tensor:
     place = torch.arange(layout.places, device=device)
     if layout.bits == 8:
         return place * 8
-    return place // 2 * bits + place % 2 * (4 * bits)
+    return place // 2 * bits + place % 2 * (layout.places // 2 * bits)
 
 
 def _signed(values: Tensor, bits: int) -> Tensor:
@@ -169,32 +177,58 @@ def _signed(values: Tensor, bits: int) -> Tensor:
     return torch.where(values >= 1 << (bits - 1), values - (1 << bits), values)
 
 
+def in_fragments(layout: Layout) -> Layout:
+    """The same with codes as tensor cores take them, where there are kernels for it: not for groups of 16."""
+    part = 16 * layout.places
+    fits = layout.group % 32 == 0 and (
+        part % layout.group == 0 if 0 < layout.group < part else layout.group % part == 0
+    )
+    return replace(layout, fragments=True) if fits and layout.bits in (4, 8) else layout
+
+
+def _by_place(codes: Tensor, layout: Layout) -> Tensor:
+    """Codes [N, K] of whole runs as [runs, N, W, places]."""
+    outputs = codes.shape[0]
+    if not layout.fragments:
+        return codes.view(outputs, -1, layout.places, layout.width).permute(1, 0, 3, 2)
+    halves, blocks = layout.width // 16, layout.places // 2
+    parts = codes.view(outputs, -1, halves, blocks, 2, 2, 4, 2).permute(1, 0, 2, 6, 3, 4, 5, 7)
+    return parts.reshape(parts.shape[0], outputs, layout.width, layout.places)
+
+
+def _by_input(places: Tensor, layout: Layout) -> Tensor:
+    """The reverse of ``_by_place``."""
+    runs, outputs, width, count = places.shape
+    if not layout.fragments:
+        return places.permute(1, 0, 3, 2).reshape(outputs, runs * count * width)
+    parts = places.reshape(runs, outputs, width // 16, 4, count // 2, 2, 2, 2)
+    return parts.permute(1, 0, 2, 4, 5, 6, 3, 7).reshape(outputs, runs * count * width)
+
+
 def pack_codes(codes: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """Codes [N, K] (uint8 of ``bits`` + ``high_bits`` bits) as words [runs, N, W] and their high bits."""
     outputs, inputs = codes.shape
     padded = codes.new_zeros((outputs, layout.num_runs(inputs) * layout.run), dtype=torch.int64)
     padded[:, :inputs] = codes
-    by_place = padded.view(outputs, -1, layout.places, layout.width).permute(
-        1, 0, 3, 2
-    )  # [runs, N, W, places]
+    by_place = _by_place(padded, layout)
     low = by_place & (2**layout.bits - 1)
-    words = _signed((low << _shifts(layout, 4, codes.device)).sum(-1), 32).to(torch.int32)
+    words = _signed((low << _shifts(layout, layout.bits, codes.device)).sum(-1), 32).to(torch.int32)
     if not layout.high_bits:
         return words, None
     high = ((by_place >> layout.bits) << _shifts(layout, layout.high_bits, codes.device)).sum(-1)
-    return words, high.to(torch.uint8) if layout.high_bits == 1 else _signed(high, 16).to(torch.int16)
+    narrow = layout.high_bits * layout.places == 8
+    return words, high.to(torch.uint8) if narrow else _signed(high, 16).to(torch.int16)
 
 
 def unpack_codes(packed: Packed) -> Tensor:
     """The codes [N, K] as uint8."""
     layout, device = packed.layout, packed.words.device
-    codes = packed.words.unsqueeze(-1).to(torch.int64) >> _shifts(layout, 4, device) & (2**layout.bits - 1)
+    codes = packed.words.unsqueeze(-1).to(torch.int64) >> _shifts(layout, layout.bits, device)
+    codes &= 2**layout.bits - 1
     if packed.high is not None:
         at = _shifts(layout, layout.high_bits, device)
         codes |= (packed.high.unsqueeze(-1).to(torch.int64) >> at & (2**layout.high_bits - 1)) << layout.bits
-    runs, outputs, width, places = codes.shape
-    flat = codes.permute(1, 0, 3, 2).reshape(outputs, runs * places * width)
-    values: Tensor = flat[:, : packed.inputs].to(torch.uint8)
+    values: Tensor = _by_input(codes, layout)[:, : packed.inputs].to(torch.uint8)
     return values
 
 
@@ -218,7 +252,7 @@ def split_fields(words: Tensor, dtype: torch.dtype) -> Tensor:
     return fields
 
 
-def _by_input(per_group: Tensor, group: int, inputs: int) -> Tensor:
+def _spread_groups(per_group: Tensor, group: int, inputs: int) -> Tensor:
     """[N, groups] as float32 [N, K]."""
     wide = per_group.float()
     return wide.repeat_interleave(group, dim=1)[:, :inputs] if group else wide[:, :1]
@@ -229,7 +263,7 @@ def _factors(packed: Packed) -> tuple[Tensor, Tensor | None]:
     layout, words, outer = packed.layout, packed.scale, packed.outer
 
     def spread(per_group: Tensor, group: int = layout.group) -> Tensor:
-        return _by_input(per_group, group, packed.inputs)
+        return _spread_groups(per_group, group, packed.inputs)
 
     if layout.scales == "float":
         return spread(split_fields(words, torch.float32)), None
@@ -247,9 +281,8 @@ def _factors(packed: Packed) -> tuple[Tensor, Tensor | None]:
     if layout.scales == "bytes":
         return spread(halves[:, ::2], 256) * spread(split_fields(words, torch.int8)), None
     small = split_fields(words, torch.uint8)
-    return spread(halves[:, ::2], 256) * spread(small[:, ::2]), spread(halves[:, 1::2], 256) * spread(
-        small[:, 1::2]
-    )
+    inner = (small & 15, small >> 4) if layout.scales == "k4" else (small[:, ::2], small[:, 1::2])
+    return spread(halves[:, ::2], 256) * spread(inner[0]), spread(halves[:, 1::2], 256) * spread(inner[1])
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -260,9 +293,7 @@ def unpack(packed: Packed) -> Tensor:
     if layout.code == "e4m3":
         return codes.view(torch.float8_e4m3fn).float() * scale
     if layout.code != "int":
-        values = torch.tensor(
-            E2M1 if layout.code == "e2m1" else NF4, dtype=torch.float32, device=codes.device
-        )
+        values = torch.tensor(TABLES[layout.code], dtype=torch.float32, device=codes.device)
         return values[codes.long()] * scale
     if zero is None:
         return (codes.float() - layout.offset) * scale
@@ -283,7 +314,9 @@ def linear_packed(x: Tensor, weight: Packed, bias: Tensor | None = None, out: Te
 
 
 LINEAR_PACKED = Op(
-    "linear_packed", linear_packed, triton_rows("packed:LinearPacked", "LinearPackedHopper", factory=True)
+    "linear_packed",
+    linear_packed,
+    triton_rows("fragments:LinearFragments", "LinearFragmentsHopper", factory=True),
 )
 
 

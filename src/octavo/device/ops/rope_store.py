@@ -21,15 +21,14 @@ def rope_store(
     kv_pages: Tensor,
     slot_mapping: Tensor,
     num_heads: int,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """Norm and rotate q and k, write k and v to the cache, return q.
 
     qkv [T, (Hq + 2 Hkv) * D], also as a product whose scales are applied here; q_weight, k_weight [D] or None (no per-head norm); cos_sin [max_position, dim] float32
     (first half cos, second half sin; dim <= D, halves convention) or None (no rotation); positions [T] int64;
     kv_pages [pages, 2, Hkv, page_size, D]; slot_mapping [T] int64 = page * page_size + offset, -1 = do not store.
-    Pages of fp8 get k / k_scale and v / v_scale, at most 448 in size. Returns q [T, Hq, D] in qkv's type.
+    Pages of fp8 get k / kv_scales[0] and v / kv_scales[1] ([2, Hkv] float32, None = 1), at most 448 in size. Returns q [T, Hq, D] in qkv's type.
     """
     num_kv_heads, page_size, head_dim = kv_pages.shape[2:]
     tokens = qkv.shape[0]
@@ -47,10 +46,10 @@ def rope_store(
     page, offset = where // page_size, where % page_size
     k, v = k[keep], v[keep]
     if kv_pages.dtype == FP8:
-        k, v = (
-            (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
-            for x, scale in ((k, k_scale), (v, v_scale))
-        )
+        wide = torch.stack((k, v)).float()
+        if kv_scales is not None:
+            wide = wide / kv_scales[:, None, :, None]
+        k, v = wide.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8).unbind(0)
         kv_pages = kv_pages.view(torch.uint8)
     kv_pages[page, 0, :, offset] = k.to(kv_pages.dtype)
     kv_pages[page, 1, :, offset] = v.to(kv_pages.dtype)

@@ -138,8 +138,25 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.squeeze(1) - torch.logsumexp(wide, dim=-1), ranks
 
 
+def nan_rows(logits: Tensor) -> Tensor:
+    """Whether a row of logits [S, V] holds a NaN: [S] bool."""
+    return logits.isnan().any(dim=-1)
+
+
+def mask_logits(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    """Forbid tokens in place: logits[rows[i], t] = -inf where bit t % 32 of words[i, t // 32] is 0.
+
+    logits [S, V], rows [n] int64, words [n, ceil(V / 32)] int32.
+    """
+    shifts = torch.arange(32, device=words.device, dtype=torch.int32)
+    allowed = ((words.unsqueeze(-1) >> shifts) & 1).view(len(rows), -1)[:, : logits.shape[1]].bool()
+    logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
+
+
 GREEDY = Op("greedy", greedy, triton_rows("logits:greedy"))
 SAMPLE = Op("sample", sample, triton_rows("draw:sample", "sample_hopper"))
 PENALIZE = Op("penalize", penalize, triton_rows("logits:penalize"))
 COUNT_TOKENS = Op("count_tokens", count_tokens, triton_rows("logits:count_tokens"))
 LOGPROBS_OF = Op("logprobs_of", logprobs_of, triton_rows("logits:logprobs_of"))
+NAN_ROWS = Op("nan_rows", nan_rows, triton_rows("logits:nan_rows"))
+MASK_LOGITS = Op("mask_logits", mask_logits, triton_rows("logits:mask_logits"))

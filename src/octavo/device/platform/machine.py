@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+NVIDIA_SIGNS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
+
 
 def usable_cores() -> int:
     """Cores this process may use: its affinity, cut to the cgroup's quota."""
@@ -37,3 +39,10 @@ def available_bytes() -> tuple[int, int]:
     except (OSError, ValueError):
         pass
     return free, total
+
+
+def gpu_in_sight() -> bool:
+    """Whether a CUDA device may be there; asked before torch is imported, so it only looks at files."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    return any(Path(sign).exists() for sign in NVIDIA_SIGNS) or os.name == "nt"

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.device.kernels.rows import Fp8Rows, Raw
+from octavo.device.kernels.rows import FEW, Fp8Rows, Raw
 from octavo.device.kernels.triton.quantize import empty_rows, quantized_row
 
 BLOCK = 1024
@@ -33,8 +33,9 @@ def activate(gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _act_mul_kernel(
-    out, gate_up, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr
-):
+    out, gate_up, stride,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """BLOCK values of one row."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -44,6 +45,8 @@ def _act_mul_kernel(
     inside = at < SIZE
     gate = tl.load(gate_up + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + SIZE + at, mask=inside, other=0.0).to(tl.float32)
+    if LIMIT > 0:
+        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
     tl.store(out + row * SIZE + at, (activate(gate, ACTIVATION) * up).to(out.dtype.element_ty), mask=inside)
 
 
@@ -51,9 +54,13 @@ def _act_mul_kernel(
 def _act_mul_fp8_kernel(
     out, gate_up, stride, token_scale, scale, out_scale, one, kind,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, RAW: tl.constexpr, QUANTIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row, or BLOCK values of it without QUANTIZE; RAW and QUANTIZE as in the norm. ``kind`` is of the run
     type, to which values are rounded as if they were stored."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -76,17 +83,17 @@ def _act_mul_fp8_kernel(
         tl.store(out + row * SIZE + at, result.to(out.dtype.element_ty), mask=inside)
 
 
-def act_mul(gate_up: Tensor, activation: str, *, pdl: bool = False) -> Tensor:
+def act_mul(gate_up: Tensor, activation: str, limit: float = 0.0, *, pdl: bool = False) -> Tensor:
     """``octavo.device.ops.activation.act_mul`` on a GPU; rows of gate_up are contiguous."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if rows == 0:
         return out
-    pdl = pdl and rows == 1  # with more the neighbours are library kernels, which take no part in it
+    pdl = pdl and rows <= FEW
     launch = {"launch_pdl": True} if pdl else {}
     _act_mul_kernel[(rows, triton.cdiv(size, BLOCK))](
         out, gate_up, gate_up.stride(0), SIZE=size, BLOCK=BLOCK,
-        ACTIVATION=KINDS.get(activation, 2), PDL=pdl, num_warps=4, **launch,
+        ACTIVATION=KINDS.get(activation, 2), LIMIT=limit, PDL=pdl, num_warps=4, **launch,
     )  # fmt: skip
     return out
 
@@ -110,11 +117,12 @@ def act_mul_fp8(
     else:
         out, scale, one, block = kind.new_empty(rows, size), None, None, BLOCK
     if rows:
+        pdl = pdl and rows <= FEW
         _act_mul_fp8_kernel[(rows, triton.cdiv(size, block))](
             out, values, values.stride(0), None if raw is None else raw.token_scale,
             None if raw is None else raw.scale, scale, one, kind, SIZE=size, BLOCK=block,
             ACTIVATION=KINDS.get(activation, 2), RAW=raw is not None, QUANTIZE=quantize,
-            num_warps=max(4, min(16, block // 512)),
+            PDL=pdl, num_warps=max(4, min(16, block // 512)), **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return Fp8Rows(out, scale, one, gate_up.dtype) if quantize else out
 

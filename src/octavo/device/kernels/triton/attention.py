@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.device.kernels.rows import FEW
+
 Tables = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None
-]  # q, pages, table, starts, lengths, sinks
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None
+]  # q, pages, table, starts, lengths, sinks, scales
 Numbers = tuple[float, ...]  # scale, window, softcap, strides
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # stands for -inf as a running maximum: differences of it stay numbers
@@ -110,16 +112,17 @@ def _attend(
     do_not_specialize_on_alignment=METADATA,
 )
 def _varlen_kernel(
-    out, q, kv_pages, page_table, query_start, kv_lens, sinks, singles, num_rows, scale, window, softcap,
+    out, q, kv_pages, page_table, query_start, kv_lens, sinks, kv_scales, singles, num_rows, scale, window, softcap,
     stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
     GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M // GROUP tokens of one row for one key head.
 
     Row r owns the tiles from query_start[r] // TOKENS + r on: at least as many as it needs, and the total has the
-    host-side bound T // TOKENS + num_rows. With singles == 0, single-token rows are left to ``_decode_kernel``.
+    host-side bound T // TOKENS + num_rows. With singles == 0, single-token rows are left to ``_decode_kernel``. SCALED:
+    the key head's keys and values are stored divided by kv_scales [2, Hkv].
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -151,6 +154,8 @@ def _varlen_kernel(
     first = kv_len - count + tile * TOKENS  # position of the first query
     query_at = kv_len - count + token
     end = tl.minimum(kv_len, first + TOKENS)
+    if SCALED:
+        scale *= tl.load(kv_scales + kv_head)
     if SINKS:
         best = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
         total = tl.full((BLOCK_M,), 1.0, tl.float32)
@@ -177,6 +182,8 @@ def _varlen_kernel(
         PAGE, D, DPAD, BLOCK_N, True, WINDOW, SOFTCAP, PRECISION,
     )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SCALED:
+        acc *= tl.load(kv_scales + tl.num_programs(0) + kv_head)
     heads: tl.constexpr = D
     place = (begin + token).to(tl.int64)[:, None] * (tl.num_programs(0) * GROUP * heads) + head[:, None] * D
     tl.store(out + place + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
@@ -213,11 +220,11 @@ def _merge(out, sums, stats, ranges, D: tl.constexpr, DPAD: tl.constexpr, SPLITS
 
 @triton.jit(do_not_specialize=["singles", "window", "stride_table"], do_not_specialize_on_alignment=METADATA)
 def _decode_kernel(
-    out, sums, stats, counters, q, kv_pages, page_table, query_start, kv_lens, sinks, singles, scale, window, softcap,
+    out, sums, stats, counters, q, kv_pages, page_table, query_start, kv_lens, sinks, kv_scales, singles, scale, window, softcap,
     stride_q, stride_table, stride_page, stride_value, stride_head, stride_slot,
     GROUP: tl.constexpr, GPAD: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
     BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MERGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One range of keys of one single-token row for the GROUP heads of one key head.
 
@@ -240,6 +247,8 @@ def _decode_kernel(
     if start >= kv_len:
         return
     end = tl.minimum(start + size, kv_len)
+    if SCALED:
+        scale *= tl.load(kv_scales + kv_head)
     lanes = tl.arange(0, GPAD)
     dims = tl.arange(0, DPAD)
     head = kv_head * GROUP + lanes
@@ -264,6 +273,8 @@ def _decode_kernel(
         PAGE, D, DPAD, BLOCK_N, True, WINDOW, SOFTCAP, PRECISION,
     )  # fmt: skip
     num_heads = tl.num_programs(0) * GROUP
+    if SCALED:
+        acc *= tl.load(kv_scales + tl.num_programs(0) + kv_head)
     if SPLITS == 1:
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         place = begin.to(tl.int64) * (num_heads * D) + head[:, None] * D + dims[None, :]
@@ -326,7 +337,7 @@ def varlen_tiles(head_dim: int, wide: bool, group: int, large: bool, max_query: 
         return Tiles(max(32, least), 32, 4, 1)
     if head_dim > 128:
         return Tiles(max(64, least), 64 if large else 32, 8 if large else 4, 2)
-    if large and max_query >= 1024:
+    if large and max_query >= 1024 and group >= 4:  # fewer heads share a key: smaller tiles are faster
         return Tiles(max(256, least), 64, 8, 3)
     return Tiles(max(64, least), 64, 4, 3 if large else 2)
 
@@ -372,6 +383,7 @@ class PagedAttention:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         chunk: int = 0,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """Same arguments and result as the op."""
         tokens, num_heads, head_dim = q.shape
@@ -379,14 +391,14 @@ class PagedAttention:
         out = torch.empty((tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
         if tokens == 0 or kv_lens.shape[0] == 0:
             return out
-        tables = (q, kv_pages, page_table, query_start, kv_lens, sinks)
+        tables = (q, kv_pages, page_table, query_start, kv_lens, sinks, kv_scales)
         window = window or chunk
         numbers = (scale, window, softcap, q.stride(0), page_table.stride(0), *kv_pages.stride()[:4])
-        pdl = self.pdl and tokens == 1
+        pdl = self.pdl and tokens <= FEW
         static = {
             "GROUP": num_heads // num_kv_heads, "PAGE": page_size, "D": head_dim,
             "DPAD": max(16, triton.next_power_of_2(head_dim)), "WINDOW": 2 if chunk else int(window > 0), "SOFTCAP": softcap > 0,
-            "SINKS": sinks is not None, "PRECISION": "ieee" if q.element_size() == 4 else "tf32", "PDL": pdl,
+            "SINKS": sinks is not None, "SCALED": kv_scales is not None, "PRECISION": "ieee" if q.element_size() == 4 else "tf32", "PDL": pdl,
             **({"launch_pdl": True} if pdl else {}),
         }  # fmt: skip
         if max_query == 1:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.device.kernels.triton.fp8 import quantize_rows
+from octavo.device.kernels.triton.split import finish
 
 BLOCKS = (16, 32, 64, 128)  # tokens of a tile
 BLOCK_K = 128
@@ -34,14 +35,14 @@ def _quantize_int8_kernel(out, scale, x, stride, SIZE: tl.constexpr, BLOCK: tl.c
     tl.store(scale + row, unit)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "steps", "per_split"])
 def _bytes_kernel(
     out, sums, counters, x, x_scale, weight, scale, bias, M, N, K, steps, per_split, stride_out,
     GROUPS: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of BLOCK_M tokens over one range of inputs. x [M, K] and weight [N, K] are int8 (WHOLE) or fp8; scales
-    x_scale [M] and scale [N], or with GROUPS x_scale [M, K / BLOCK_K] and scale [K / BLOCK_K, N]. SPLIT as in ``packed``."""
+    x_scale [M] and scale [N], or with GROUPS x_scale [M, K / BLOCK_K] and scale [K / BLOCK_K, N]. SPLIT as in ``split.finish``."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
@@ -52,7 +53,9 @@ def _bytes_kernel(
     groups = K // BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     whole = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for step in tl.range(split * per_split, tl.minimum(split * per_split + per_split, steps), num_stages=STAGES):
+    for step in tl.range(
+        split * per_split, tl.minimum(split * per_split + per_split, steps), num_stages=STAGES
+    ):
         if EVEN:
             a = tl.load(left + step * BLOCK_K)
             b = tl.load(right + step * BLOCK_K)
@@ -72,25 +75,7 @@ def _bytes_kernel(
         acc = whole.to(tl.float32)
     if not GROUPS:
         acc = acc * tl.load(x_scale + own_m)[None, :] * tl.load(scale + own_n)[:, None]
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    last = True
-    if SPLIT:
-        at = m.to(tl.int64)[None, :] * N + n[:, None]
-        size = M.to(tl.int64) * N
-        tl.store(sums + split * size + at, acc, mask=inside)
-        tl.debug_barrier()  # all threads have stored before one of them announces it
-        counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(2) - 1
-        if last:
-            tl.store(counter, 0)
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for part in range(tl.num_programs(2)):
-                acc += tl.load(sums + part * size + at, mask=inside, other=0.0, cache_modifier=".cg")
-    if last:
-        if BIAS:
-            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        place = m.to(tl.int64)[None, :] * stride_out + n[:, None]
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+    finish(acc, out, sums, counters, bias, m, n, M, N, stride_out, split, tl.num_programs(2), SPLIT, BIAS)
 
 
 def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +97,13 @@ class BytesLinear:
         self.counters: Tensor | None = None
 
     def product(
-        self, x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+        self,
+        x: Tensor,
+        x_scale: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         """x [T, K] and weight [N, K] of bytes, with their scales: [T, N] in ``dtype``."""
         if self.counters is None:

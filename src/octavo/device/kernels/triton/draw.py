@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.device.kernels.rows import FEW
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 WEYL = tl.constexpr(0x9E3779B9)  # the constants of octavo.device.ops.sampling
@@ -314,7 +316,7 @@ def sample(
     ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=device)
     maxima, masses, scores = floats.unbind(0)
     max_ids, score_ids = ints.unbind(0)
-    pdl = pdl and rows == 1  # with more the neighbours are library kernels, which take no part in it
+    pdl = pdl and rows <= FEW
     launch = {"launch_pdl": True} if pdl else {}
     _scan_kernel[(rows, chunks)](
         maxima, max_ids, masses, scores, score_ids, grains, logits, temperature, seeds, positions, vocab,

@@ -1,6 +1,7 @@
-"""Linear maps with fp8 weights on a GPU, three ways by the number of tokens.
+"""Linear maps with fp8 weights on a GPU, four ways by the number of tokens.
 
 one            our own kernel: the weight is read once and widened in registers; x stays as it is
+up to 64       where dependent launch exists: tokens quantized | ``few``, with the scales in its last lines
 up to 511      tokens quantized | product without scales in the vendor's library | scales and bias in one pass
 more           tokens quantized | product with a scale a row, which the library does as fast from there on
 
@@ -18,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.device.kernels.rows import ALIGNMENT, WIDE, Fp8Rows, Raw
+from octavo.device.kernels.rows import ALIGNMENT, FEW, WIDE, Fp8Rows, Raw
+from octavo.device.kernels.triton.few import few, takes
 from octavo.device.kernels.triton.linear import Launch
 from octavo.device.kernels.triton.quantize import empty_rows, quantized_row
 
@@ -51,8 +53,11 @@ def _vector_kernel(
 
 
 @triton.jit
-def _quantize_kernel(out, scale, one, x, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_kernel(out, scale, one, x, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One row: ``octavo.device.ops.fp8.quantize_rows``, to the bit; also writes one = 1."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -79,7 +84,7 @@ def _scale_kernel(
     tl.store(out + token * N + n, value.to(out.dtype.element_ty), mask=inside)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, *, pdl: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """``octavo.device.ops.fp8.quantize_rows`` on a GPU, and the number 1 on it, for products without a scale.
 
     A row with a NaN is NaN by its scale alone.
@@ -87,8 +92,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, size = x.shape
     out, scale, one = empty_rows(rows, size, x.device)
     block = triton.next_power_of_2(size)
-    warps = max(1, min(16, block // 256))
-    _quantize_kernel[(rows,)](out, scale, one, x, x.stride(0), SIZE=size, BLOCK=block, num_warps=warps)
+    _quantize_kernel[(rows,)](
+        out, scale, one, x, x.stride(0), SIZE=size, BLOCK=block, PDL=pdl, num_warps=max(1, min(16, block // 256)),
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
     return out, scale, one
 
 
@@ -134,15 +141,20 @@ def linear_fp8(
         return vector(x, weight, scale, bias, pdl=pdl)
     if not fits:
         return F.linear(x, (weight.float() * scale.unsqueeze(1)).to(x.dtype), bias)
+    if pdl and tokens <= FEW:
+        quantized, token_scale, one = _rows(x, pdl=True)
+        if takes(quantized, weight):
+            return few(quantized, weight, bias, (token_scale, scale), x.dtype, pdl=True)
+        x = Fp8Rows(quantized, token_scale, one, x.dtype)
     # The library returns row-wise scaled products in bfloat16 alone.
     if tokens >= ROW_WISE_FROM and x.dtype == torch.bfloat16:
         return row_wise(x, weight, scale, bias)
     return tensor_wise(x, weight, scale, bias, raw and bias is None)
 
 
-def _rows(x: Tensor | Fp8Rows) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(x: Tensor | Fp8Rows, *, pdl: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Quantized values, scales and the number 1, of what may be quantized already."""
-    return quantize_rows(x) if isinstance(x, Tensor) else (x.values, x.scale, x.one)
+    return quantize_rows(x, pdl=pdl) if isinstance(x, Tensor) else (x.values, x.scale, x.one)
 
 
 def row_wise(x: Tensor | Fp8Rows, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,8 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1.0e30)  # stands for -inf as a running maximum: differences of it stay numbers
+from octavo.device.kernels.triton.ranges import (
+    LOG2E,
+    LOWEST,
+    leave_range,
+    merge_ranges,
+    range_size,
+    scratch,
+    weighed,
+)
+
 METADATA = ("page_table", "query_start", "kv_lens")  # views of one packed upload: any alignment, one kernel
 MAX_SPLITS = 64
 TARGET_PROGRAMS = 264  # two on every multiprocessor of a large GPU: their tiles are wide
@@ -141,13 +149,8 @@ def _attend(
         if MASKED:
             visible = (key_at[None, :] <= query_at[:, None]) & there[None, :]
             scores = tl.where(visible, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(q.dtype), c, acc, input_precision=PRECISION)
-        best = new_best
+        weights, shrink, best, total = weighed(scores, best, total)
+        acc = tl.dot(weights.to(q.dtype), c, acc * shrink[:, None], input_precision=PRECISION)
     return acc, total, best
 
 
@@ -162,12 +165,6 @@ def _row_of(query_start, pid, num_rows, H: tl.constexpr, BLOCK_M: tl.constexpr):
         low = tl.where(first_tile <= pid, middle, low)
         high = tl.where(first_tile <= pid, high, middle)
     return low
-
-
-@triton.jit
-def _range_keys(end, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys in each of a tile's ranges: whole blocks."""
-    return tl.cdiv(tl.cdiv(end, BLOCK_N), SPLITS) * BLOCK_N
 
 
 @triton.jit(do_not_specialize=["num_rows", "stride_table"], do_not_specialize_on_alignment=METADATA)
@@ -197,7 +194,7 @@ def _attention_kernel(
     query_at = kv_len - count + pair // H
     first = kv_len - count + tile * BLOCK_M // H  # position of the tile's first query
     end = tl.minimum(kv_len, kv_len - count + (tile * BLOCK_M + BLOCK_M - 1) // H + 1)
-    size = _range_keys(end, SPLITS, BLOCK_N)
+    size = range_size(end, BLOCK_N, SPLITS)
     start = split * size
     if start >= end:
         return
@@ -226,10 +223,7 @@ def _attention_kernel(
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + flat[:, None] * LATENT + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
     else:
-        place = flat * SPLITS + split
-        tl.store(sums + place[:, None] * LATENT + dims[None, :], acc, mask=inside)
-        tl.store(stats + place * 2, best, mask=real)
-        tl.store(stats + place * 2 + 1, total, mask=real)
+        leave_range(sums, stats, acc, best, total, flat, split, dims, real, inside, LATENT, SPLITS)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=METADATA[1:])
@@ -255,20 +249,9 @@ def _merge_kernel(
     kv_len = tl.load(kv_lens + row)
     tile = ((token - begin) * H + head) // BLOCK_M
     end = tl.minimum(kv_len, kv_len - count + (tile * BLOCK_M + BLOCK_M - 1) // H + 1)
-    ranges = tl.cdiv(end, _range_keys(end, SPLITS, BLOCK_N))
-    splits = tl.arange(0, SPLITS)
-    used = splits < ranges
-    flat = token.to(tl.int64) * H + head
-    best = tl.load(stats + (flat * SPLITS + splits) * 2, mask=used, other=LOWEST)
-    total = tl.load(stats + (flat * SPLITS + splits) * 2 + 1, mask=used, other=0.0)
-    weight = tl.exp2(best - tl.max(best, 0))
-    denominator = tl.sum(total * weight, 0)
-    dims = tl.arange(0, LPAD)
-    merged = tl.zeros((LPAD,), tl.float32)
-    for index in range(ranges):
-        share = tl.sum(tl.where(splits == index, weight, 0.0), 0)
-        part = tl.load(sums + (flat * SPLITS + index) * LATENT + dims, mask=dims < LATENT, other=0.0)
-        merged += part * share
+    ranges = tl.cdiv(end, range_size(end, BLOCK_N, SPLITS))
+    flat, dims = token.to(tl.int64) * H + head, tl.arange(0, LPAD)
+    merged, denominator, _ = merge_ranges(sums, stats, flat, ranges, dims, LOWEST, LATENT, LPAD, SPLITS)
     merged = merged / tl.where(denominator > 0, denominator, 1.0)
     tl.store(out + flat * LATENT + dims, merged.to(out.dtype.element_ty), mask=dims < LATENT)
 
@@ -322,11 +305,7 @@ class LatentAttention:
             return out
         tiles = attention_tiles(num_heads, max_query, q.element_size() == 4, self.large)
         splits = num_splits(tokens, num_heads, tiles.block_m)
-        sums = stats = out
-        if splits > 1:
-            pairs = tokens * num_heads
-            sums = torch.empty((pairs, splits, latent_dim), dtype=torch.float32, device=q.device)
-            stats = torch.empty((pairs, splits, 2), dtype=torch.float32, device=q.device)
+        sums, stats = scratch(out, tokens * num_heads, splits, latent_dim)
         shape = {
             "H": num_heads, "LATENT": latent_dim, "LPAD": max(16, triton.next_power_of_2(latent_dim)),
             "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "SPLITS": splits,

@@ -1,7 +1,7 @@
 """Linear maps of one token in Triton: bound by reading the weight once, so every byte of it should be in flight.
 
-A program owns whole rows of the weight, so the sum is not split and there is no second pass. From two tokens on the
-vendor's library reads the weight as fast and has tensor cores to spare.
+A program owns whole rows of the weight, so the sum is not split and there is no second pass. More tokens take the tensor
+cores: ``few`` where dependent launch makes a chain of our own kernels faster, the vendor's library elsewhere.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.device.kernels.triton.activation import KINDS, act_mul, activate
+from octavo.device.kernels.triton.few import few, gated_few, takes
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def _vector_kernel(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pdl: bool = False) -> Tensor:
     """``octavo.device.ops.linear.linear`` on a GPU; a row of x is contiguous."""
-    if x.shape[0] != 1 or not weight.is_contiguous():
-        return F.linear(x, weight, bias)
-    return vector(x, weight, bias, vector_launch(weight.shape[0]), pdl=pdl)
+    if x.shape[0] == 1 and weight.is_contiguous():
+        return vector(x, weight, bias, vector_launch(weight.shape[0]), pdl=pdl)
+    return few(x, weight, bias, pdl=True) if pdl and takes(x, weight) else F.linear(x, weight, bias)
 
 
 def vector(x: Tensor, weight: Tensor, bias: Tensor | None, launch: Launch, *, pdl: bool = False) -> Tensor:
@@ -108,9 +109,11 @@ def _gated_kernel(
 
 def gated_linear(x: Tensor, weight: Tensor, activation: str, *, pdl: bool = False) -> Tensor:
     """``octavo.device.ops.linear.gated_linear`` on a GPU; a row of x is contiguous."""
-    if x.shape[0] != 1 or not weight.is_contiguous():
-        return act_mul(F.linear(x, weight), activation, pdl=pdl)
-    return gated_vector(x, weight, activation, gated_launch(weight.shape[0] // 2), pdl=pdl)
+    if x.shape[0] == 1 and weight.is_contiguous():
+        return gated_vector(x, weight, activation, gated_launch(weight.shape[0] // 2), pdl=pdl)
+    if pdl and takes(x, weight):
+        return gated_few(x, weight, activation, pdl=True)
+    return act_mul(F.linear(x, weight), activation, pdl=pdl)
 
 
 def gated_vector(x: Tensor, weight: Tensor, activation: str, launch: Launch, *, pdl: bool = False) -> Tensor:

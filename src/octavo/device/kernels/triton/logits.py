@@ -1,4 +1,4 @@
-"""Changes to logits and questions about them in Triton: penalties, token counts, log probabilities, argmax."""
+"""Changes to logits and questions about them in Triton: masks, penalties, token counts, log probabilities, argmax, NaN."""
 
 from __future__ import annotations
 
@@ -145,3 +145,46 @@ def greedy(logits: Tensor) -> Tensor:
         tokens, values, ids, chunks, vocab, PAD=triton.next_power_of_2(chunks), num_warps=1
     )
     return tokens
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _nan_kernel(found, logits, vocab, stride, BLOCK: tl.constexpr):
+    """Whether one row holds a NaN."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    broken = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, vocab, BLOCK):
+        x = tl.load(logits + row * stride + start + lanes, mask=start + lanes < vocab, other=0.0).to(
+            tl.float32
+        )
+        broken |= (x != x).to(tl.int32)  # noqa: PLR0124 (only a NaN differs from itself)
+    tl.store(found + row, tl.max(broken, 0) != 0)
+
+
+def nan_rows(logits: Tensor) -> Tensor:
+    """``octavo.device.ops.sampling.nan_rows`` on a GPU; rows of logits are contiguous."""
+    num_rows, vocab = logits.shape
+    found = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
+    if num_rows:
+        _nan_kernel[(num_rows,)](found, logits, vocab, logits.stride(0), BLOCK=2 * BLOCK, num_warps=16)
+    return found
+
+
+@triton.jit(do_not_specialize=["vocab", "num_words"], do_not_specialize_on_alignment=["rows", "words"])
+def _mask_kernel(logits, rows, words, vocab, num_words, stride, BLOCK: tl.constexpr):
+    """Forbid tokens among BLOCK of one row."""
+    index = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < vocab
+    word = tl.load(words + index * num_words + at // 32, mask=inside, other=-1)
+    place = logits + tl.load(rows + index) * stride + at
+    tl.store(place, float("-inf"), mask=inside & (((word >> (at % 32)) & 1) == 0))
+
+
+def mask_logits(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    """``octavo.device.ops.sampling.mask_logits`` on a GPU; rows of logits and words are contiguous."""
+    if len(rows):
+        vocab = logits.shape[1]
+        _mask_kernel[(len(rows), triton.cdiv(vocab, BLOCK))](
+            logits, rows, words, vocab, words.shape[1], logits.stride(0), BLOCK=BLOCK, num_warps=4
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 CHUNK = 1024  # choices that a program of the sort looks at together
 BLOCKS = (16, 32, 64, 128)
-SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_top_k": 2}
+SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_top_k": 2, "sqrt_softplus": 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "swiglu_clamped": 3}
 
 
@@ -43,6 +43,8 @@ def _route_kernel(
         scores = scores / tl.sum(scores, 0)
     elif SCORING == 1:
         scores = _sigmoid(scores)
+    elif SCORING == 3:
+        scores = tl.sqrt(tl.maximum(scores, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(scores))))
     choice = scores
     if CORRECTION:
         choice += tl.load(correction + at, mask=inside, other=0.0)
@@ -119,6 +121,9 @@ def _sort_kernel(
 def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """``octavo.device.ops.moe.gated`` on two tiles."""
     if ACTIVATION == 0:
+        if LIMIT > 0:
+            gate = tl.minimum(gate, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
         return gate * _sigmoid(gate) * up
     elif ACTIVATION == 1:
         return gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
@@ -231,13 +236,17 @@ def block_rows(count: int, num_experts: int) -> int:
     return max(BLOCKS[0], min(BLOCKS[-1], triton.next_power_of_2(max(1, count // num_experts))))
 
 
+Order = tuple[Tensor, Tensor, Tensor]  # what ``sorted_rows`` gives
+
+
 class GroupedExperts:
     """``octavo.device.ops.moe.experts`` on a GPU; all tensors are contiguous.
 
     The first call runs one token through every block size, so that none compiles later, whatever a step's size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: tuple[int, ...] = BLOCKS) -> None:
+        self.blocks = blocks
         self.ready = False
 
     def __call__(
@@ -245,8 +254,8 @@ class GroupedExperts:
         x: Tensor,
         ids: Tensor,
         weights: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Any,
+        down: Any,
         activation: str,
         alpha: float = 1.0,
         limit: float = 0.0,
@@ -259,38 +268,49 @@ class GroupedExperts:
         options = {"ACTIVATION": ACTIVATIONS[activation], "ALPHA": alpha, "LIMIT": limit}
         matrices = (gate_up, down, gate_up_bias, down_bias)
         if not self.ready:
-            for block in BLOCKS:
-                _two_products(block, x[:1], ids[:1], weights[:1], matrices, options, partial)
+            for block in self.blocks:
+                self._two_products(block, x[:1], ids[:1], weights[:1], matrices, options, partial)
             self.ready = True
-        return _two_products(block_rows(ids.numel(), down.shape[0]), x, ids, weights, matrices, options, partial)
+        block = min(block_rows(ids.numel(), self.sizes(down, x)[0]), self.blocks[-1])
+        return self._two_products(block, x, ids, weights, matrices, options, partial)
 
+    def _two_products(
+        self,
+        block: int,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        matrices: tuple[Any, Any, Tensor | None, Tensor | None],
+        options: dict[str, Any],
+        partial: bool,
+    ) -> Tensor:
+        gate_up, down, gate_up_bias, down_bias = matrices
+        (tokens, top_k), hidden = ids.shape, x.shape[1]
+        num_experts, inner = self.sizes(down, x)
+        count = tokens * top_k
+        order = sorted_rows(ids, num_experts, block)
+        middle = torch.empty((count, inner), dtype=x.dtype, device=x.device)
+        # Choices of experts that are not here belong to no block; their rows stay as they are.
+        out = (torch.zeros if partial else torch.empty)((count, hidden), dtype=x.dtype, device=x.device)
+        self.product(block, middle, x, gate_up, gate_up_bias, None, order, count, top_k, options)
+        self.product(block, out, middle, down, down_bias, weights, order, count, 1, options)
+        return out.view(tokens, top_k, hidden).sum(1)
 
-def _two_products(
-    block: int,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    matrices: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    options: dict[str, Any],
-    partial: bool = False,
-) -> Tensor:
-    gate_up, down, gate_up_bias, down_bias = matrices
-    tokens, top_k = ids.shape
-    num_experts, hidden, inner = down.shape
-    count = tokens * top_k
-    order = sorted_rows(ids, num_experts, block)
-    middle = torch.empty((count, inner), dtype=x.dtype, device=x.device)
-    # Choices of experts that are not here belong to no block; their rows stay as they are.
-    out = (torch.zeros if partial else torch.empty)((count, hidden), dtype=x.dtype, device=x.device)
-    wide = 128 if block >= 64 else 64
-    launch = {"num_warps": 8 if block >= 128 else 4, "num_stages": 3 if block >= 64 else 4}
-    blocks = order[1].numel()
-    _grouped_kernel[(blocks, triton.cdiv(inner, 64))](
-        middle, x, gate_up, gate_up_bias, None, *order, count, N=inner, K=hidden, TOP_K=top_k, GATED=True,
-        BIAS=gate_up_bias is not None, SCALED=False, BLOCK_M=block, BLOCK_N=64, BLOCK_K=64, **options, **launch,
-    )  # fmt: skip
-    _grouped_kernel[(blocks, triton.cdiv(hidden, wide))](
-        out, middle, down, down_bias, weights, *order, count, N=hidden, K=inner, TOP_K=1, GATED=False,
-        BIAS=down_bias is not None, SCALED=True, BLOCK_M=block, BLOCK_N=wide, BLOCK_K=64, **options, **launch,
-    )  # fmt: skip
-    return out.view(tokens, top_k, hidden).sum(1)
+    @staticmethod
+    def sizes(down: Any, x: Tensor) -> tuple[int, int]:
+        """Number of experts, and their inner size."""
+        return down.shape[0], down.shape[2]
+
+    @staticmethod
+    def product(
+        block: int, out: Tensor, x: Tensor, weight: Any, bias: Tensor | None, share: Tensor | None, order: Order, count: int,
+        top_k: int, options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """One grouped product into out [count, .]: gated from x [tokens, .], or with ``share`` its rows times those."""
+        gated = share is None
+        block_n = 64 if gated or block < 64 else 128
+        _grouped_kernel[(order[1].numel(), triton.cdiv(out.shape[1], block_n))](
+            out, x, weight, bias, share, *order, count, N=out.shape[1], K=x.shape[1], TOP_K=top_k, GATED=gated,
+            BIAS=bias is not None, SCALED=not gated, BLOCK_M=block, BLOCK_N=block_n, BLOCK_K=64, **options,
+            num_warps=8 if block >= 128 else 4, num_stages=3 if block >= 64 else 4,
+        )  # fmt: skip

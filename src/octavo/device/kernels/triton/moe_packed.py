@@ -5,14 +5,14 @@ As there, grids are upper bounds and nothing asks the host, so that a step can b
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.device.kernels.triton.moe import ACTIVATIONS, _gated, block_rows, sorted_rows
+from octavo.device.kernels.triton.moe import GroupedExperts, Order, _gated
 from octavo.device.kernels.triton.packed import SKINNY, constants, packed_products, tile
 
 BLOCKS = (16, 32, 64)
@@ -63,88 +63,31 @@ def _experts_kernel(
     tl.store(place, sums.to(out.dtype.element_ty), mask=inside[:, None] & live[None, :])
 
 
-class GroupedPackedExperts:
-    """``octavo.device.ops.moe.experts_packed`` on a GPU; all tensors are contiguous.
+class GroupedPackedExperts(GroupedExperts):
+    """``octavo.device.ops.moe.experts_packed`` on a GPU; all tensors are contiguous."""
 
-    The first call runs one token through every block size, so that none compiles later, whatever a step's size.
-    """
+    def __init__(self, blocks: tuple[int, ...] = BLOCKS) -> None:
+        super().__init__(blocks)
 
-    def __init__(self, large: bool = False) -> None:
-        self.blocks = LARGE_BLOCKS if large else BLOCKS
-        self.ready = False
+    @staticmethod
+    def sizes(down: Any, x: Tensor) -> tuple[int, int]:
+        """See ``GroupedExperts``."""
+        return down.outputs // x.shape[1], down.inputs
 
-    def __call__(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        gate_up: Any,
-        down: Any,
-        activation: str,
-        alpha: float = 1.0,
-        limit: float = 0.0,
-        gate_up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-        partial: bool = False,
-    ) -> Tensor:
-        if ids.numel() == 0:
-            return torch.zeros_like(x)
-        options = {"ACTIVATION": ACTIVATIONS[activation], "ALPHA": alpha, "LIMIT": limit}
-        matrices = (gate_up, down, gate_up_bias, down_bias)
-        if not self.ready:
-            for block in self.blocks:
-                _two_products(block, x[:1], ids[:1], weights[:1], matrices, options, partial)
-            self.ready = True
-        block = min(block_rows(ids.numel(), down.outputs // gate_up.inputs), max(self.blocks, default=128))
-        return _two_products(block, x, ids, weights, matrices, options, partial)
+    @staticmethod
+    def product(
+        block: int, out: Tensor, x: Tensor, weight: Any, bias: Tensor | None, share: Tensor | None, order: Order, count: int,
+        top_k: int, options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """See ``GroupedExperts``."""
+        block_n, warps, stages = tile(block)
+        _experts_kernel[(order[1].numel(), triton.cdiv(out.shape[1], block_n))](
+            out, x, weight.words, weight.high, weight.scale, weight.outer, bias, share, *order, count, x.shape[0],
+            weight.outputs, weight.inputs, weight.words.shape[0], x.stride(0), **constants(weight.layout), FEW=block <= SKINNY,
+            EVEN=weight.inputs % weight.layout.run == 0, ROWS=out.shape[1], TOP_K=top_k, GATED=share is None,
+            BIAS=bias is not None, SCALED=share is not None, BLOCK_M=block, BLOCK_N=block_n, STAGES=stages,
+            num_warps=warps, **options,
+        )  # fmt: skip
 
 
-class GroupedPackedExpertsHopper(GroupedPackedExperts):
-    """With larger tiles for many tokens."""
-
-    def __init__(self) -> None:
-        super().__init__(large=True)
-
-
-def _two_products(
-    block: int,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    matrices: tuple[Any, Any, Tensor | None, Tensor | None],
-    options: dict[str, Any],
-    partial: bool,
-) -> Tensor:
-    gate_up, down, gate_up_bias, down_bias = matrices
-    (tokens, top_k), hidden, inner = ids.shape, gate_up.inputs, down.inputs
-    count = tokens * top_k
-    order = sorted_rows(ids, down.outputs // hidden, block)
-    middle = torch.empty((count, inner), dtype=x.dtype, device=x.device)
-    # Choices of experts that are not here belong to no block; their rows stay as they are.
-    out = (torch.zeros if partial else torch.empty)((count, hidden), dtype=x.dtype, device=x.device)
-    _product(block, middle, x, gate_up, gate_up_bias, None, order, count, top_k, options)
-    _product(block, out, middle, down, down_bias, weights, order, count, 1, options)
-    return out.view(tokens, top_k, hidden).sum(1)
-
-
-def _product(
-    block: int,
-    out: Tensor,
-    x: Tensor,
-    weight: Any,
-    bias: Tensor | None,
-    share: Tensor | None,
-    order: tuple[Tensor, Tensor, Tensor],
-    count: int,
-    top_k: int,
-    options: dict[str, Any],
-) -> None:
-    few = block <= SKINNY
-    block_n, warps, stages = tile(block)
-    _experts_kernel[(order[1].numel(), triton.cdiv(out.shape[1], block_n))](
-        out, x, weight.words, weight.high, weight.scale, weight.outer, bias, share, *order, count, x.shape[0],
-        weight.outputs, weight.inputs, weight.words.shape[0], x.stride(0), **constants(weight.layout), FEW=few,
-        EVEN=weight.inputs % weight.layout.run == 0, ROWS=out.shape[1], TOP_K=top_k, GATED=share is None,
-        BIAS=bias is not None, SCALED=share is not None, BLOCK_M=block, BLOCK_N=block_n, STAGES=stages,
-        num_warps=warps, **options,
-    )  # fmt: skip
+GroupedPackedExpertsHopper = partial(GroupedPackedExperts, LARGE_BLOCKS)  # larger tiles for many tokens

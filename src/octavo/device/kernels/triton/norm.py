@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.device.kernels.rows import Fp8Rows, Raw
+from octavo.device.kernels.rows import FEW, Fp8Rows, Raw
 from octavo.device.kernels.triton.quantize import empty_rows, quantized_row
 
 
@@ -83,10 +83,10 @@ def add_rms_norm_fp8(
     values = x if raw is None else raw.values
     if not quantize:
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-        _launch(out, values, residual, weight, eps, True, False, raw)
+        _launch(out, values, residual, weight, eps, True, pdl, raw)
         return out
     out, scale, one = empty_rows(*residual.shape, residual.device)
-    _launch(out, values, residual, weight, eps, True, False, raw, scale, one)
+    _launch(out, values, residual, weight, eps, True, pdl, raw, scale, one)
     return Fp8Rows(out, scale, one, residual.dtype)
 
 
@@ -97,7 +97,8 @@ def _launch(
     rows, size = x.shape
     if rows == 0:
         return
-    pdl = pdl and rows == 1  # with more the neighbours are library kernels, which take no part in it
+    # Raw products come from the vendor's library alone, which takes no part in dependent launch.
+    pdl = pdl and rows <= FEW and raw is None
     block = triton.next_power_of_2(size)
     launch = {"launch_pdl": True} if pdl else {}
     _norm_kernel[(rows,)](

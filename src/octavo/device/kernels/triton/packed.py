@@ -20,23 +20,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.device.kernels.triton.split import finish
+
 SKINNY = 16  # most tokens for which the scales multiply sums, not weights
 WRITE_OUT_FROM = 1024
-WRITE_OUT_ELEMENTS = 1 << 25  # 64 MiB of bfloat16
+WRITE_OUT_ELEMENTS = 1 << 26  # 128 MiB of bfloat16
 BLOCKS = (8, 16, 32, 64)  # tokens of a tile
 LARGE_BLOCKS = (*BLOCKS, 128)  # where there is shared memory for it: 160 KiB
 TARGET_PROGRAMS = 512  # a few on every multiprocessor of a large GPU
 MAX_SPLITS = 16
-CODES = {"int": 0, "e2m1": 1, "nf4": 2, "e4m3": 3}
-SCALES = {"zero": 0, "pair": 1, "minimum": 2, "k": 3, "bytes": 4, "e4m3": 5, "float": 6}
-GROUPS_IN_WORD = (1, 2, 1, 2, 4, 4, 1)
+CODES = {"int": 0, "e2m1": 1, "nf4": 2, "e4m3": 3, "iq4": 4}
+SCALES = {"zero": 0, "pair": 1, "minimum": 2, "k": 3, "bytes": 4, "e4m3": 5, "float": 6, "k4": 7}
+GROUPS_IN_WORD = (1, 2, 1, 2, 4, 4, 1, 4)
 
 
 @triton.jit
 def _spread(high, HIGH: tl.constexpr):
     """High bits of a word's even places in its low half, those of odd places in its high half."""
     wide = high.to(tl.int32)
-    if HIGH == 1:
+    if HIGH == 1 and high.dtype != tl.int16:  # as int16 they are of words of 2-bit codes
         return (wide & 0xF) | ((wide & 0xF0) << 12)
     else:
         return (wide & 0xFF) | ((wide & 0xFF00) << 8)
@@ -58,6 +60,15 @@ def _nf4(code):
 
 
 @triton.jit
+def _iq4(code, BASE: tl.constexpr):
+    """The value of BASE + code, a float32: a polynomial that stays within 0.434 of the table's whole numbers, rounded to
+    them by a sum with 1.5 * 2^23, beside which there are whole numbers alone."""
+    t = code - (BASE + 7.526164531707764)
+    near = (((1.58604e-3 * t + 7.88337e-2) * t - 0.131011) * t + 11.5102) * t + (12582912.0 - 4.0)
+    return near - 12582912.0
+
+
+@triton.jit
 def _base(KIND: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr):
     """What ``_codes`` adds to every code: the number whose bits it ORs them into."""
     if CODE != 0 or BITS == 8 or KIND == tl.float32:
@@ -69,11 +80,12 @@ def _base(KIND: tl.constexpr, BITS: tl.constexpr, CODE: tl.constexpr):
 
 
 @triton.jit
-def _whole(words, high, PLACE: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr):
-    """base + code as KIND, of codes of 4 to 6 bits."""
-    pair = (words >> (PLACE // 2 * 4)) & 0x000F000F
+def _whole(words, high, PLACE: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr):
+    """base + code as KIND, of codes of 2 to 6 bits."""
+    MASK: tl.constexpr = 0x00010001 * ((1 << BITS) - 1)
+    pair = (words >> (PLACE // 2 * BITS)) & MASK
     if HIGH == 1:
-        pair = pair | (((high >> (PLACE // 2)) & 0x00010001) << 4)
+        pair = pair | (((high >> (PLACE // 2)) & 0x00010001) << BITS)
     if HIGH == 2:
         pair = pair | (((high >> (PLACE // 2 * 2)) & 0x00030003) << 4)
     if KIND == tl.bfloat16:
@@ -110,19 +122,23 @@ def _codes(
     CODE: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """The codes at one place of all words: base + code, or the value of a small float; NF4 and bytes as float32."""
+    """The codes at one place of all words: base + code, or the value of a small float; tables and bytes as float32."""
     if CODE == 3:
         # Sign, four bits of exponent, three of mantissa; 2^120 makes up for the other bias.
         byte = words >> (PLACE * 8)
-        return (((byte & 0x7F) << 20) | ((byte & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        return (((byte & 0x7F) << 20) | ((byte & 0x80) << 24)).to(
+            tl.float32, bitcast=True
+        ) * 1.329227995784916e36
     elif BITS == 8:
         return ((words >> (PLACE * 8)) & 0xFF).to(tl.float32)
     elif CODE == 2:
         return _nf4((words >> (PLACE // 2 * 4 + PLACE % 2 * 16)) & 0xF)
+    elif CODE == 4:
+        return _iq4(_whole(words, high, PLACE, 4, 0, KIND).to(tl.float32), _base(KIND, 4, 0))
     elif CODE == 1:
         return _e2m1(words, PLACE, KIND)
     else:
-        return _whole(words, high, PLACE, HIGH, KIND)
+        return _whole(words, high, PLACE, BITS, HIGH, KIND)
 
 
 @triton.jit
@@ -145,6 +161,8 @@ def _factors(word, outer, index, SCALES: tl.constexpr, OFFSET: tl.constexpr, HAL
         s = _half(outer, HALF) * (word >> (index * 8)).to(tl.int8).to(tl.float32)
     elif SCALES == 3:
         s = _half(outer, HALF) * ((word >> (index * 16)) & 0xFF).to(tl.float32)
+    elif SCALES == 7:
+        s = _half(outer, HALF) * ((word >> (index * 8)) & 0xF).to(tl.float32)
     elif SCALES == 1:
         s = _half(word >> (index * 16), HALF)
     else:
@@ -155,6 +173,8 @@ def _factors(word, outer, index, SCALES: tl.constexpr, OFFSET: tl.constexpr, HAL
         z = _half(word >> 16, HALF)
     elif SCALES == 3:
         z = _half(outer >> 16, HALF) * ((word >> (index * 16 + 8)) & 0xFF).to(tl.float32)
+    elif SCALES == 7:
+        z = _half(outer >> 16, HALF) * ((word >> (index * 8 + 4)) & 0xF).to(tl.float32)
     else:
         z = tl.zeros_like(s) + OFFSET
     return s, z
@@ -166,7 +186,7 @@ def _values(codes, s, z, base, SCALES: tl.constexpr, CODE: tl.constexpr, KIND: t
     wide = codes.to(tl.float32)
     if CODE != 0:
         return (wide * s[:, None]).to(KIND)
-    elif SCALES == 2 or SCALES == 3:
+    elif SCALES == 2 or SCALES == 3 or SCALES == 7:
         return ((wide - base) * s[:, None] - z[:, None]).to(KIND)
     else:
         return ((wide - (base + z)[:, None]) * s[:, None]).to(KIND)
@@ -177,7 +197,7 @@ def _scaled(part, total, s, z, base, SCALES: tl.constexpr, CODE: tl.constexpr):
     """The products of a group from those of its codes, and the sum of its inputs."""
     if CODE != 0:
         return part * s[:, None]
-    elif SCALES == 2 or SCALES == 3:
+    elif SCALES == 2 or SCALES == 3 or SCALES == 7:
         return part * s[:, None] - total * (base * s + z)[:, None]
     else:
         return (part - total * (base + z)[:, None]) * s[:, None]
@@ -214,7 +234,7 @@ def packed_products(
         extra = tile
         if HIGH > 0:
             extra = _spread(tl.load(high + at), HIGH)
-        if SCALES == 3 or SCALES == 4:
+        if SCALES == 3 or SCALES == 4 or SCALES == 7:
             above = tl.load(outer + run * RUN // 256 * N + own)
         for place in tl.static_range(32 // BITS):
             k = run * RUN + place * W + w
@@ -250,7 +270,7 @@ def packed_products(
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "runs", "per_split"])
 def _linear_kernel(
     out, sums, counters, x, words, high, scale, outer, bias, M, N, K, runs, per_split, stride_x, stride_out,
     W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
@@ -258,8 +278,7 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of BLOCK_M tokens over one range of runs. With SPLIT, sums go to sums [ranges, M, N], and whichever
-    range finishes last adds them: it learns that from counters, which are zero between launches."""
+    """BLOCK_N outputs of BLOCK_M tokens over one range of runs. SPLIT as in ``split.finish``."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -271,25 +290,7 @@ def _linear_kernel(
         split * per_split, tl.minimum(split * per_split + per_split, runs), W, BITS, HIGH, GROUP, CODE, SCALES, IN_WORD,
         OFFSET, HALF, SKINNY, EVEN, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    place = m.to(tl.int64)[None, :] * stride_out + n[:, None]
-    last = True
-    if SPLIT:
-        at = m.to(tl.int64)[None, :] * N + n[:, None]
-        size = M.to(tl.int64) * N
-        tl.store(sums + split * size + at, acc, mask=inside)
-        tl.debug_barrier()  # all threads have stored before one of them announces it
-        counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(2) - 1
-        if last:
-            tl.store(counter, 0)
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for part in range(tl.num_programs(2)):
-                acc += tl.load(sums + part * size + at, mask=inside, other=0.0, cache_modifier=".cg")
-    if last:
-        if BIAS:
-            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+    finish(acc, out, sums, counters, bias, m, n, M, N, stride_out, split, tl.num_programs(2), SPLIT, BIAS)
 
 
 @triton.jit(do_not_specialize=["begin", "count"])
@@ -312,7 +313,7 @@ def _unpack_kernel(
     above = own
     if SCALES == 5:
         above = tl.load(outer + own)
-    if SCALES == 3 or SCALES == 4:
+    if SCALES == 3 or SCALES == 4 or SCALES == 7:
         above = tl.load(outer + run * RUN // 256 * N + own)
     for place in tl.static_range(32 // BITS):
         first = run * RUN + place * W
@@ -368,6 +369,11 @@ class LinearPacked:
     none compiles later.
     """
 
+    @staticmethod
+    def write_out(weight: Any, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The values of some outputs."""
+        return write_out(weight, rows, dtype)
+
     def __init__(self, large: bool = False, pdl: bool = False) -> None:
         self.blocks = LARGE_BLOCKS if large else BLOCKS
         self.pdl = pdl
@@ -396,14 +402,17 @@ class LinearPacked:
         out = torch.empty((1, weight.outputs), dtype=x.dtype, device=x.device)
         for block in self.blocks:
             self._launch(block, x[:1], weight, bias, out)
-        write_out(weight, slice(0, 1), x.dtype)
+        self.write_out(weight, slice(0, 1), x.dtype)
 
     def _library(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> Tensor:
-        step = max(64, WRITE_OUT_ELEMENTS // weight.inputs)
+        times = triton.cdiv(weight.outputs * weight.inputs, WRITE_OUT_ELEMENTS)
+        step = (
+            triton.cdiv(triton.cdiv(weight.outputs, times), 128) * 128
+        )  # equal parts of whole tiles of the library
         for start in range(0, weight.outputs, step):
             rows = slice(start, min(start + step, weight.outputs))
             part = None if bias is None else bias[rows]
-            out[:, rows] = F.linear(x, write_out(weight, rows, x.dtype), part)
+            out[:, rows] = F.linear(x, self.write_out(weight, rows, x.dtype), part)
         return out
 
     def _launch(self, block: int, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:

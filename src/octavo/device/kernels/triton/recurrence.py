@@ -57,14 +57,18 @@ def _conv_kernel(
         tl.store(out + place, tl.zeros((TOKENS, BLOCK), out.dtype.element_ty), mask=inside)
         return
     before = tl.load(kv_lens + low) - (end - begin)
-    page = tl.load(page_table + low.to(tl.int64) * stride_table + tl.maximum(before - 1, 0) // PAGE).to(tl.int64)
+    page = tl.load(page_table + low.to(tl.int64) * stride_table + tl.maximum(before - 1, 0) // PAGE).to(
+        tl.int64
+    )
     acc = tl.zeros((TOKENS, BLOCK), tl.float32)
     for j in tl.static_range(W):
         source = tokens - (W - 1) + j  # a token of this row, or one that the page remembers
         here = (source >= begin) & (tokens < end)
         kept = (source < begin) & (tokens < tl.where(before > 0, end, begin))  # nothing is kept of a new row
         values = tl.load(
-            x + source.to(tl.int64)[:, None] * stride_x + at[None, :], mask=here[:, None] & real[None, :], other=0.0
+            x + source.to(tl.int64)[:, None] * stride_x + at[None, :],
+            mask=here[:, None] & real[None, :],
+            other=0.0,
         )
         old = tl.load(
             pages + page * stride_page + (source - begin + W - 1)[:, None] * channels + at[None, :],
@@ -78,7 +82,19 @@ def _conv_kernel(
     tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
     if STORE:
         _keep_inputs(
-            x, pages, page, (slot // PAGE).to(tl.int64), before, begin, end, at, real, channels, stride_x, stride_page, W
+            x,
+            pages,
+            page,
+            (slot // PAGE).to(tl.int64),
+            before,
+            begin,
+            end,
+            at,
+            real,
+            channels,
+            stride_x,
+            stride_page,
+            W,
         )
 
 
@@ -95,7 +111,9 @@ def _keep_inputs(
     kept = used & (source < tl.where(before > 0, begin, begin - W))[:, None]
     values = tl.load(x + source.to(tl.int64)[:, None] * stride_x + at[None, :], mask=here, other=0.0)
     old = tl.load(
-        pages + page * stride_page + (source - begin + W - 1)[:, None] * channels + at[None, :], mask=kept, other=0.0
+        pages + page * stride_page + (source - begin + W - 1)[:, None] * channels + at[None, :],
+        mask=kept,
+        other=0.0,
     )
     tl.debug_barrier()  # the page may be the same
     tl.store(
@@ -121,9 +139,13 @@ def _conv_state_kernel(
         return
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     before = tl.load(kv_lens + row) - (end - begin)
-    page = tl.load(page_table + row.to(tl.int64) * stride_table + tl.maximum(before - 1, 0) // PAGE).to(tl.int64)
+    page = tl.load(page_table + row.to(tl.int64) * stride_table + tl.maximum(before - 1, 0) // PAGE).to(
+        tl.int64
+    )
     target = (slot // PAGE).to(tl.int64)
-    _keep_inputs(x, pages, page, target, before, begin, end, at, at < channels, channels, stride_x, stride_page, W)
+    _keep_inputs(
+        x, pages, page, target, before, begin, end, at, at < channels, channels, stride_x, stride_page, W
+    )
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, pages: Tensor, rows) -> Tensor:
@@ -176,12 +198,18 @@ def _token_kernel(
         tl.store(place, tl.zeros((BV,), out.dtype.element_ty), mask=real)
         return
     before = tl.load(kv_lens + row) - 1
-    page = tl.load(page_table + row.to(tl.int64) * stride_table + tl.maximum(before - 1, 0) // PAGE).to(tl.int64)
+    page = tl.load(page_table + row.to(tl.int64) * stride_table + tl.maximum(before - 1, 0) // PAGE).to(
+        tl.int64
+    )
     keys = tl.arange(0, DKP)
     known = keys < DK
     inside = known[:, None] & real[None, :]
     own = head.to(tl.int64) * DK * DV + keys[:, None] * DV + values[None, :]
-    state = tl.load(states + page * stride_page + own, mask=inside & (keys < tl.where(before > 0, DK, 0))[:, None], other=0.0)
+    state = tl.load(
+        states + page * stride_page + own,
+        mask=inside & (keys < tl.where(before > 0, DK, 0))[:, None],
+        other=0.0,
+    )
     token = qkv + begin.to(tl.int64) * stride_qkv
     key_head = head // (num_heads // num_keys)
     q = tl.load(token + key_head * DK + keys, mask=known, other=0.0).to(tl.float32)
@@ -224,12 +252,18 @@ def _chunk_kernel(
     values = tl.program_id(0) * BV + tl.arange(0, BV)
     real = values < DV
     before = tl.load(kv_lens + row) - (end - begin)
-    page = tl.load(page_table + row.to(tl.int64) * stride_table + tl.maximum(before - 1, 0) // PAGE).to(tl.int64)
+    page = tl.load(page_table + row.to(tl.int64) * stride_table + tl.maximum(before - 1, 0) // PAGE).to(
+        tl.int64
+    )
     keys = tl.arange(0, DKP)
     known = keys < DK
     inside = known[:, None] & real[None, :]
     own = head.to(tl.int64) * DK * DV + keys[:, None] * DV + values[None, :]
-    state = tl.load(states + page * stride_page + own, mask=inside & (keys < tl.where(before > 0, DK, 0))[:, None], other=0.0)
+    state = tl.load(
+        states + page * stride_page + own,
+        mask=inside & (keys < tl.where(before > 0, DK, 0))[:, None],
+        other=0.0,
+    )
     key_head = head // (num_heads // num_keys)
     rate = -tl.exp(tl.load(a_log + head))
     shift = tl.load(dt_bias + head)
@@ -241,8 +275,16 @@ def _chunk_kernel(
         there = tokens < end
         line = qkv + tokens.to(tl.int64)[:, None] * stride_qkv
         q = tl.load(line + (key_head * DK + keys)[None, :], mask=there[:, None] & known[None, :], other=0.0)
-        k = tl.load(line + ((num_keys + key_head) * DK + keys)[None, :], mask=there[:, None] & known[None, :], other=0.0)
-        v = tl.load(line + (2 * num_keys * DK + head * DV + values)[None, :], mask=there[:, None] & real[None, :], other=0.0)
+        k = tl.load(
+            line + ((num_keys + key_head) * DK + keys)[None, :],
+            mask=there[:, None] & known[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            line + (2 * num_keys * DK + head * DV + values)[None, :],
+            mask=there[:, None] & real[None, :],
+            other=0.0,
+        )
         q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
         rates = tokens.to(tl.int64) * stride_a + head
         dt = tl.where(there, _softplus(tl.load(a + rates, mask=there, other=0.0).to(tl.float32) + shift), 0.0)

@@ -9,22 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.device.kernels.rows import Raw
+from octavo.device.kernels.rows import FEW, Raw
 
 METADATA = ("positions", "slot_mapping")  # views of one packed upload: any alignment, one kernel
 
 
 @triton.jit(do_not_specialize_on_alignment=METADATA)
 def _rope_store_kernel(
-    out, qkv, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps, k_unit, v_unit, token_scale, scale,
+    out, qkv, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps, kv_scales, token_scale, scale,
     stride_qkv, stride_rope, stride_page, stride_value, stride_head, stride_slot,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, ROTARY: tl.constexpr,
     PAGE: tl.constexpr, HEADS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PDL: tl.constexpr,
-    EIGHT: tl.constexpr, RAW: tl.constexpr,
+    EIGHT: tl.constexpr, SCALED: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one token, in the order q, k, v; ROTARY is the number of rotated dims (0 = none).
 
-    RAW: qkv is a product that still wants token_scale[token] * scale.
+    SCALED: keys and values are divided by kv_scales [2, HKV]. RAW: qkv is a product that still wants token_scale[token] * scale.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -47,7 +47,11 @@ def _rope_store_kernel(
         # The same row again with the halves swapped: a second read of the cache line, no shuffle of registers.
         z = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
         if RAW:
-            z = (z * unit * tl.load(channels + partner[None, :], mask=inside, other=0.0)).to(kind).to(tl.float32)
+            z = (
+                (z * unit * tl.load(channels + partner[None, :], mask=inside, other=0.0))
+                .to(kind)
+                .to(tl.float32)
+            )
     if Q_NORM or K_NORM:
         rms = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
         normed, swapped = y, z if ROTARY > 0 else y
@@ -82,9 +86,14 @@ def _rope_store_kernel(
         place = row + tl.where(is_k, 0, stride_value) + kv_head * stride_head
         store = inside & (head >= HQ)[:, None]
         if EIGHT:
-            wide = y.to(tl.float32) * tl.where(is_k, k_unit, v_unit)[:, None]
+            wide = y.to(tl.float32)
+            if SCALED:
+                unit = tl.load(kv_scales + head - HQ, mask=(head >= HQ) & (head < HQ + 2 * HKV), other=1.0)
+                wide = wide / unit[:, None]
             wide = tl.minimum(tl.maximum(wide, -448.0), 448.0)
-            tl.store(kv_pages + place[:, None] + dims[None, :], wide.to(kv_pages.dtype.element_ty), mask=store)
+            tl.store(
+                kv_pages + place[:, None] + dims[None, :], wide.to(kv_pages.dtype.element_ty), mask=store
+            )
         else:
             tl.store(kv_pages + place[:, None] + dims[None, :], y.to(kv_pages.dtype.element_ty), mask=store)
 
@@ -99,8 +108,7 @@ def rope_store(
     kv_pages: Tensor,
     slot_mapping: Tensor,
     num_heads: int,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    kv_scales: Tensor | None = None,
     *,
     pdl: bool = False,
 ) -> Tensor:
@@ -113,16 +121,16 @@ def rope_store(
     if tokens == 0:
         return out
     heads = 2 if tokens <= 64 else 8  # a decode step has few tokens: more, smaller programs
-    pdl = pdl and tokens == 1  # with more the neighbours are library kernels, which take no part in it
+    pdl = pdl and tokens <= FEW
     launch = {"launch_pdl": True} if pdl else {}
     _rope_store_kernel[(tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
         out, values, q_weight, k_weight, cos_sin, positions, kv_pages, slot_mapping, eps,
-        1.0 / k_scale, 1.0 / v_scale, None if raw is None else raw.token_scale, None if raw is None else raw.scale,
+        kv_scales, None if raw is None else raw.token_scale, None if raw is None else raw.scale,
         values.stride(0), 0 if cos_sin is None else cos_sin.stride(0), *kv_pages.stride()[:4],
         HQ=num_heads, HKV=num_kv_heads, D=head_dim, DPAD=triton.next_power_of_2(head_dim),
         ROTARY=0 if cos_sin is None else cos_sin.shape[1], PAGE=page_size, HEADS=heads,
         Q_NORM=q_weight is not None, K_NORM=k_weight is not None, PDL=pdl, EIGHT=kv_pages.element_size() == 1,
-        RAW=raw is not None, num_warps=1 if heads == 2 else 4, **launch,
+        SCALED=kv_scales is not None, RAW=raw is not None, num_warps=1 if heads == 2 else 4, **launch,
     )  # fmt: skip
     return out
 

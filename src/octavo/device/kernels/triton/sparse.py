@@ -13,8 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1.0e30)  # stands for -inf as a running maximum: differences of it stay numbers
+from octavo.device.kernels.triton.ranges import (
+    LOG2E,
+    LOWEST,
+    leave_range,
+    merge_ranges,
+    range_size,
+    scratch,
+    weighed,
+)
+
 SPAN = 1024  # keys scored by one program
 HEADS = 8  # rotated by one program of the store
 MAX_SPLITS = 16
@@ -77,7 +85,8 @@ def index_store(
 
 
 @triton.jit(
-    do_not_specialize=["max_kv", "first", "stride_table"], do_not_specialize_on_alignment=("page_table", "rows", "seen")
+    do_not_specialize=["max_kv", "first", "stride_table"],
+    do_not_specialize_on_alignment=("page_table", "rows", "seen"),
 )
 def _scores_kernel(
     out, q, weights, pages, page_table, rows, seen, max_kv, first, stride_table, stride_page, stride_slot,
@@ -141,7 +150,8 @@ def _ordered(scores):
 
 
 @triton.jit(
-    do_not_specialize=["max_kv", "first", "stride_table"], do_not_specialize_on_alignment=("page_table", "rows", "seen")
+    do_not_specialize=["max_kv", "first", "stride_table"],
+    do_not_specialize_on_alignment=("page_table", "rows", "seen"),
 )
 def _choose_kernel(
     out, scores, page_table, rows, seen, max_kv, first, stride_table,
@@ -214,7 +224,7 @@ def _sparse_kernel(
     """One range of a token's chosen keys for BLOCK_M heads; SPLITS as in the kernel over all keys."""
     split, token, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     count = tl.minimum(tl.load(counts + token), K).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(count, BLOCK_N), SPLITS) * BLOCK_N
+    size = range_size(count, BLOCK_N, SPLITS)
     start = split * size
     if SPLITS > 1:  # noqa: SIM102  one is known at compile time, the other is not
         if start >= count:
@@ -242,21 +252,14 @@ def _sparse_kernel(
         scores = tl.dot(queries, tl.trans(c), input_precision=PRECISION)
         scores = tl.dot(q_rope, tl.trans(r), scores, input_precision=PRECISION) * (scale * LOG2E)
         scores = tl.where(there[None, :], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, best, total = weighed(scores, best, total)
         acc = tl.dot(weights.to(queries.dtype), c, acc * shrink[:, None], input_precision=PRECISION)
-        best = new_best
     inside = real[:, None] & (dims < LATENT)[None, :]
     if SPLITS == 1:
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + flat[:, None] * LATENT + dims[None, :], acc.to(out.dtype.element_ty), mask=inside)
     else:
-        place = flat * SPLITS + split
-        tl.store(sums + place[:, None] * LATENT + dims[None, :], acc, mask=inside)
-        tl.store(stats + place * 2, best, mask=real)
-        tl.store(stats + place * 2 + 1, total, mask=real)
+        leave_range(sums, stats, acc, best, total, flat, split, dims, real, inside, LATENT, SPLITS)
 
 
 @triton.jit
@@ -268,20 +271,9 @@ def _merge_kernel(
     """Merge the ranges of one (token, head) pair, each weighted by its own maximum."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = tl.minimum(tl.load(counts + token), K).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(count, BLOCK_N), SPLITS) * BLOCK_N
-    ranges = tl.cdiv(count, tl.maximum(size, 1))
-    splits, dims = tl.arange(0, SPLITS), tl.arange(0, LPAD)
-    used = splits < ranges
-    flat = token * H + head
-    best = tl.load(stats + (flat * SPLITS + splits) * 2, mask=used, other=LOWEST)
-    total = tl.load(stats + (flat * SPLITS + splits) * 2 + 1, mask=used, other=0.0)
-    weight = tl.exp2(best - tl.max(best, 0))
-    denominator = tl.sum(total * weight, 0)
-    merged = tl.zeros((LPAD,), tl.float32)
-    for index in range(ranges):
-        share = tl.sum(tl.where(splits == index, weight, 0.0), 0)
-        part = tl.load(sums + (flat * SPLITS + index) * LATENT + dims, mask=dims < LATENT, other=0.0)
-        merged += part * share
+    ranges = tl.cdiv(count, tl.maximum(range_size(count, BLOCK_N, SPLITS), 1))
+    flat, dims = token * H + head, tl.arange(0, LPAD)
+    merged, denominator, _ = merge_ranges(sums, stats, flat, ranges, dims, LOWEST, LATENT, LPAD, SPLITS)
     merged = merged / tl.where(denominator > 0, denominator, 1.0)
     tl.store(out + flat * LATENT + dims, merged.to(out.dtype.element_ty), mask=dims < LATENT)
 
@@ -313,11 +305,7 @@ def sparse_attention(
     wide = q.element_size() == 4
     block_m = 64 if large and not wide and num_heads > 32 else 16
     splits = num_splits(tokens, num_heads, block_m)
-    sums = stats = out
-    if splits > 1:
-        pairs = tokens * num_heads
-        sums = torch.empty((pairs, splits, latent_dim), dtype=torch.float32, device=q.device)
-        stats = torch.empty((pairs, splits, 2), dtype=torch.float32, device=q.device)
+    sums, stats = scratch(out, tokens * num_heads, splits, latent_dim)
     shape = {
         "H": num_heads, "K": chosen.shape[1], "LATENT": latent_dim,
         "LPAD": max(16, triton.next_power_of_2(latent_dim)), "BLOCK_N": 16 if wide else 32, "SPLITS": splits,

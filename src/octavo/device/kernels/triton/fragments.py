@@ -1,0 +1,485 @@
+"""Linear maps over packed codes that lie as the tensor cores take them (``Layout.fragments``), three ways by the number of tokens.
+
+up to 16     few: bound by reading codes. A program keeps its part of the inputs in registers, each warp a range of them, and
+             goes through the matrix 16 outputs at a time, the next codes on their way while it computes. The scales multiply
+             sums; zero points are taken off by means of the sum of a group's inputs, which the tensor cores deliver.
+up to 511    tiles: weights are scaled in registers, rounded once, and multiplied from there.
+more         values are written out, some outputs at a time, and the library multiplies.
+
+A thread that loads four words has what it multiplies: nothing goes through shared memory, and a mask and an OR make two
+neighbouring numbers, which are one register. That holds as long as the compiler gives tensors of pointers the layout that the
+order of their dimensions suggests (the last one first, then from the front), as Triton 3.6 does. With another choice (3.9) the
+product is slower, not wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.device.kernels.triton import packed
+from octavo.device.kernels.triton.fragment_codes import (
+    all_codes,
+    factors_of,
+    fetch_scales,
+    part_values,
+    rows_from,
+)
+from octavo.device.kernels.triton.packed import LinearPacked, _base, _spread, constants
+from octavo.device.kernels.triton.split import finish
+
+FEW = 16  # most tokens for which the scales multiply sums, not weights
+WRITE_OUT_FROM = 512
+TILES = (32, 64, 128)  # tokens of a tile
+LARGE_TILES = (*TILES, 256)  # where there is shared memory for it: 210 KiB
+TARGET_TILES = 264  # two on every multiprocessor of a large GPU
+MAX_SPLITS = 16
+# An argument of kernels, and not a constant, so that a mask and an OR are one instruction: it takes one constant only.
+NIBBLES = 0x000F000F
+
+
+@triton.jit
+def _fetch_part(
+    words, high, scale, outer, part, inside, row, own, N, t,
+    W: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, SCALES: tl.constexpr,
+    IN_WORD: tl.constexpr, WORDS: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """A part of the words of 16 outputs, their high bits, and their scale words: t g b rh q, t g b rh WORDS."""
+    q = tl.arange(0, 4)[None, None, None, None, :]
+    at = (part // (W // 16) * N + row).to(tl.int64) * W + part % (W // 16) * 16 + t * 4 + q
+    tile = tl.load(words + at, mask=inside, other=0)
+    extra = tile
+    if HIGH > 0:
+        extra = tl.load(high + at, mask=inside, other=0)
+    factors, above = fetch_scales(scale, outer, part, own, N, inside, GROUP, PART, SCALES, IN_WORD, WORDS, P)
+    return tile, extra, factors, above
+
+
+@triton.jit
+def _fetch(
+    words, high, scale, outer, part, block, blocks, parts, rows, unknown, N, t,
+    W: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, SCALES: tl.constexpr,
+    IN_WORD: tl.constexpr, WORDS: tl.constexpr, P: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """What a block's product needs of one part, or TWO; zeros beyond the last block."""
+    row = tl.minimum(block * 16 + rows, N - 1)
+    own = (row ^ unknown) + t * 0
+    limit = tl.where(block < blocks, parts, 0)
+    a, b, c, d = _fetch_part(
+        words, high, scale, outer, part, part < limit, row, own, N, t, W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P
+    )  # fmt: skip
+    e, f, g, h = a, b, c, d
+    if TWO:
+        e, f, g, h = _fetch_part(
+            words, high, scale, outer, part + 1, part + 1 < limit, row, own, N, t,
+            W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P,
+        )  # fmt: skip
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def _part(
+    acc, x, total, tile, extra, factors, above, part, base, nibbles,
+    BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
+    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KIND: tl.constexpr, PART: tl.constexpr,
+    P: tl.constexpr, KS: tl.constexpr, NH: tl.constexpr,
+):  # fmt: skip
+    """acc [P, KS, 2, 8, NH, 4, 2] plus the products of one part of 16 outputs with x [P KS, PART / P, 8 NH]."""
+    if HIGH > 0:
+        extra = _spread(extra, HIGH)
+    codes = all_codes(tile, extra, BITS, HIGH, CODE, KIND, nibbles).to(KIND)
+    codes = tl.reshape(codes, (4, 8, KS, 2, P, PART // 32 // P, 2, 2, 2))
+    if BITS == 4:  # t 0 g 1 b 2 rh 3 p 4 block 5 i 6 e 7 T 8
+        codes = tl.permute(codes, (4, 2, 3, 1, 5, 7, 0, 8, 6))
+    else:  # t 0 g 1 b 2 rh 3 p 4 block 5 T 6 i 7 e 8
+        codes = tl.permute(codes, (4, 2, 3, 1, 5, 8, 0, 6, 7))
+    codes = tl.reshape(codes, (P * KS, 16, PART // P))
+    IN: tl.constexpr = 1 if P == 1 else IN_WORD
+    index = part * 0
+    if P == 1 and IN_WORD > 1 and GROUP > 0:
+        index = (part // (GROUP // PART) if GROUP > PART else part) % IN_WORD
+    s, z = factors_of(factors, above, index, base, IN, SCALES, OFFSET, HALF, CODE)
+    s = tl.permute(tl.reshape(s, (4, 8, KS, 2, P)), (4, 2, 3, 1, 0))
+    acc += tl.reshape(tl.dot(codes, x), (P, KS, 2, 8, NH, 4, 2)) * tl.reshape(s, (P, KS, 2, 8, 1, 4, 1))
+    if CODE == 0:
+        z = tl.permute(tl.reshape(z, (4, 8, KS, 2, P)), (4, 2, 3, 1, 0))
+        acc += total * tl.reshape(z, (P, KS, 2, 8, 1, 4, 1))
+    return acc
+
+
+@triton.jit
+def _inputs(
+    x, m, M, part, K, stride_x, t, PART: tl.constexpr, P: tl.constexpr, KS: tl.constexpr, NH: tl.constexpr
+):
+    """Inputs of part ``part`` [P KS, PART / P, 8 NH], as the tensor cores take them."""
+    # t n b 16-blocks NH (e i)
+    block = tl.arange(0, PART // 16)[None, None, None, :, None, None]
+    two = tl.arange(0, 4)[None, None, None, None, None, :]
+    k = part * PART + block * 16 + two // 2 * 8 + t * 2 + two % 2
+    found = tl.load(x + m.to(tl.int64) * stride_x + k, mask=(m < M) & (k < K), other=0.0)
+    found = tl.reshape(found, (4, 8, KS, P, PART // 32 // P, 2, NH, 2, 2))
+    # t 0 n 1 b 2 p 3 block 4 T 5 nh 6 e 7 i 8
+    return tl.reshape(tl.permute(found, (3, 2, 4, 7, 0, 5, 8, 6, 1)), (P * KS, PART // P, 8 * NH))
+
+
+@triton.jit
+def _total(x, KIND: tl.constexpr, PART: tl.constexpr, P: tl.constexpr, KS: tl.constexpr, NH: tl.constexpr):
+    """The sums of the inputs of each group, for all outputs the same."""
+    one = tl.full((P * KS, 16, PART // P // 2), 1.0, KIND)
+    ones = tl.reshape(tl.join(one, one), (P * KS, 16, PART // P))
+    return tl.reshape(tl.dot(ones, x), (P, KS, 2, 8, NH, 4, 2))
+
+
+@triton.jit
+def _block(
+    out, sums, bias, x0, x1, total0, total1, tile0, extra0, factors0, above0, tile1, extra1, factors1, above1, part, base,
+    nibbles, block, M, N, stride_out,
+    BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
+    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KIND: tl.constexpr, PART: tl.constexpr,
+    P: tl.constexpr, KS: tl.constexpr, TWO: tl.constexpr, NH: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """16 outputs, from what ``_fetch`` found."""
+    acc = tl.zeros((P, KS, 2, 8, NH, 4, 2), tl.float32)
+    acc = _part(
+        acc, x0, total0, tile0, extra0, factors0, above0, part, base, nibbles,
+        BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS, NH,
+    )  # fmt: skip
+    if TWO:
+        acc = _part(
+            acc, x1, total1, tile1, extra1, factors1, above1, part + 1, base, nibbles,
+            BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS, NH,
+        )  # fmt: skip
+    y = tl.sum(tl.reshape(acc, (P * KS, 16, 8 * NH)), 0)
+    n = block * 16 + tl.arange(0, 16)
+    m = tl.arange(0, 8 * NH)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    if SPLIT:
+        tl.store(sums + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * N + n[:, None], y, mask=inside)
+    else:
+        if BIAS:
+            y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + m[None, :] * stride_out + n[:, None], y.to(KIND), mask=inside)
+
+
+@triton.jit(do_not_specialize=["nibbles", "M", "parts", "blocks"])
+def _few_kernel(
+    out, sums, x, words, high, scale, outer, bias, nibbles, M, N, K, parts, blocks, stride_x, stride_out,
+    W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
+    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KS: tl.constexpr, TWO: tl.constexpr, NH: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Every num_programs(0)-th of ``blocks`` of 16 outputs, of 8 NH tokens, over one range of inputs: KS warps with a part (or
+    TWO) each. With SPLIT the sums of a range go to sums [ranges, M, N]."""
+    KIND: tl.constexpr = x.dtype.element_ty
+    PART: tl.constexpr = 16 * (32 // BITS)
+    P: tl.constexpr = PART // GROUP if GROUP > 0 and GROUP < PART else 1
+    WORDS: tl.constexpr = P // IN_WORD if P > IN_WORD else 1
+    base = _base(KIND, BITS, CODE)
+    # Dimensions: thread of four, row of eight, warp, half of sixteen rows, word of four.
+    t = tl.arange(0, 4)[:, None, None, None, None]
+    rows = tl.arange(0, 2)[None, None, None, :, None] * 8 + tl.arange(0, 8)[None, :, None, None, None]
+    b = tl.arange(0, KS)[None, None, :, None, None]
+    # The compiler would see neighbours in scales of neighbouring outputs, and choose another layout for them.
+    unknown = K >> 31
+    part = (tl.program_id(1) * KS + b) * (2 if TWO else 1)
+    first, step = tl.program_id(0), tl.num_programs(0)
+    a0, a1, a2, a3, a4, a5, a6, a7 = _fetch(
+        words, high, scale, outer, part, first, blocks, parts, rows, unknown, N, t,
+        W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P, TWO,
+    )  # fmt: skip
+    if PDL:  # weights were there before the kernels in front of this one
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    lane = tl.arange(0, 4)[:, None, None, None, None, None]
+    m = (
+        tl.arange(0, NH)[None, None, None, None, :, None] * 8
+        + tl.arange(0, 8)[None, :, None, None, None, None]
+    )
+    own = tl.reshape(part, (1, 1, KS, 1, 1, 1))
+    x0 = _inputs(x, m, M, own, K, stride_x, lane, PART, P, KS, NH)
+    x1 = x0
+    if TWO:
+        x1 = _inputs(x, m, M, own + 1, K, stride_x, lane, PART, P, KS, NH)
+    total0 = _total(x0, KIND, PART, P, KS, NH)
+    total1 = total0
+    if TWO:
+        total1 = _total(x1, KIND, PART, P, KS, NH)
+    for block in tl.range(first, blocks, step, num_stages=1):
+        b0, b1, b2, b3, b4, b5, b6, b7 = _fetch(
+            words, high, scale, outer, part, block + step, blocks, parts, rows, unknown, N, t,
+            W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P, TWO,
+        )  # fmt: skip
+        # Always so, which the compiler does not know. Without a branch it would ask for the next block when it is done with
+        # this one, to have fewer registers in use.
+        if block < blocks + unknown:
+            _block(
+                out, sums, bias, x0, x1, total0, total1, a0, a1, a2, a3, a4, a5, a6, a7, part, base, nibbles, block, M, N,
+                stride_out,
+                BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS, TWO, NH, SPLIT, BIAS,
+            )  # fmt: skip
+        a0, a1, a2, a3, a4, a5, a6, a7 = b0, b1, b2, b3, b4, b5, b6, b7
+
+
+@triton.jit(do_not_specialize=["M", "ranges"])
+def _add_kernel(
+    out, sums, bias, M, N, ranges, stride_out, BLOCK: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """BLOCK outputs of one token: the sums of all ranges, in order."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for part in range(ranges):
+        acc += tl.load(sums + (part * M + token).to(tl.int64) * N + n, mask=n < N, other=0.0)
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out + token * stride_out + n, acc.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["nibbles", "M", "parts", "per_split"])
+def _tile_kernel(
+    out, sums, counters, x, words, high, scale, outer, bias, nibbles, M, N, K, parts, per_split, stride_x, stride_out,
+    W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
+    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, WR: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of BLOCK_M tokens over one range of parts of the inputs."""
+    KIND: tl.constexpr = x.dtype.element_ty
+    PART: tl.constexpr = 16 * (32 // BITS)
+    base = _base(KIND, BITS, CODE)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * BLOCK_N
+    split = tl.program_id(2)
+    k = tl.arange(0, PART)
+    own = rows_from(first, N, BLOCK_N, WR)
+    right = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * stride_x + k[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for part in tl.range(
+        split * per_split, tl.minimum(split * per_split + per_split, parts), num_stages=STAGES
+    ):
+        if EVEN:
+            b = tl.load(right + part * PART)
+        else:
+            b = tl.load(right + part * PART, mask=(part * PART + k < K)[:, None], other=0.0)
+        a = part_values(
+            words, high, scale, outer, part, own, N, base, nibbles,
+            W, BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, BLOCK_N, WR,
+        )  # fmt: skip
+        acc = tl.dot(a, b, acc)
+    n = first + tl.arange(0, BLOCK_N)
+    finish(acc, out, sums, counters, bias, m, n, M, N, stride_out, split, tl.num_programs(2), SPLIT, BIAS)
+
+
+@triton.jit(do_not_specialize=["begin", "count"])
+def _write_kernel(
+    out, words, high, scale, outer, N, K, begin, count,
+    W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
+    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The values of one part of outputs begin + [0, count), exactly as the format has them, as rows of out [count, K]."""
+    PART: tl.constexpr = 16 * (32 // BITS)
+    P: tl.constexpr = PART // GROUP if GROUP > 0 and GROUP < PART else 1
+    WORDS: tl.constexpr = P // IN_WORD if P > IN_WORD else 1
+    part = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    own = begin + tl.minimum(row, count - 1)
+    at = (
+        (part // (W // 16) * N + own).to(tl.int64)[:, None] * W
+        + part % (W // 16) * 16
+        + tl.arange(0, 16)[None, :]
+    )
+    tile = tl.load(words + at)
+    extra = tile
+    if HIGH > 0:
+        extra = _spread(tl.load(high + at), HIGH)
+    factors, above = fetch_scales(
+        scale, outer, part, own[:, None], N, (own >= 0)[:, None], GROUP, PART, SCALES, IN_WORD, WORDS, P
+    )  # fmt: skip
+    index = 0
+    if P == 1 and IN_WORD > 1 and GROUP > 0:
+        index = (part // (GROUP // PART) if GROUP > PART else part) % IN_WORD
+    s, z = factors_of(factors, above, index, 0.0, 1 if P == 1 else IN_WORD, SCALES, OFFSET, HALF, CODE, True)
+    s, z = tl.reshape(s, (BLOCK_N, 1, P, 1, 1, 1, 1)), tl.reshape(z, (BLOCK_N, 1, P, 1, 1, 1, 1))
+    codes = all_codes(tile, extra, BITS, HIGH, CODE, tl.float32, 0).to(tl.float32)
+    codes = tl.reshape(codes, (BLOCK_N, 4, P, PART // 32 // P, 2, 2, 2))
+    if CODE != 0:
+        values = codes * s
+    elif SCALES == 2 or SCALES == 3:
+        values = codes * s - z
+    else:
+        values = (codes - z) * s
+    values = tl.reshape(values.to(out.dtype.element_ty), (BLOCK_N, 4, PART // 32, 2, 2, 2))
+    if BITS == 4:  # n 0 t 1 block 2 i 3 e 4 T 5
+        values = tl.permute(values, (0, 2, 5, 4, 1, 3))
+    else:  # n 0 t 1 block 2 T 3 i 4 e 5
+        values = tl.permute(values, (0, 2, 3, 5, 1, 4))
+    k = part * PART + tl.arange(0, PART)
+    inside = (row < count)[:, None] & (k < K)[None, :]
+    place = out + row.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(place, tl.reshape(values, (BLOCK_N, PART)), mask=inside)
+
+
+def write_out(weight: Any, rows: slice, dtype: torch.dtype) -> Tensor:
+    """The values of some outputs [rows, K] in ``dtype``, inputs in stored order."""
+    count = rows.stop - rows.start
+    out = torch.empty((count, weight.inputs), dtype=dtype, device=weight.words.device)
+    parts = triton.cdiv(weight.inputs, 16 * weight.layout.places)
+    _write_kernel[(parts, triton.cdiv(count, 64))](
+        out, weight.words, weight.high, weight.scale, weight.outer, weight.outputs, weight.inputs, rows.start, count,
+        **constants(weight.layout), BLOCK_N=64, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class Few:
+    """How few tokens are multiplied: warps of a program, whether each has two parts of the inputs, programs a multiprocessor."""
+
+    warps: int
+    two: bool
+    programs: int
+
+    def ranges(self, parts: int) -> int:
+        """Ranges of inputs."""
+        return triton.cdiv(parts, self.warps * (1 + self.two))
+
+
+FEW_TOKENS = (Few(16, True, 1), Few(8, True, 2), Few(8, False, 2), Few(4, True, 3))
+MORE_TOKENS = (Few(16, False, 1), Few(8, False, 2))  # or more groups: twice the registers for one part
+
+
+def few(tokens: int, parts: int, groups: int) -> Few:
+    """The launch for up to 16 tokens, so many parts of inputs, so many groups in a part: as few ranges as registers allow, and
+    no warp without work."""
+    for choice in FEW_TOKENS if tokens <= 8 and groups == 1 else MORE_TOKENS:
+        each = choice.warps * (1 + choice.two)
+        if parts >= each and -parts % each * 16 <= parts:
+            return choice
+    return Few(4, False, 4)
+
+
+def tile(block: int, large: bool) -> tuple[int, int, int]:
+    """Outputs, warps and stages of the software pipeline for tiles of ``block`` tokens; ``large``: with 227 KiB of shared
+    memory."""
+    if block <= 64:
+        return 64, 4, 4
+    return (64, 4, 3 if large else 2) if block <= 128 else (128, 8, 3)
+
+
+class LinearFragments(LinearPacked):
+    """``octavo.device.ops.packed.linear_packed`` on a GPU, either order of codes; the tensors of the weight are contiguous.
+
+    An instance keeps the zeroed counters of its split products. Its first call runs every kernel it may need once, so that
+    none compiles later.
+    """
+
+    @staticmethod
+    def write_out(weight: Any, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The values of some outputs."""
+        return (write_out if weight.layout.fragments else packed.write_out)(weight, rows, dtype)
+
+    def __init__(self, large: bool = False, pdl: bool = False) -> None:
+        super().__init__(large, pdl)
+        self.large = large
+        self.tiles = LARGE_TILES if large else TILES
+        self.processors = 0
+
+    def __call__(
+        self, x: Tensor, weight: Any, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if not weight.layout.fragments:
+            return super().__call__(x, weight, bias, out)
+        tokens = x.shape[0]
+        if out is None:
+            out = torch.empty((tokens, weight.outputs), dtype=x.dtype, device=x.device)
+        if tokens == 0:
+            return out
+        if self.counters is None:
+            self.counters = torch.zeros(2 * TARGET_TILES, dtype=torch.int32, device=x.device)
+            self.processors = processors(x.device)
+            self._warm(x, weight, bias)
+        if weight.order is not None:
+            x = x.index_select(1, weight.order)
+        # No tensor cores for float32: the library is as good.
+        if tokens >= WRITE_OUT_FROM or x.dtype == torch.float32:
+            return self._library(x, weight, bias, out)
+        if tokens <= FEW:
+            self._few(x, weight, bias, out)
+        else:
+            self._tiles(
+                next((size for size in self.tiles if size >= tokens), self.tiles[-1]), x, weight, bias, out
+            )
+        return out
+
+    def _warm(self, x: Tensor, weight: Any, bias: Tensor | None) -> None:
+        if not weight.layout.fragments:
+            return super()._warm(x, weight, bias)
+        out = torch.empty((FEW, weight.outputs), dtype=x.dtype, device=x.device)
+        if x.dtype != torch.float32:
+            several = x[:1].expand(FEW, -1).contiguous()
+            for tokens in (1, FEW):
+                self._few(several[:tokens], weight, bias, out[:tokens])
+            for block in self.tiles:
+                self._tiles(block, several, weight, bias, out)
+        self.write_out(weight, slice(0, 1), x.dtype)
+
+    def _few(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
+        """Up to 16 tokens."""
+        tokens, outputs, layout = x.shape[0], weight.outputs, weight.layout
+        parts = triton.cdiv(weight.inputs, 16 * layout.places)
+        groups = 16 * layout.places // layout.group if layout.group else 0
+        launch = few(tokens, parts, max(1, groups))
+        ranges, blocks = launch.ranges(parts), triton.cdiv(outputs, 16)
+        programs = min(blocks, max(1, self.processors * launch.programs // ranges))
+        sums = out
+        if ranges > 1:
+            sums = torch.empty((ranges, tokens, outputs), dtype=torch.float32, device=x.device)
+        early = {"launch_pdl": True} if self.pdl else {}
+        _few_kernel[(programs, ranges)](
+            out, sums, x, weight.words, weight.high, weight.scale, weight.outer, bias, NIBBLES, tokens, outputs,
+            weight.inputs, parts, blocks, x.stride(0), out.stride(0), **constants(layout), KS=launch.warps, TWO=launch.two,
+            NH=1 if tokens <= 8 else 2, SPLIT=ranges > 1, BIAS=bias is not None, PDL=self.pdl, num_warps=launch.warps,
+            **early,
+        )  # fmt: skip
+        if ranges > 1:
+            _add_kernel[(tokens, triton.cdiv(outputs, 512))](
+                out, sums, bias, tokens, outputs, ranges, out.stride(0), BLOCK=512, BIAS=bias is not None, PDL=self.pdl,
+                num_warps=4, **early,
+            )  # fmt: skip
+
+    def _tiles(self, block: int, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
+        """One kernel with tiles of ``block`` tokens."""
+        tokens, outputs, layout = x.shape[0], weight.outputs, weight.layout
+        block_n, warps, stages = tile(block, self.large)
+        parts = triton.cdiv(weight.inputs, 16 * layout.places)
+        columns, rows = triton.cdiv(outputs, block_n), triton.cdiv(tokens, block)
+        per_split = triton.cdiv(parts, max(1, min(MAX_SPLITS, parts, TARGET_TILES // (columns * rows))))
+        ranges = triton.cdiv(parts, per_split)
+        sums = out
+        if ranges > 1:
+            sums = torch.empty((ranges, tokens, outputs), dtype=torch.float32, device=x.device)
+        _tile_kernel[(rows, columns, ranges)](
+            out, sums, self.counters, x, weight.words, weight.high, weight.scale, weight.outer, bias, NIBBLES, tokens, outputs,
+            weight.inputs, parts, per_split, x.stride(0), out.stride(0), **constants(layout),
+            EVEN=weight.inputs % (16 * layout.places) == 0, BLOCK_M=block, BLOCK_N=block_n, WR=warps, STAGES=stages,
+            SPLIT=ranges > 1, BIAS=bias is not None, num_warps=warps,
+        )  # fmt: skip
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+class LinearFragmentsHopper(LinearFragments):
+    """With dependent launch for few tokens, and larger tiles for many."""
+
+    def __init__(self) -> None:
+        super().__init__(large=True, pdl=True)
