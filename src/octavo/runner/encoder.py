@@ -23,6 +23,7 @@ class Text:
 
     token_ids: Tensor
     pooling: Pooling
+    second_at: int
 
 
 class EncoderRunner:
@@ -51,13 +52,23 @@ class EncoderRunner:
         for init in plan.admits:
             if init.pooling is None:
                 raise RuntimeError("an encoder was asked to generate")
-            self._texts[init.slot] = Text(torch.tensor(init.token_ids, dtype=torch.int64), init.pooling)
+            ids = torch.tensor(init.token_ids, dtype=torch.int64)
+            self._texts[init.slot] = Text(ids, init.pooling, init.second_at)
         ends = np.asarray(plan.starts) + np.asarray(plan.num_tokens)
-        complete = [
-            row for row, slot in enumerate(plan.slots) if ends[row] == len(self._text(slot).token_ids)
-        ]
+        # What comes out has another shape for each of these kinds, so they are batched apart.
+        complete: dict[str, list[int]] = {}
+        for row, slot in enumerate(plan.slots):
+            text = self._text(slot)
+            if ends[row] == len(text.token_ids):
+                kind = text.pooling if text.pooling in ("classify", "tokens") else "vector"
+                complete.setdefault(kind, []).append(row)
         self._current = plan
-        self._vectors = [(rows, self._read(rows, plan)) for rows in self._batches(complete, plan)]
+        self._vectors = [
+            made
+            for of_kind in complete.values()
+            for rows in self._batches(of_kind, plan)
+            for made in self._read(rows, plan)
+        ]
 
     def sample(self, masks: list[GrammarMask]) -> None:
         """See ``Runner.sample``; nothing is drawn."""
@@ -66,10 +77,8 @@ class EncoderRunner:
             raise RuntimeError("sample() without forward()")
         self._current = None
         result = StepResult(plan.step, [[] for _ in plan.slots])
-        rows = [row for batch, _ in self._vectors for row in batch]
-        if rows:
-            values = torch.cat([vectors for _, vectors in self._vectors]).cpu()
-            PendingVectors(rows, values).into(result)
+        for rows, vectors in self._vectors:
+            PendingVectors(rows, vectors.cpu()).into(result)
         self._ready.append(result)
 
     def collect(self) -> StepResult:
@@ -98,12 +107,18 @@ class EncoderRunner:
             room -= 1
         return batches
 
-    def _read(self, rows: list[int], plan: StepPlan) -> Tensor:
-        """Vectors [R, E] float32 of complete rows."""
+    def _read(self, rows: list[int], plan: StepPlan) -> list[tuple[list[int], Tensor]]:
+        """Vectors [R, E] float32 of complete rows, together or (of all tokens [1, n x E]) one by one."""
         texts = [self._text(plan.slots[row]) for row in rows]
-        hidden, there = self.network.forward([text.token_ids for text in texts])
+        hidden, there = self.network.forward(
+            [text.token_ids for text in texts], [text.second_at for text in texts]
+        )
+        if texts[0].pooling == "classify":
+            return [(rows, self.network.classify(hidden[:, 0]).float())]
         hidden = hidden.float()
         counts = there.sum(dim=1)
+        if texts[0].pooling == "tokens":
+            return [([row], hidden[i, : counts[i]].reshape(1, -1)) for i, row in enumerate(rows)]
         vectors = []
         for i, text in enumerate(texts):
             if text.pooling == "cls":
@@ -112,4 +127,4 @@ class EncoderRunner:
                 vectors.append(hidden[i, counts[i] - 1])
             else:
                 vectors.append(hidden[i, : counts[i]].mean(dim=0))
-        return torch.stack(vectors)
+        return [(rows, torch.stack(vectors))]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.device.platform.base import Platform
 from octavo.model.batch import Batch, GroupTables
-from octavo.model.network import Network
+from octavo.model.face import AnyNetwork
 from octavo.protocol.plan import StepPlan
 from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.mixed_graphs import MixedGraphs
@@ -30,7 +30,7 @@ class DecodeGraphs:
     """All captured sizes over one static input buffer and one shared memory pool."""
 
     def __init__(
-        self, network: Network, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
+        self, network: AnyNetwork, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
     ) -> None:
         self.network = network
         self.slots = slots
@@ -116,7 +116,7 @@ class StepGraphs:
     """Decode graphs, then mixed ones, over one shared memory pool; None from ``run`` means: launch kernel by kernel."""
 
     def __init__(
-        self, network: Network, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
+        self, network: AnyNetwork, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
     ) -> None:
         self.decode = DecodeGraphs(network, slots, builder, platform, max_model_len)
         self.mixed = MixedGraphs(network, slots, builder, platform, max_model_len)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.device.platform.base import Platform
 from octavo.model.batch import Batch, GroupTables
-from octavo.model.network import Network
+from octavo.model.face import AnyNetwork
 from octavo.protocol.plan import StepPlan
 from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.record import Replays, record
@@ -29,7 +29,7 @@ class MixedGraphs:
     """Graphs by number of tokens; every graph has room for ``sizes.rows_of`` rows."""
 
     def __init__(
-        self, network: Network, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
+        self, network: AnyNetwork, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
     ) -> None:
         self.network = network
         self.slots = slots

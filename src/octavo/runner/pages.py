@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,11 +24,16 @@ class PageMemory:
         self.layout = layout
         self.num_pages = num_pages
         self.tensors = [_zeros(num_pages, layout.page_bytes, device) for _ in range(layout.layers_per_group)]
-        self.places: dict[int, CachePlace] = {
-            layer: CachePlace(self.tensors[position], index, group.spec)
-            for index, group in enumerate(layout.groups)
-            for position, layer in enumerate(group.layers)
-        }
+        self.places = self._places()
+
+    def _places(self) -> dict[int, CachePlace]:
+        """Every layer's places, the first of them holding the others."""
+        found: dict[int, dict[int, CachePlace]] = {}
+        for index, group in enumerate(self.layout.groups):
+            for position, (layer, part) in enumerate(group.members()):
+                found.setdefault(layer, {})[part] = CachePlace(self.tensors[position], index, group.spec)
+        ordered = {layer: [parts[part] for part in sorted(parts)] for layer, parts in found.items()}
+        return {layer: replace(first, more=tuple(more)) for layer, (first, *more) in ordered.items()}
 
     def apply(self, ops: list[PageOp]) -> None:
         """Carry out page operations, in order."""

@@ -21,7 +21,7 @@ class PendingVectors:
 
     def into(self, result: StepResult) -> None:
         """Write the vectors into the step's result, when the copy has arrived; one that is not finite is an error."""
-        result.pooled = {}
+        result.pooled = dict(result.pooled or {})
         for row, vector in zip(self.rows, self.values.numpy()):
             if np.isfinite(vector).all():
                 result.pooled[row] = vector.tobytes()

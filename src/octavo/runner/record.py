@@ -8,13 +8,13 @@ from torch import Tensor
 
 from octavo.device.platform.base import Platform
 from octavo.model.batch import Batch
-from octavo.model.network import Network
+from octavo.model.face import AnyNetwork
 
 Replays = dict[int, tuple[Callable[[], None], Tensor]]  # size -> (replay, the output it writes)
 
 
 def record(
-    network: Network,
+    network: AnyNetwork,
     platform: Platform,
     sizes: list[int],
     batch_of: Callable[[int], Batch],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,12 @@ from torch import Tensor
 from octavo.device.ops.bind import Binder
 from octavo.device.platform.base import Event, Platform
 from octavo.engine.cache.layout import CacheLayout
-from octavo.model.network import Network
+from octavo.model.face import AnyNetwork
 from octavo.protocol.generate import Logprob
 from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
 from octavo.runner.batch import BatchBuilder, Prepared
 from octavo.runner.graphs import StepGraphs
+from octavo.runner.late import LateQueue, LateTokens
 from octavo.runner.pages import PageMemory
 from octavo.runner.pooling import PendingVectors, Pooler
 from octavo.runner.rescue import MESSAGE, Parts, attempt, part_of
@@ -51,7 +52,8 @@ class InFlight:
     prompt: list[tuple[int, PendingLogprobs]]
     errors: dict[int, str]
     event: Event
-    vectors: PendingVectors | None = None
+    vectors: Sequence[PendingVectors] = ()
+    late: LateTokens | None = None
 
 
 class TorchRunner:
@@ -59,7 +61,7 @@ class TorchRunner:
 
     def __init__(
         self,
-        network: Network,
+        network: AnyNetwork,
         pages: PageMemory,
         platform: Platform,
         binder: Binder,
@@ -68,12 +70,14 @@ class TorchRunner:
         num_slots: int,
         max_tokens: int,
         max_model_len: int,
-        agree: Callable[[Tensor], Tensor] | None = None,
+        agree: Callable[[Tensor], Callable[[], object]] | None = None,
+        tells: bool = True,
     ) -> None:
-        """``agree``, where several ranks compute together, replaces drawn tokens, in place, by those of the rank that
-        speaks for all."""
+        """``agree``, where several ranks compute together, begins to replace drawn tokens, in place, by those of the rank
+        that speaks for all, and returns what waits for that. Results of a runner that does not ``tell`` are empty."""
         self.network = network
         self.agree = agree
+        self.tells = tells
         self.pages = pages
         self.platform = platform
         self.layout: CacheLayout = pages.layout
@@ -88,11 +92,13 @@ class TorchRunner:
         self.current: tuple[StepPlan, Prepared, Tensor] | None = None
         self.errors: dict[int, str] = {}  # rows of the current step that found no memory
         self.in_flight: deque[InFlight] = deque()
+        self.late = LateQueue(self.slots, platform)
         network.bind_cache(pages.places)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> None:
         """See ``Runner.forward``."""
+        self.late.settle_for(plan.slots)
         self.pages.apply(plan.page_ops)
         self.slots.admit(plan.admits)
         self.sampler.admit(plan.admits)
@@ -131,19 +137,39 @@ class TorchRunner:
         self.current = None
         errors, self.errors = self.errors, {}
         count = len(step.rows)
-        drawn = self._draw(hidden[:count], step, masks, errors) if count else []
         is_last = self.network.spec.is_last
+        drawn, late = [], None
+        if count and is_last:
+            drawn = self._draw(hidden[:count], step, masks, errors)
+        elif count:
+            late = self._await(step)
         prompt = self._prompt_logprobs(plan, step, hidden[count:], errors) if is_last else []
-        vectors = self._vectors(plan, step, hidden) if step.pooled_rows and is_last else None
+        vectors = self._vectors(plan, step, hidden) if step.pooled_rows and is_last else ()
         event = self.platform.event()
         event.record()
-        self.in_flight.append(InFlight(plan, drawn, prompt, errors, event, vectors))
+        self.in_flight.append(InFlight(plan, drawn, prompt, errors, event, vectors, late))
 
-    def _vectors(self, plan: StepPlan, step: Prepared, hidden: Tensor) -> PendingVectors:
+    def _vectors(self, plan: StepPlan, step: Prepared, hidden: Tensor) -> list[PendingVectors]:
         """What the step adds to pooling sequences, and the vectors of those whose prompt it ends."""
         begin = len(step.rows) + sum(count for _, _, count in step.prompt_rows)
         rows, values = self.pooler.add(step, plan.slots, hidden[begin:])
-        return PendingVectors(rows, self.sampler.to_host(values))
+        told = [i for i, row in enumerate(rows) if self.slots.pooling[plan.slots[row]] == "classify"]
+        classifier = self.network.classifier
+        if not told or classifier is None:
+            return [PendingVectors(rows, self.sampler.to_host(values))]
+        plain = [i for i in range(len(rows)) if i not in told]
+        classes = classifier(values[told].to(self.network.dtype)).float()
+        found = [PendingVectors([rows[i] for i in told], self.sampler.to_host(classes))]
+        if plain:
+            found.append(PendingVectors([rows[i] for i in plain], self.sampler.to_host(values[plain])))
+        return found
+
+    def _await(self, step: Prepared) -> LateTokens:
+        """What the last stage will draw for this step."""
+        tokens = torch.zeros(len(step.rows), dtype=torch.int64, device=self.platform.device)
+        if self.agree is None:
+            raise RuntimeError("a stage of a pipeline is alone")
+        return self.late.add(step, tokens, self.agree(tokens))
 
     def _draw(
         self, hidden: Tensor, step: Prepared, masks: list[GrammarMask], errors: dict[int, str]
@@ -151,14 +177,9 @@ class TorchRunner:
         """Draw for all sampling rows at once; where memory is short, in halves."""
 
         def work() -> Drawn:
-            tokens = torch.zeros(len(step.rows), dtype=torch.int64, device=self.platform.device)
-            bad, pending = tokens.bool(), None
-            if self.network.spec.is_last:  # only a model's last stage has logits
-                logits = self.network.logits(hidden)
-                bad = logits.isnan().any(dim=-1)
-                tokens, pending = self.sampler.draw(logits, step, masks)
+            tokens, bad, pending = self.sampler.draw(self.network.logits(hidden), step, masks)
             if self.agree is not None:
-                tokens = self.agree(tokens)
+                self.agree(tokens)()
             self.slots.last_token[step.slots] = tokens
             return Drawn(step.rows, self.sampler.to_host(tokens), self.sampler.to_host(bad), pending)
 
@@ -181,8 +202,13 @@ class TorchRunner:
     def collect(self) -> StepResult:
         """See ``Runner.collect``."""
         done = self.in_flight.popleft()
-        done.event.synchronize()
         tokens: list[list[int]] = [[] for _ in range(done.plan.num_rows)]
+        if not self.tells:
+            return StepResult(step=done.plan.step, tokens=tokens)
+        done.event.synchronize()
+        if done.late is not None:
+            for row, token in zip(done.late.rows, self.late.read(done.late).tolist()):
+                tokens[row] = [token]
         errors = done.errors
         table: list[list[list[Logprob]] | None] | None = None
         for part in done.drawn:
@@ -201,8 +227,8 @@ class TorchRunner:
                 found = pending.per_row()
                 prompts[row] = (prompts[row] or []) + [found[i] for i in sorted(found)]
             result.prompt_logprobs = prompts
-        if done.vectors is not None:
-            done.vectors.into(result)
+        for vectors in done.vectors:
+            vectors.into(result)
         return result
 
     def close(self) -> None:
@@ -240,7 +266,7 @@ class TorchRunner:
 
         def work() -> PendingLogprobs:
             target = torch.from_numpy(known).to(self.platform.device, non_blocking=True)
-            logits = self.network.logits(hidden)
+            logits = self.network.logits(hidden).float()
             return self.sampler.rank(logits, target, list(range(size)), [limit] * size)
 
         return work() if self.agree is not None else attempt(work, self._release)

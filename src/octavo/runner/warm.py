@@ -7,13 +7,16 @@ follows their number, by powers of two), and every stage of sampling. The steps 
 from __future__ import annotations
 
 from octavo.protocol.generate import SamplingParams
-from octavo.protocol.plan import SlotInit, StepPlan
+from octavo.protocol.plan import GrammarMask, SlotInit, StepPlan
 from octavo.runner.runner import TorchRunner
 
 LONG = 1024  # tokens from which attention takes its large tiles
 MOST_ROWS = 512  # from about a quarter of these on no row of a decode is split any more, whatever the model
 SAMPLINGS = (
     SamplingParams(temperature=0.0),
+    SamplingParams(
+        temperature=0.0, logit_bias={0: 1.0}
+    ),  # changed logits are float32, others of the run type
     SamplingParams(temperature=1.0),
     SamplingParams(temperature=1.0, top_p=0.9, top_k=20, min_p=0.05),
     SamplingParams(
@@ -25,7 +28,7 @@ SAMPLINGS = (
 def warm(runner: TorchRunner, max_model_len: int) -> int:
     """Run the steps; returns how many. They need one slot more than one where the runner has it."""
     long = min(LONG + 128, runner.max_tokens - 1, max_model_len - 1)
-    rows = [[1], [5], [long]]
+    rows = [[1], [5], [20], [50], [long]]
     if runner.num_slots > 1:
         rows += [[1, 1], [5, 1], [long, 1], [5] * min(80, runner.num_slots, runner.max_tokens // 5)]
     count = 0
@@ -45,12 +48,13 @@ def row_counts(most: int) -> list[int]:
 def _run(runner: TorchRunner, shape: list[int], sampling: SamplingParams) -> int:
     """A prompt step of these lengths, then one decode of all rows."""
     every = list(range(len(shape)))
+    words = b"\xff" * (4 * -(-runner.sampler.vocab_size // 32))
     admits = [SlotInit(i, [0] * size, size, sampling, i, [0]) for i, size in enumerate(shape)]
     none, yes = [0] * len(shape), [True] * len(shape)
     prompt = StepPlan(0, every, none, shape, none, yes, admits, [], [])
     decode = StepPlan(1, every, shape, [1] * len(shape), none, yes, [], [], [])
     for plan in (prompt, decode):
         runner.forward(plan)
-        runner.sample([])
+        runner.sample([GrammarMask(0, words)] if sampling.logit_bias else [])
         runner.collect()
     return 2

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Most rows of a step whose kernels are all our own and start early (programmatic dependent launch): with more, products are
+# the vendor's, which take no part in it.
+FEW = 64
 # Outputs from which the vendor's product is faster even for one token: widening takes the time, not reading.
 WIDE = 16384
 ALIGNMENT = 16  # of both sizes of a weight that the vendor's product takes

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.device.kernels.numba import attention as attention_kernels
-from octavo.device.kernels.numba import formats
-from octavo.device.kernels.numba import scan as kernels
-from octavo.device.kernels.numba.linear import META_BYTES
-from octavo.device.kernels.numba.rows import ACTIVATIONS
+from octavo.device.kernels.numba import formats, shared
+from octavo.device.kernels.numba.shared import ACTIVATIONS, META_BYTES
 from octavo.engine.cache.layout import CacheLayout
 from octavo.errors import UnsupportedModelError
-from octavo.model.blocks import Attention, DecoderSpec, GatedMLP, Layer, Norm, Rope
-from octavo.runner.cpu.program import Program, Tape, aligned, attention_of, float_bits
-from octavo.runner.cpu.weights import Panels, WeightReader
+from octavo.model.blocks import Attention, DecoderSpec, FeedForward, GatedMLP, Layer, MoE, Norm, Rope
+from octavo.runner.cpu.mixture import Mixture
+from octavo.runner.cpu.program import Program, Tape, aligned, attention_of, float_bits, norms_whole
+from octavo.runner.cpu.weights import Panels, WeightReader, forms
 
 COUNTER_LINE = 8  # int64 entries between two work counters: a cache line
 EXTRA_PARTS = 1024  # parts of split contexts beyond one part a token
@@ -102,9 +100,9 @@ def buffers(spec: DecoderSpec, tokens: int, threads: int) -> Buffers:
     layers = spec.layers
     hidden = spec.embedding.hidden
     attended = max(attention_of(x).output.in_features for x in layers)
-    gated = [x.mlp.intermediate for x in layers if isinstance(x.mlp, GatedMLP)]
+    gated = [gated_size(x.mlp) for x in layers]
     inner = max(hidden, attended, *gated)
-    wide = max(2 * max(gated), *(attention_of(x).qkv.out_features for x in layers))
+    wide = max(*(2 * size for size in gated), *(attention_of(x).qkv.out_features for x in layers))
     heads = max(attention_of(x).num_heads for x in layers)
     parts = tokens + EXTRA_PARTS
     return Buffers(
@@ -118,8 +116,14 @@ def buffers(spec: DecoderSpec, tokens: int, threads: int) -> Buffers:
         queries=aligned((tokens, attended), np.uint16),
         parts=aligned((parts, attended), np.float32, zero=True),  # 0 * garbage must not be NaN
         stats=aligned((parts, heads, 2), np.float32),
-        scratch=aligned((threads, attention_kernels.SCRATCH_BYTES), np.uint8),
+        scratch=aligned((threads, shared.SCRATCH_BYTES), np.uint8),
     )
+
+
+def gated_size(mlp: FeedForward) -> int:
+    """Channels of the gated MLP that every token visits, 0 where there is none."""
+    block = mlp.shared if isinstance(mlp, MoE) else mlp
+    return block.intermediate if isinstance(block, GatedMLP) else 0
 
 
 def step_tables(spec: DecoderSpec, layout: CacheLayout, tokens: int, item_tokens: int) -> StepTables:
@@ -133,7 +137,7 @@ def step_tables(spec: DecoderSpec, layout: CacheLayout, tokens: int, item_tokens
         token_ids=np.zeros(tokens, np.int64),
         slots=np.zeros((groups, tokens), np.int64),
         ropes={rope: np.zeros((tokens, rope.dim), np.float32) for rope in ropes},
-        items=np.zeros((groups, items, attention_kernels.ITEM_FIELDS), np.int64),
+        items=np.zeros((groups, items, shared.ITEM_FIELDS), np.int64),
         splits=np.zeros((groups, tokens, 2), np.int64),
         head_rows=np.zeros(tokens, np.int64),
         counters=np.zeros((len(spec.layers), COUNTER_LINE), np.int64),
@@ -165,6 +169,7 @@ class Lowering:
         self.logits = logits
         self.no_bias = aligned(16, np.float32, zero=True)
         self.weight_bytes = 0
+        self.mixture: Mixture | None = None  # made where the first is met
         program.keep += [self.no_bias, pages, logits]
 
     def lower(self) -> Lowered:
@@ -197,10 +202,12 @@ class Lowering:
 
     # What follows appends one kernel each; argument orders are those of the kernels' docstrings.
 
-    def _count(self, index: int) -> int:
+    def count(self, index: int) -> int:
+        """Address of an entry of ``StepTables.counts``."""
         return int(self.tables.counts.ctypes.data) + 8 * index
 
-    def _keep(self, array: NDArray[np.generic]) -> int:
+    def keep(self, array: NDArray[np.generic]) -> int:
+        """Address of an array that lives as long as the program."""
         self.program.keep.append(array)
         return int(array.ctypes.data)
 
@@ -208,35 +215,35 @@ class Lowering:
         self.program.add(
             "embed",
             [
-                self._count(0),
+                self.count(0),
                 self.tables.token_ids.ctypes.data,
-                self._keep(table.weights),
-                self._keep(table.scales),
+                self.keep(table.weights),
+                self.keep(table.scales),
                 table.weights.shape[1],
                 table.scales.shape[1],
                 table.code,
                 table.in_features,
                 self.memory.x.ctypes.data,
                 float_bits(self.spec.embedding.scale),
-                0 if table.lower is None else self._keep(table.lower),
+                0 if table.lower is None else self.keep(table.lower),
                 0 if table.lower is None else table.lower.shape[1],
             ],
         )
 
-    def _norm(
+    def norm(
         self, norm: Norm | None, prefix: str, users: list[Panels], rows: int = 0, count: int = 0
     ) -> None:
         """RMSNorm of x for the linears that read it: int8, float32, or both."""
         if norm is None:
             raise UnsupportedModelError("The compiled CPU path needs a norm before every branch.")
-        plain, quants = _forms(users)
+        plain, quants = forms(users)
         self.program.add(
             "norm",
             [
-                self._count(count),
+                self.count(count),
                 self.memory.x.ctypes.data,
                 rows,
-                self._keep(self.weights.norm(norm, prefix)),
+                self.keep(self.weights.norm(norm, prefix)),
                 norm.size,
                 float_bits(norm.eps),
                 self.memory.plain.ctypes.data if plain else 0,
@@ -245,10 +252,10 @@ class Lowering:
             ],
         )
 
-    def _linear(
+    def linear(
         self,
         parts: list[Panels],
-        out: NDArray[np.float32],
+        out: NDArray[np.generic],
         width: int,
         alpha: float,
         add: bool,
@@ -257,17 +264,17 @@ class Lowering:
         """out [tokens, width] = (or +=) alpha * (inputs x weights) + bias."""
         tables, first = [], 0
         for index, part in enumerate(parts):
-            arguments = self._arguments(part, out, first, width, alpha, add, count)
+            arguments = self.arguments(part, out, first, width, alpha, add, count)
             last, products = index == len(parts) - 1, part.in_features * part.out_features
             tables.append(self.program.add(part.kernel, arguments, last, part.nbytes, products))
             first += part.out_features
             self.weight_bytes += part.nbytes
         return tables
 
-    def _arguments(
+    def arguments(
         self,
         part: Panels,
-        out: NDArray[np.float32],
+        out: NDArray[np.generic],
         first: int,
         width: int,
         alpha: float,
@@ -281,34 +288,34 @@ class Lowering:
             source = [self.memory.plain.ctypes.data, part.in_features * 4]
         bias = part.bias if part.bias is not None else self.no_bias
         arguments = [
-            self._count(count),
-            self._keep(part.weights),
-            self._keep(part.scales),
+            self.count(count),
+            self.keep(part.weights),
+            self.keep(part.scales),
             part.in_features // 32,
             len(part.weights),
             *source,
             out.ctypes.data + 4 * first,
             width * 4,
-            self._keep(bias),
+            self.keep(bias),
             64 if part.bias is not None else 0,
             float_bits(alpha),
             int(add),
         ]
-        return arguments if part.lower is None else [*arguments, self._keep(part.lower)]
+        return arguments if part.lower is None else [*arguments, self.keep(part.lower)]
 
     def _branch(self, parts: list[Panels], layer: Layer, post: Norm | None, prefix: str) -> None:
         """The end of a branch: its last linear, the post norm where there is one, and the residual addition."""
         hidden = self.spec.embedding.hidden
         if post is None:
-            self._linear(parts, self.memory.x, hidden, layer.residual_scale, True)
+            self.linear(parts, self.memory.x, hidden, layer.residual_scale, True)
             return
-        self._linear(parts, self.memory.y, hidden, 1.0, False)
+        self.linear(parts, self.memory.y, hidden, 1.0, False)
         self.program.add(
             "add_norm",
             [
-                self._count(0),
+                self.count(0),
                 self.memory.y.ctypes.data,
-                self._keep(self.weights.norm(post, prefix)),
+                self.keep(self.weights.norm(post, prefix)),
                 post.size,
                 float_bits(post.eps),
                 float_bits(layer.residual_scale),
@@ -320,17 +327,17 @@ class Lowering:
         block, prefix = attention_of(layer), self.weights.prefix(index)
         qkv = self.weights.linear(block.qkv, prefix)
         output = self.weights.linear(block.output, prefix)
-        self._norm(layer.input_norm, prefix, qkv)
-        self._linear(qkv, self.memory.wide, block.qkv.out_features, 1.0, False)
+        self.norm(layer.input_norm, prefix, qkv)
+        self.linear(qkv, self.memory.wide, block.qkv.out_features, 1.0, False)
         group, tensor = self.layout.place(index)
         pages = self.pages.ctypes.data + tensor * self.layout.page_bytes
         self._rope_store(block, prefix, group, pages)
         self._attend(block, index, group, pages)
-        plain, quants = _forms(output)
+        plain, quants = forms(output)
         self.program.add(
             "combine",
             [
-                self._count(0),
+                self.count(0),
                 self.memory.parts.ctypes.data,
                 self.memory.stats.ctypes.data,
                 block.num_heads,
@@ -349,12 +356,22 @@ class Lowering:
         norms = [0, 0]
         for i, norm in enumerate((block.q_norm, block.k_norm)):
             if norm is not None:
-                norms[i] = self._keep(self.weights.norm(norm, prefix))
+                norms[i] = self.keep(self.weights.norm(norm, prefix))
         eps = block.q_norm.eps if block.q_norm else block.k_norm.eps if block.k_norm else 0.0
+        if norms_whole(block):
+            widths = (
+                block.qkv.out_features,
+                block.num_heads * block.head_dim,
+                block.num_kv_heads * block.head_dim,
+            )
+            self.program.add(
+                "whole_norm", [self.count(0), self.memory.wide.ctypes.data, *widths, *norms, float_bits(eps)]
+            )
+            norms = [0, 0]
         self.program.add(
             "rope_store",
             [
-                self._count(0),
+                self.count(0),
                 self.memory.wide.ctypes.data,
                 block.num_heads,
                 block.num_kv_heads,
@@ -376,7 +393,7 @@ class Lowering:
         self.program.add(
             "attend",
             [
-                self._count(2 + group),
+                self.count(2 + group),
                 self.tables.items[group].ctypes.data,
                 block.num_heads,
                 block.num_kv_heads,
@@ -397,17 +414,26 @@ class Lowering:
 
     def _mlp(self, index: int, layer: Layer) -> None:
         block, prefix = layer.mlp, self.weights.prefix(index)
+        if isinstance(block, MoE):
+            self.mixture = self.mixture or Mixture(self)
+            self.mixture.lower(block, layer, prefix)
+            return
         if not isinstance(block, GatedMLP):
             raise UnsupportedModelError("The compiled CPU path needs gated MLPs.")
         gate_up = self.weights.linear(block.gate_up, prefix)
         down = self.weights.linear(block.down, prefix)
-        self._norm(layer.pre_mlp_norm, prefix, gate_up)
-        self._linear(gate_up, self.memory.wide, 2 * block.intermediate, 1.0, False)
-        plain, quants = _forms(down)
+        self.norm(layer.pre_mlp_norm, prefix, gate_up)
+        self.linear(gate_up, self.memory.wide, 2 * block.intermediate, 1.0, False)
+        self.gate(block, down)
+        self._branch(down, layer, layer.post_mlp_norm, prefix)
+
+    def gate(self, block: GatedMLP, down: list[Panels]) -> None:
+        """act(gate) * up of ``wide`` for the linears ``down``."""
+        plain, quants = forms(down)
         self.program.add(
             "gate",
             [
-                self._count(0),
+                self.count(0),
                 self.memory.wide.ctypes.data,
                 block.intermediate,
                 ACTIVATIONS[block.activation],
@@ -416,11 +442,10 @@ class Lowering:
                 self.memory.meta.ctypes.data,
             ],
         )
-        self._branch(down, layer, layer.post_mlp_norm, prefix)
 
     def _head(self, parts: list[Panels]) -> list[NDArray[np.int64]]:
-        self._norm(self.spec.norm, "", parts, rows=self.tables.head_rows.ctypes.data, count=1)
-        return self._linear(parts, self.logits, self.logits.shape[1], self.spec.logit_scale, False, count=1)
+        self.norm(self.spec.norm, "", parts, rows=self.tables.head_rows.ctypes.data, count=1)
+        return self.linear(parts, self.logits, self.logits.shape[1], self.spec.logit_scale, False, count=1)
 
     def _narrow(self, parts: list[Panels]) -> Narrow | None:
         """The two tapes for a head in two planes whose products are the logits themselves."""
@@ -430,13 +455,13 @@ class Lowering:
         if spec.logit_scale != 1 or spec.logit_softcap:
             return None
         blocks = head.in_features // 32
-        spreads = aligned((self.memory.scratch.shape[0] * kernels.MOST_ROWS, blocks), np.float32)
-        segments = -(-len(head.weights) // kernels.SEGMENT)
-        lows = aligned((kernels.MOST_ROWS, segments * formats.ROWS), np.float32)
-        leasts = aligned(kernels.MOST_ROWS, np.float32)
-        extra = [self._keep(spreads), self._keep(lows), spec.embedding.vocab_size, self._keep(leasts)]
-        self._norm(spec.norm, "", parts, rows=self.tables.head_rows.ctypes.data, count=1)
-        arguments = [*self._arguments(head, self.logits, 0, self.logits.shape[1], 1.0, False, 1), *extra]
+        spreads = aligned((self.memory.scratch.shape[0] * shared.MOST_ROWS, blocks), np.float32)
+        segments = -(-len(head.weights) // shared.SCAN_SEGMENT)
+        lows = aligned((shared.MOST_ROWS, segments * formats.ROWS), np.float32)
+        leasts = aligned(shared.MOST_ROWS, np.float32)
+        extra = [self.keep(spreads), self.keep(lows), spec.embedding.vocab_size, self.keep(leasts)]
+        self.norm(spec.norm, "", parts, rows=self.tables.head_rows.ctypes.data, count=1)
+        arguments = [*self.arguments(head, self.logits, 0, self.logits.shape[1], 1.0, False, 1), *extra]
         upper = head.weights.nbytes + head.scales.nbytes
         scan = self.program.add(
             "scan", arguments, nbytes=upper, products=head.in_features * head.out_features
@@ -444,8 +469,3 @@ class Lowering:
         first = self.program.tape()
         refine = self.program.add("refine", arguments)
         return Narrow(first, self.program.tape(), lows, leasts, [scan, refine])
-
-
-def _forms(users: list[Panels]) -> tuple[bool, bool]:
-    """(float32 wanted, int8 wanted) by the linears that read a buffer."""
-    return any(not user.quantized for user in users), any(user.quantized for user in users)

@@ -33,6 +33,16 @@ def attention_of(layer: Layer) -> Attention:
     return layer.attention
 
 
+def norms_whole(block: Attention) -> bool:
+    """Whether q and k are normed over all heads together (OLMoE)."""
+    sizes = [norm.size if norm is not None else 0 for norm in (block.q_norm, block.k_norm)]
+    return (
+        sizes
+        == [block.num_heads * block.head_dim, block.num_kv_heads * block.head_dim]
+        != [block.head_dim] * 2
+    )
+
+
 class Arena:
     """Many arrays in few large allocations on huge pages where the system grants them: fewer address look-ups."""
 

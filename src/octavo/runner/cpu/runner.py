@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.device.kernels.numba.library import KernelLibrary
-from octavo.device.kernels.numba.linear import HOST, OUT
-from octavo.device.kernels.numba.scan import MOST_ROWS
+from octavo.device.kernels.numba.shared import HOST, MOST_ROWS, OUT
 from octavo.engine.cache.layout import CacheLayout
 from octavo.errors import UnsupportedModelError, UsageError
 from octavo.files.base import ModelFiles

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.device.kernels.numba import draw as kernel
+from octavo.device.kernels.numba import shared
 from octavo.device.kernels.numba.library import KernelLibrary
 from octavo.protocol.generate import Logprob, SamplingParams
 from octavo.protocol.plan import GrammarMask, SlotInit
@@ -53,8 +53,8 @@ class Sampler:
         self.generated: dict[int, NDArray[np.int32]] = {}
         self.prompted: dict[int, NDArray[np.bool_]] = {}
         rows, width = logits.shape
-        segments = -(-width // kernel.SEGMENT)
-        self.table = np.zeros((rows, kernel.ROW_FIELDS), np.int64)
+        segments = -(-width // shared.DRAW_SEGMENT)
+        self.table = np.zeros((rows, shared.ROW_FIELDS), np.int64)
         self.scores = np.zeros((rows, segments), np.float32)
         self.ids = np.zeros((rows, segments), np.int64)
         program = Program(library)
@@ -124,7 +124,11 @@ class Sampler:
     def _change(self, logits: Floats, row: Row, sampling: SamplingParams) -> bool:
         """Masks, bias, min_tokens and penalties, in place; False where there are none."""
         changed = False
-        if row.mask is not None:
+        if row.mask is not None and row.mask.penalties:
+            changed = True
+            taken = row.mask.penalties[0]
+            logits[np.array(list(taken), np.int64)] -= np.array(list(taken.values()), np.float32)
+        if row.mask is not None and row.mask.words:
             changed = True
             bits = np.unpackbits(np.frombuffer(row.mask.words, np.uint8), bitorder="little")[: len(logits)]
             logits[: len(bits)][bits == 0] = -np.inf
@@ -196,15 +200,15 @@ def _mass(weights: Floats, scaled: Floats, least: float) -> float:
 def noise_words(seed: int, position: int) -> tuple[int, int]:
     """The two 32-bit words that seed and position contribute to the noise of every token."""
     first = _mix(_mix(seed) ^ (position & 0xFFFFFFFF))
-    second = _mix(_mix((seed >> 32) ^ kernel.WEYL) ^ (position >> 32 & 0xFFFFFFFF) ^ first)
+    second = _mix(_mix((seed >> 32) ^ shared.WEYL) ^ (position >> 32 & 0xFFFFFFFF) ^ first)
     return first, second
 
 
 def _mix(x: int) -> int:
     """A bijection of 32-bit words that flips each output bit about half the time."""
     x &= 0xFFFFFFFF
-    x = (x ^ (x >> 16)) * kernel.MIX_A & 0xFFFFFFFF
-    x = (x ^ (x >> 15)) * kernel.MIX_B & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * shared.MIX_A & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * shared.MIX_B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 

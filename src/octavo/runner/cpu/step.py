@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.device.kernels.numba import attention as kernels
+from octavo.device.kernels.numba import shared
 from octavo.engine.cache.layout import CacheLayout
 from octavo.engine.cache.spec import WindowKV
-from octavo.model.blocks import DecoderSpec
+from octavo.model.blocks import DecoderSpec, Rope
 from octavo.protocol.plan import StepPlan
 from octavo.runner.cpu.lower import EXTRA_PARTS, StepTables
 from octavo.runner.cpu.program import attention_of
@@ -23,6 +23,8 @@ from octavo.runner.cpu.slots import Slots
 
 Ints = NDArray[np.int64]
 ITEM_TOKENS = 16  # queries of one attention item
+KEPT_ANGLES = 16384  # positions whose rotations are kept once they were needed
+ANGLES_STEP = 512
 
 
 @dataclass(frozen=True)
@@ -82,26 +84,25 @@ class StepWriter:
             group.spec.window if isinstance(group.spec, WindowKV) else 0 for group in layout.groups
         ]
         self.kv_heads = max(attention_of(layer).num_kv_heads for layer in spec.layers)
-        self.frequencies = {
-            rope: (np.array(rope.frequencies(slots.max_model_len), np.float64), np.float32(rope.scale))
-            for rope in tables.ropes
-        }
+        self.rotations = {rope: Rotations(rope, slots.max_model_len) for rope in tables.ropes}
+        self.ramp = np.arange(len(tables.token_ids))
 
     def write(self, chunk: Chunk) -> None:
         """All tables but the head's."""
-        tables, firsts = self.tables, chunk.firsts
-        tokens = int(chunk.counts.sum())
-        positions = np.arange(tokens) + np.repeat(chunk.starts - firsts, chunk.counts)
-        token_slots = np.repeat(chunk.slots, chunk.counts)
+        tables, tokens = self.tables, int(chunk.counts.sum())
+        if tokens == len(chunk.counts):  # every piece one token: most steps
+            firsts, positions, token_slots = self.ramp[:tokens], chunk.starts, chunk.slots
+        else:
+            firsts = chunk.firsts
+            positions = self.ramp[:tokens] + np.repeat(chunk.starts - firsts, chunk.counts)
+            token_slots = np.repeat(chunk.slots, chunk.counts)
         tables.counts[0] = tokens
         tables.token_ids[:tokens] = self.slots.tokens[token_slots, positions]
         for group, (table, size) in enumerate(zip(self.slots.tables, self.slots.page_sizes)):
-            pages = table[token_slots, positions // size].astype(np.int64)
-            tables.slots[group, :tokens] = pages * size + positions % size
-        for rope, (inv_freq, scale) in self.frequencies.items():
-            angles = positions[:, None] * inv_freq
-            tables.ropes[rope][:tokens, : rope.dim // 2] = np.cos(angles) * scale
-            tables.ropes[rope][:tokens, rope.dim // 2 :] = np.sin(angles) * scale
+            pages, offsets = np.divmod(positions, size)
+            tables.slots[group, :tokens] = table[token_slots, pages].astype(np.int64) * size + offsets
+        for rope, rotations in self.rotations.items():
+            rotations.write(positions, tables.ropes[rope])
         self._items(chunk, firsts, tokens)
         tables.counters[:] = 0
         tables.broken[:tokens] = 0
@@ -109,25 +110,27 @@ class StepWriter:
     def _items(self, chunk: Chunk, firsts: Ints, tokens: int) -> None:
         """Attention work: pieces of ITEM_TOKENS queries; few long decodes are split over their keys."""
         tables, groups = self.tables, len(self.slots.tables)
-        numbers = -(-chunk.counts // ITEM_TOKENS)
-        piece = np.repeat(np.arange(len(numbers)), numbers)
-        offset = (np.arange(len(piece)) - np.repeat(np.cumsum(numbers) - numbers, numbers)) * ITEM_TOKENS
-        queries = np.minimum(chunk.counts[piece] - offset, ITEM_TOKENS)
-        position = chunk.starts[piece] + offset
-        token = firsts[piece] + offset
+        if tokens == len(chunk.counts):
+            slots, queries, position, token = chunk.slots, chunk.counts, chunk.starts, firsts
+        else:
+            numbers = -(-chunk.counts // ITEM_TOKENS)
+            piece = np.repeat(np.arange(len(numbers)), numbers)
+            offset = (np.arange(len(piece)) - np.repeat(np.cumsum(numbers) - numbers, numbers)) * ITEM_TOKENS
+            slots, queries = chunk.slots[piece], np.minimum(chunk.counts[piece] - offset, ITEM_TOKENS)
+            position, token = chunk.starts[piece] + offset, firsts[piece] + offset
         for group in range(groups):
             items = tables.items[group]
-            count = len(piece)
+            count = len(queries)
             window = self.windows[group]
             columns = items[:count]
-            columns[:, kernels.TOKEN] = token
-            columns[:, kernels.QUERIES] = queries
-            columns[:, kernels.POSITION] = position
-            columns[:, kernels.FIRST_KEY] = np.maximum(0, position + 1 - window) if window else 0
-            columns[:, kernels.LAST_KEY] = position + queries
+            columns[:, shared.TOKEN] = token
+            columns[:, shared.QUERIES] = queries
+            columns[:, shared.POSITION] = position
+            columns[:, shared.FIRST_KEY] = np.maximum(0, position + 1 - window) if window else 0
+            columns[:, shared.LAST_KEY] = position + queries
             table = self.slots.tables[group]
-            columns[:, kernels.TABLE] = table.ctypes.data + chunk.slots[piece] * table.strides[0]
-            columns[:, kernels.PART] = token
+            columns[:, shared.TABLE] = table.ctypes.data + slots * table.strides[0]
+            columns[:, shared.PART] = token
             tables.splits[group, :tokens] = 0
             if self._splits(chunk, group):
                 count = self._split(group, count, tokens)
@@ -141,25 +144,53 @@ class StepWriter:
         longest = int(chunk.starts.max()) + 1
         if self.windows[group]:
             longest = min(longest, self.windows[group])
-        stretches = longest // kernels.STRETCH + 2
+        stretches = longest // shared.STRETCH + 2
         return stretches > 2 and stretches * len(chunk.counts) <= EXTRA_PARTS
 
     def _split(self, group: int, count: int, tokens: int) -> int:
         """Cut every item's keys at multiples of STRETCH; all parts but the first get places behind the tokens'."""
         items = self.tables.items[group]
         whole = items[:count].copy()
-        first, last = whole[:, kernels.FIRST_KEY], whole[:, kernels.LAST_KEY]
-        numbers = (last - 1) // kernels.STRETCH - first // kernels.STRETCH + 1
+        first, last = whole[:, shared.FIRST_KEY], whole[:, shared.LAST_KEY]
+        numbers = (last - 1) // shared.STRETCH - first // shared.STRETCH + 1
         item = np.repeat(np.arange(count), numbers)
         begins = np.cumsum(numbers) - numbers
         part = np.arange(len(item)) - begins[item]
-        edge = (first[item] // kernels.STRETCH + part) * kernels.STRETCH
+        edge = (first[item] // shared.STRETCH + part) * shared.STRETCH
         columns = whole[item]
-        columns[:, kernels.FIRST_KEY] = np.maximum(first[item], edge)
-        columns[:, kernels.LAST_KEY] = np.minimum(last[item], edge + kernels.STRETCH)
+        columns[:, shared.FIRST_KEY] = np.maximum(first[item], edge)
+        columns[:, shared.LAST_KEY] = np.minimum(last[item], edge + shared.STRETCH)
         extra = tokens + begins - np.arange(count)  # part 0 stays in the token's own place
-        columns[:, kernels.PART] = np.where(part == 0, whole[item, kernels.PART], extra[item] + part - 1)
+        columns[:, shared.PART] = np.where(part == 0, whole[item, shared.PART], extra[item] + part - 1)
         items[: len(item)] = columns
         self.tables.splits[group, :tokens, 0] = extra
         self.tables.splits[group, :tokens, 1] = numbers - 1
         return len(item)
+
+
+class Rotations:
+    """cos | sin of the angles of one rope by position; what was computed for the first positions is kept."""
+
+    def __init__(self, rope: Rope, max_model_len: int) -> None:
+        self.half = rope.dim // 2
+        self.frequencies = np.array(rope.frequencies(max_model_len), np.float64)
+        self.scale = np.float32(rope.scale)
+        self.known = np.zeros((0, rope.dim), np.float32)
+
+    def write(self, positions: Ints, out: NDArray[np.float32]) -> None:
+        """Rows of ``out`` for some positions, in their order."""
+        end = int(positions.max()) + 1
+        if end > KEPT_ANGLES:
+            out[: len(positions)] = self._compute(positions)
+            return
+        if end > len(self.known):
+            more = np.arange(len(self.known), -(-end // ANGLES_STEP) * ANGLES_STEP)
+            self.known = np.concatenate([self.known, self._compute(more)])
+        np.take(self.known, positions, axis=0, out=out[: len(positions)], mode="clip")
+
+    def _compute(self, positions: Ints) -> NDArray[np.float32]:
+        angles = positions[:, None] * self.frequencies
+        found = np.empty((len(positions), 2 * self.half), np.float32)
+        found[:, : self.half] = np.cos(angles) * self.scale
+        found[:, self.half :] = np.sin(angles) * self.scale
+        return found

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.device.kernels.numba import team
+from octavo.device.kernels.numba import shared as team
 from octavo.device.kernels.numba.library import KernelLibrary
 from octavo.runner.cpu.program import Tape
 
@@ -140,16 +140,17 @@ class Team:
     ``run`` returns when the whole tape is done. Helpers spin for some tens of microseconds after a tape and then
     sleep, so an idle team costs nothing. Where others use the cores too, threads nap at barriers for one that does not
     run; when naps take a large share of the time, the next runs use one thread fewer, then the full team is tried
-    again. Results do not depend on the number of threads.
+    again: soon at first, for a prompt's run takes as long as fifty of an answer, later and later while it stays
+    crowded. Results do not depend on the number of threads.
     """
 
     NAP_S = 1e-4  # what a nap takes, with the system's timer slack
     CROWDED = 0.2  # share of a run spent napping from which on fewer threads are better
-    PATIENCE = 64  # runs with fewer threads before the next attempt with all
+    FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # with fewer threads, before the next attempt with all
 
     def __init__(self, threads: int, library: KernelLibrary) -> None:
         self.threads = self.active = min(threads, team.MEMBERS - 1)
-        self._retry_in = 0
+        self._retry_at, self._pause_s = 0.0, self.FIRST_PAUSE_S
         self.watch: Watch | None = None
         self._run, self._work = library.execute()
         self._lines = np.zeros((team.TICKS + 1) * 8 + 8, np.int64)
@@ -184,17 +185,19 @@ class Team:
         if self.watch is not None and times is not None:
             self._lines[self._line(team.TICKS)] = 0
             self.watch(tape, times, time.perf_counter() - start)
-        self._adapt((self.naps - naps) * self.NAP_S / max(self.active, 1), time.perf_counter() - start)
+        now = time.perf_counter()
+        self._adapt((self.naps - naps) * self.NAP_S / max(self.active, 1), now - start, now)
 
-    def _adapt(self, napped_s: float, elapsed_s: float) -> None:
-        """Choose how many threads the next run uses."""
+    def _adapt(self, napped_s: float, elapsed_s: float, now: float) -> None:
+        """Choose how many threads the next run uses; ``now`` in seconds of any clock."""
         if self.active > 1 and napped_s > self.CROWDED * elapsed_s:
             self.active -= 1
-            self._retry_in = self.PATIENCE
-        elif self.active < self.threads:
-            self._retry_in -= 1
-            if self._retry_in <= 0:
-                self.active = self.threads
+            self._retry_at = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, self.LONGEST_PAUSE_S)
+        elif self.active == self.threads:
+            self._pause_s = self.FIRST_PAUSE_S
+        elif now >= self._retry_at:
+            self.active = self.threads
 
     @property
     def naps(self) -> int:

@@ -13,12 +13,13 @@ from octavo.device.kernels.numba import formats
 from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles, TensorInfo
 from octavo.files.mapped import forget
-from octavo.model.blocks import DecoderSpec, Embedding, Linear, Norm, Part
+from octavo.model.blocks import DecoderSpec, Embedding, Experts, Linear, Norm, Part
 from octavo.model.quantization.gguf_blocks import dequantize_blocks, quantize_blocks
 from octavo.runner.cpu.packing import Packer
 from octavo.runner.cpu.program import Arena
 
 T = TypeVar("T", np.uint8, np.float32)
+PLAIN = "plain"
 PACK_BYTES = 8 << 20  # raw bytes repacked at a time: bounds the temporary copies
 
 
@@ -66,6 +67,18 @@ def kernel_of(stored: str, splits: bool = False) -> str:
     return f"linear_{form.name}" if form else f"dense_{stored.lower()}"
 
 
+def forms(users: list[Panels]) -> tuple[bool, bool]:
+    """(float32 wanted, int8 wanted) by the linears that read a buffer."""
+    return any(not user.quantized for user in users), any(user.quantized for user in users)
+
+
+def expert_names(block: Experts, gguf: bool, prefix: str) -> list[list[str]]:
+    """Tensors of the gates, the up and the down projections: one of all experts in GGUF files, one each in others."""
+    if gguf:
+        return [[f"{prefix}{name}.weight"] for name in block.gguf_each]
+    return [[f"{prefix}{block.hf}.{i}.{name}.weight" for i in range(block.num)] for name in block.hf_each]
+
+
 class WeightReader:
     """Reads a model's tensors by the names of its blocks and counts what was used.
 
@@ -96,15 +109,50 @@ class WeightReader:
         """What the names of a layer's tensors begin with."""
         return (self.spec.gguf_layer_prefix if self.gguf else self.spec.hf_layer_prefix).format(layer)
 
-    def linear(self, linear: Linear, prefix: str) -> list[Panels]:
-        """All parts of a linear in order; neighbours of one type become one matrix."""
+    def linear(self, linear: Linear, prefix: str, quantize: bool = True) -> list[Panels]:
+        """All parts of a linear in order; neighbours of one type become one matrix. Without ``quantize`` plain matrices
+        stay plain: few rows that decide much."""
         groups: list[list[Part]] = []
         for part in linear.parts:
             if groups and self._info(prefix, part).dtype == self._info(prefix, groups[-1][-1]).dtype:
                 groups[-1].append(part)
             else:
                 groups.append([part])
-        return [self._pack(parts, linear, prefix) for parts in groups]
+        return [self._pack(parts, linear, prefix, "" if quantize else PLAIN) for parts in groups]
+
+    def experts(self, block: Experts, prefix: str) -> tuple[Panels, Panels, Panels]:
+        """Gate, up and down projections of all experts, one below the other."""
+        sizes = [(block.intermediate, block.hidden)] * 2 + [(block.hidden, block.intermediate)]
+        found = [
+            self._stack(names, block.num, *size)
+            for names, size in zip(expert_names(block, self.gguf, prefix), sizes)
+        ]
+        return found[0], found[1], found[2]
+
+    def _stack(self, names: list[str], num: int, rows: int, inputs: int) -> Panels:
+        """One run of panels of ``num`` matrices [rows, inputs], ``rows`` being a multiple of 16."""
+        each = num // len(names)
+        dtypes = {self._tensor(name).dtype for name in names}
+        if len(dtypes) > 1:
+            raise ModelFileError(f"{self.files.name}: {names[0]} and its like have types {sorted(dtypes)}.")
+        dtype = dtypes.pop()
+        stored = stored_as(dtype, self.quantization)
+        form, panels = form_of(stored), num * rows // formats.ROWS
+        body = form.panel_bytes(inputs) if form else inputs * formats.ROWS * formats.DENSE_BYTES[stored]
+        weights = self.arena.take((panels, body))
+        scales = self.arena.take((panels, form.scale_bytes(inputs) if form else 0))
+        step = each * rows // formats.ROWS
+        for i, name in enumerate(names):
+            expected = (rows, inputs) if each == 1 and not self.gguf else (each, rows, inputs)
+            if self.files.tensors[name].shape != expected:
+                shape = self.files.tensors[name].shape
+                raise ModelFileError(f"{self.files.name}: {name} has shape {shape}, expected {expected}.")
+            raw = self._read(name)
+            target = weights[i * step : (i + 1) * step], scales[i * step : (i + 1) * step], None
+            self._fill((dtype, stored), raw.reshape(each * rows, -1), None, inputs, *target)
+            forget(raw)
+        code = form.code if form else formats.DENSE_CODES[stored]
+        return Panels(kernel_of(stored), code, form is not None, weights, scales, inputs, rows)
 
     def embedding(self, embedding: Embedding) -> Panels:
         """The token embedding as panels (also the output matrix where it is tied)."""
@@ -137,7 +185,9 @@ class WeightReader:
         return prefix + (part.gguf if self.gguf else part.hf)
 
     def _info(self, prefix: str, part: Part) -> TensorInfo:
-        name = self._name(prefix, part) + ".weight"
+        return self._tensor(self._name(prefix, part) + ".weight")
+
+    def _tensor(self, name: str) -> TensorInfo:
         if name not in self.files.tensors:
             raise ModelFileError(f"{self.files.name} has no tensor {name}.", "Download the model again.")
         return self.files.tensors[name]
@@ -165,10 +215,12 @@ class WeightReader:
             self.progress(self.done, self.total)
         return raw
 
-    def _pack(self, parts: list[Part], linear: Linear, prefix: str, coarsest: str | None = None) -> Panels:
-        """Repack neighbouring parts of one type into one run of panels; the last one is padded with zero rows."""
+    def _pack(self, parts: list[Part], linear: Linear, prefix: str, coarsest: str = "") -> Panels:
+        """Repack neighbouring parts of one type into one run of panels; the last one is padded with zero rows.
+        ``coarsest``: what plain numbers are quantized to instead of the model's type, or ``PLAIN``."""
         inputs, dtype = linear.in_features, self._info(prefix, parts[0]).dtype
-        stored = stored_as(dtype, self.quantization and (coarsest or self.quantization))
+        wanted = None if coarsest == PLAIN else self.quantization and (coarsest or self.quantization)
+        stored = stored_as(dtype, wanted)
         outputs = sum(part.out_features for part in parts)
         panels = -(-outputs // formats.ROWS)
         form = form_of(stored, self._name(prefix, parts[0]) + ".weight" in self.heads)
@@ -205,7 +257,7 @@ class WeightReader:
     def _check(self, prefix: str, part: Part, inputs: int) -> None:
         info = self._info(prefix, part)
         expected = part.total or part.out_features, inputs
-        if info.shape != expected:
+        if info.shape != expected and (expected[0] > 1 or info.shape != (inputs,)):  # one row may be a vector
             raise ModelFileError(
                 f"{self.files.name}: {info.name} has shape {info.shape}, expected {expected}."
             )

@@ -22,7 +22,8 @@ from octavo.runner.batch import Prepared
 from octavo.runner.sampling.penalties import TokenCounts
 from octavo.runner.slots import BIAS, LOGPROBS, MIN_TOKENS, PENALTY, RANDOM, Slots
 
-MASKED_ROWS = 64  # masks are unpacked to a word a token for so many rows at a time (bounds the peak)
+MASKED_ROWS = 64  # masks are applied to so many rows at a time (bounds the peak of the reference body)
+CHANGES = BIAS | MIN_TOKENS | PENALTY
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Sampler:
         self.counts = TokenCounts(slots.num_slots, vocab_size, platform)
         spec = platform.op_spec(torch.float32)
         self.greedy = binder.bind(ops.GREEDY, spec)
+        self.nan_rows = binder.bind(ops.NAN_ROWS, spec)
+        self.mask_logits = binder.bind(ops.MASK_LOGITS, spec)
         self.sample = binder.bind(ops.SAMPLE, spec)
         self.penalize = binder.bind(ops.PENALIZE, spec)
         self.count_tokens = binder.bind(ops.COUNT_TOKENS, spec)
@@ -68,14 +71,18 @@ class Sampler:
 
     def draw(
         self, logits: Tensor, step: Prepared, masks: list[GrammarMask]
-    ) -> tuple[Tensor, PendingLogprobs | None]:
-        """Tokens [S] int64 for logits [S, V] (overwritten where a row asks for changes), and log probabilities."""
+    ) -> tuple[Tensor, Tensor, PendingLogprobs | None]:
+        """Tokens [S] int64 for logits [S, V] in the run type (the caller keeps none), which rows hold a NaN, and log
+        probabilities. Where a row asks for changes, they are made in float32."""
         wants = self.slots.wants[step.slots_host]
         any_wants = int(np.bitwise_or.reduce(wants)) if len(wants) else 0
+        bad = self.nan_rows(logits)
         raw: Tensor | None = None
         if any_wants & LOGPROBS:
             asking = np.flatnonzero(wants & LOGPROBS)
             raw = logits[self._index(asking)].float()
+        if masks or any_wants & CHANGES:
+            logits = logits.float()
         if masks:
             self._apply_masks(logits, step, masks)
         if any_wants & (BIAS | MIN_TOKENS):
@@ -104,7 +111,7 @@ class Sampler:
             pending = self.rank(raw, tokens[self._index(asking)], asking.tolist(), limits)
         if counted:  # last: a draw that finds no memory is made again
             self.count_tokens(self.counts.table, rows, tokens)
-        return tokens, pending
+        return tokens, bad, pending
 
     def rank(self, raw: Tensor, tokens: Tensor, rows: list[int], limits: list[int]) -> PendingLogprobs:
         """Log probabilities and ranks of ``tokens`` under raw logits [n, V], and the best ``limits[i]`` of each row."""
@@ -135,39 +142,50 @@ class Sampler:
     def _apply_masks(self, logits: Tensor, step: Prepared, masks: list[GrammarMask]) -> None:
         """Forbid what the grammars forbid: one bit a token, little-endian words."""
         place = {row: index for index, row in enumerate(step.rows)}
-        chosen = [mask for mask in masks if mask.row in place]
+        self._take_penalties(logits, place, masks)
+        chosen = [mask for mask in masks if mask.words and mask.row in place]
         if not chosen:
             return
-        words = np.stack([np.frombuffer(mask.words, np.int32) for mask in chosen])
         rows = self._index(np.asarray([place[mask.row] for mask in chosen]))
-        bits = torch.from_numpy(words).to(self.platform.device, non_blocking=True)
-        shifts = torch.arange(32, device=self.platform.device, dtype=torch.int32)
+        bits = self._upload([np.frombuffer(mask.words, np.int32) for mask in chosen])
         for at in range(0, len(chosen), MASKED_ROWS):
-            some, part = rows[at : at + MASKED_ROWS], bits[at : at + MASKED_ROWS]
-            allowed = ((part.unsqueeze(-1) >> shifts) & 1).view(len(some), -1)[:, : logits.shape[1]].bool()
-            logits[some] = logits[some].masked_fill(~allowed, float("-inf"))
+            self.mask_logits(logits, rows[at : at + MASKED_ROWS], bits[at : at + MASKED_ROWS])
+
+    def _upload(self, rows: list[np.ndarray]) -> Tensor:
+        """Equally long int32 rows, through pinned memory: a copy from other memory would wait for the device."""
+        count, width = len(rows), len(rows[0])
+        pinned = self.platform.host_buffer(count * width, torch.int32)[: count * width].view(count, width)
+        np.stack(rows, out=pinned.numpy())
+        return pinned.to(self.platform.device, non_blocking=True)
+
+    def _take_penalties(self, logits: Tensor, place: dict[int, int], masks: list[GrammarMask]) -> None:
+        """Subtract what the engine takes from single tokens."""
+        found = [
+            (place[mask.row], token, -cost)
+            for mask in masks
+            if mask.penalties and mask.row in place
+            for token, cost in mask.penalties[0].items()
+        ]
+        self._add(logits, found)
+
+    def _add(self, logits: Tensor, found: list[tuple[int, int, float]]) -> None:
+        """Add (row, token, amount) one by one."""
+        if found:
+            rows, tokens, values = zip(*found)
+            where = (self._index(np.asarray(rows)), self._index(np.asarray(tokens)))
+            amounts = torch.tensor(values, dtype=logits.dtype).to(self.platform.device, non_blocking=True)
+            logits.index_put_(where, amounts, accumulate=True)
 
     def _apply_bias(self, logits: Tensor, step: Prepared, wants: np.ndarray) -> None:
         """Add logit_bias; forbid stop tokens until min_tokens are out."""
-        rows: list[int] = []
-        tokens: list[int] = []
-        values: list[float] = []
+        found: list[tuple[int, int, float]] = []
         for row in np.flatnonzero(wants & (BIAS | MIN_TOKENS)):
             slot = int(step.slots_host[row])
             sampling = self.slots.sampling[slot]
             if sampling is None:
                 continue
-            for token, value in (sampling.logit_bias or {}).items():
-                rows.append(int(row))
-                tokens.append(token)
-                values.append(value)
+            found += [(int(row), token, value) for token, value in (sampling.logit_bias or {}).items()]
             generated = int(step.positions_host[row] - self.slots.num_prompt[slot])
             if generated < sampling.min_tokens:
-                for token in self.slots.stop_token_ids[slot]:
-                    rows.append(int(row))
-                    tokens.append(token)
-                    values.append(float("-inf"))
-        if rows:
-            where = (self._index(np.asarray(rows)), self._index(np.asarray(tokens)))
-            amounts = torch.tensor(values, dtype=logits.dtype).to(self.platform.device, non_blocking=True)
-            logits.index_put_(where, amounts, accumulate=True)
+                found += [(int(row), token, float("-inf")) for token in self.slots.stop_token_ids[slot]]
+        self._add(logits, found)

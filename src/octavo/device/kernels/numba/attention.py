@@ -20,23 +20,29 @@ from numba.extending import intrinsic, register_jitable
 
 from octavo.device.kernels.numba import memory as mem
 from octavo.device.kernels.numba import vector as v
-from octavo.device.kernels.numba.linear import HOST
 from octavo.device.kernels.numba.rows import address_of, emit_write, float_of
+from octavo.device.kernels.numba.shared import (
+    BLOCK_AT,
+    BLOCKS_AT,
+    FIRST_KEY,
+    HOST,
+    ITEM_FIELDS,
+    LAST_KEY,
+    MAX_HEAD,
+    PART,
+    PARTIAL_AT,
+    POSITION,
+    QUERIES,
+    QUERIES_AT,
+    SCORES_AT,
+    SCRATCH_BYTES,
+    STRETCH,
+    TABLE,
+    TILE_ROWS,
+    TOKEN,
+    WEIGHTS_AT,
+)
 
-STRETCH = 256  # keys of one partial result
-ROWS = 4  # query rows of a tile
-MAX_HEAD = 256  # largest head size
-# A thread's scratch: block addresses, query addresses, scores, probabilities, partial outputs, one block of 32 floats.
-BLOCKS_AT = 0
-QUERIES_AT = BLOCKS_AT + (STRETCH // 16 + 1) * 8  # one more: the block to fetch ahead
-SCORES_AT = QUERIES_AT + ROWS * 8
-WEIGHTS_AT = SCORES_AT + ROWS * STRETCH * 4
-PARTIAL_AT = WEIGHTS_AT + ROWS * STRETCH * 2
-BLOCK_AT = PARTIAL_AT + ROWS * MAX_HEAD * 4
-SCRATCH_BYTES = BLOCK_AT + 192 & ~63
-
-# Fields of an item, int64 each.
-TOKEN, QUERIES, POSITION, FIRST_KEY, LAST_KEY, TABLE, PART, ITEM_FIELDS = range(8)
 ITEM_BYTES = ITEM_FIELDS * 8
 HIDDEN = -1e30
 
@@ -328,7 +334,7 @@ def attend(args, thread, threads):
         rows = mem.load_i64(item + 8 * QUERIES) * group
         row = 0
         while row < rows:
-            count = min(ROWS, rows - row)
+            count = min(TILE_ROWS, rows - row)
             tile(args, scratch, item, work % kv_heads, row, count)
             row += count
         work = mem.atomic_add(counter, 1)

@@ -10,7 +10,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from octavo.device.kernels.numba import vector as v
-from octavo.device.kernels.numba.linear import (
+from octavo.device.kernels.numba.linear import TOKEN_BYTES, TOKENS, load_args, over_tiles, share, write_tile
+from octavo.device.kernels.numba.shared import (
     ADD,
     ALPHA,
     BIAS,
@@ -21,13 +22,7 @@ from octavo.device.kernels.numba.linear import (
     OUT,
     OUT_BYTES,
     PANELS,
-    TOKEN_BYTES,
-    TOKENS,
     WEIGHTS,
-    load_args,
-    over_tiles,
-    share,
-    write_tile,
 )
 
 

@@ -15,12 +15,17 @@ from numba.extending import intrinsic
 from octavo.device.kernels.numba import memory as mem
 from octavo.device.kernels.numba import vector as v
 from octavo.device.kernels.numba.rows import address_of
-
-WEYL = 0x9E3779B9
-MIX_A, MIX_B = 0x7FEB352D, 0x846CA68B
-# Fields of a row, int64 each.
-LOGITS, TEMPERATURE, LEAST, FIRST_WORD, SECOND_WORD, ROW_FIELDS = range(6)
-SEGMENT = 16384  # tokens of one piece of work
+from octavo.device.kernels.numba.shared import DRAW_SEGMENT as SEGMENT
+from octavo.device.kernels.numba.shared import (
+    FIRST_WORD,
+    LEAST,
+    MIX_A,
+    MIX_B,
+    ROW_FIELDS,
+    SECOND_WORD,
+    TEMPERATURE,
+    WEYL,
+)
 
 
 def signed(word):

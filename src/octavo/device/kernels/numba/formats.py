@@ -4,6 +4,8 @@ A panel holds 16 output rows. Along the input dimension it is cut into blocks of
 bytes holds, for each of the 16 rows, the four weights 4g .. 4g+3: one int32 lane a row.
 
     8 bits   8 vectors                       one byte a weight
+    2 bits   2 vectors                       bits 2 g and 2 g + 1: vector g of weights 0..15 (first), of 16..31 (second)
+    3 bits   2 bits + 64 bytes               the third bits as the fifth ones below
     4 bits   4 vectors                       low nibble: weights 0..15 (vectors 0..3), high nibble: 16..31 (4..7)
     5 bits   4 bits + 64 bytes               bit r*4+j of 8-byte word g = fifth bit of weight 4g+j of row r
     6 bits   4 bits + 128 bytes              two bits of vectors 0..3 in the first 64 bytes, of 4..7 in the second
@@ -12,8 +14,10 @@ bytes holds, for each of the 16 rows, the four weights 4g .. 4g+3: one int32 lan
 
 Scales lie in a stream of their own, per block of 32 ("zero": 16 scales; "min": 16 scales, 16 minima; all float16) or
 per super-block of 256 ("super": 16 d, 16 dmin, then 8 x (16 scales, 16 minima) as bytes; "super16": 16 d, then 16 x 16
-signed scales for blocks of 16). Values are weight = scale * (q - zero), scale * q + minimum, d * scale * q - dmin *
-minimum and d * scale * (q - zero). Nothing is rounded: the numbers are the file's own.
+signed scales for blocks of 16; "super32": 16 d, then 8 x 16 signed scales for blocks of 32; "super16min": 16 d, 16
+dmin, then 16 x 16 scales and 16 x 16 minima for blocks of 16). Values are weight = scale * (q - zero), scale * q +
+minimum, d * scale * q - dmin * minimum and d * scale * (q - zero); with a table, q is looked up in it first. Nothing is
+rounded: the numbers are the file's own.
 """
 
 from __future__ import annotations
@@ -38,6 +42,12 @@ class PanelFormat:
     scheme: str
     zero: float = 0
     split: bool = False
+    table: tuple[int, ...] = ()
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of what is multiplied."""
+        return 8 if self.table else self.bits
 
     @property
     def block_bytes(self) -> int:
@@ -57,7 +67,9 @@ class PanelFormat:
     @property
     def group_bytes(self) -> int:
         """Scale bytes of one group of a panel."""
-        return {"zero": 32, "min": 64, "super": 320, "super16": 288}[self.scheme]
+        return {"zero": 32, "min": 64, "super": 320, "super16": 288, "super32": 160, "super16min": 576}[
+            self.scheme
+        ]
 
     def panel_bytes(self, in_features: int) -> int:
         """Quant bytes of one panel."""
@@ -80,7 +92,17 @@ LOWER_BITS = 2
 SPLIT8 = PanelFormat("split8", 8, 8, "zero", 128, split=True)
 # Its first plane alone: four times (q - zero), half way between what the lower bits can add.
 UPPER6 = PanelFormat("upper6", 9, 6, "zero", (128 - 1.5) / 4)
-FORMATS = (ZERO4, MIN4, ZERO5, MIN5, ZERO8, SUPER4, SUPER5, SUPER6)
+SUPER2 = PanelFormat("super2", 10, 2, "super16min")
+SUPER3 = PanelFormat("super3", 11, 3, "super16", 4)
+# ggml's values of IQ4, 128 more each.
+IQ4 = (1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241)
+TABLE4 = PanelFormat("table4", 12, 4, "zero", 128, table=IQ4)
+SUPER_TABLE4 = PanelFormat("supertable4", 13, 4, "super32", 128, table=IQ4)
+FORMATS = (ZERO4, MIN4, ZERO5, MIN5, ZERO8, SUPER2, SUPER3, SUPER4, SUPER5, SUPER6, TABLE4, SUPER_TABLE4)
+# By code: bits of the first plane, and what is taken off whole codes.
+BY_CODE = sorted((*FORMATS, SPLIT8, UPPER6), key=lambda form: form.code)
+BITS = tuple(form.planes[0] // 64 for form in BY_CODE)
+ZEROS = tuple(int(form.zero) for form in BY_CODE)
 
 BY_DTYPE = {
     "Q4_0": ZERO4,
@@ -88,9 +110,13 @@ BY_DTYPE = {
     "Q5_0": ZERO5,
     "Q5_1": MIN5,
     "Q8_0": ZERO8,
+    "Q2_K": SUPER2,
+    "Q3_K": SUPER3,
     "Q4_K": SUPER4,
     "Q5_K": SUPER5,
     "Q6_K": SUPER6,
+    "IQ4_NL": TABLE4,
+    "IQ4_XS": SUPER_TABLE4,
 }
 
 DENSE_CODES = {"F32": 16, "F16": 17, "BF16": 18}
@@ -109,9 +135,13 @@ def pack(dtype: str, raw: Bytes, in_features: int, weights: Bytes, scales: Bytes
         "Q5_0": _split_5,
         "Q5_1": _split_5,
         "Q8_0": _split_8,
+        "Q2_K": _split_2k,
+        "Q3_K": _split_3k,
         "Q4_K": _split_4k,
         "Q5_K": _split_5k,
         "Q6_K": _split_6k,
+        "IQ4_NL": _split_4,
+        "IQ4_XS": _split_4xs,
     }[dtype]
     form = BY_DTYPE[dtype]
     panels = len(raw) // ROWS
@@ -157,10 +187,10 @@ def _lanes(words):
 
 
 def _high_bits(form, high):
-    """The bits above the fourth, [panel, row, block, vector, 4] -> [panel, block, bytes]."""
+    """The bits above the second or fourth, [panel, row, block, vector, 4] -> [panel, block, bytes]."""
     high = high.transpose(0, 2, 3, 1, 4)  # panel, block, vector, row, byte
     panels, blocks = high.shape[:2]
-    if form.bits == 5:
+    if form.bits in (3, 5):
         flat = np.ascontiguousarray(high).reshape(panels, blocks, 512)
         return np.packbits(flat, axis=-1, bitorder="little")
     return _pairs(high.reshape(panels, blocks, 2, 4, ROWS * 4)).reshape(panels, blocks, 128)
@@ -176,7 +206,7 @@ def _half(field):
 
 
 def _split_4(raw, in_features):
-    """Q4_0 (2 + 16 bytes) and Q4_1 (4 + 16): nibbles are in panel order already."""
+    """Q4_0 and IQ4_NL (2 + 16 bytes), Q4_1 (4 + 16): nibbles are in panel order already."""
     size = raw.shape[1] * BLOCK // in_features
     blocks = _blocks(raw, size)
     head = _half(blocks[:, :, : size - 16])
@@ -249,6 +279,51 @@ def _split_6k(raw, in_features):
     high = (blocks[:, :, 128:192].reshape(n, count, 2, 1, 32) >> shifts) & 3
     groups = [_half(blocks[:, :, 208:210]), np.ascontiguousarray(blocks[:, :, 192:208])]
     return _join_nibbles(low.reshape(n, count, 8, 32)), np.ascontiguousarray(high), groups
+
+
+def _two_bits(quants):
+    """Bytes [n, super, 64] of Q2_K/Q3_K -> weights [n, super, 8, 32]: each run of 32 bytes holds four sub-blocks."""
+    shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(4, 1)
+    runs = quants.reshape(*quants.shape[:2], 2, 1, 32)
+    return ((runs >> shifts) & 3).reshape(*quants.shape[:2], 8, 32)
+
+
+def _join_pairs(q):
+    """Four vectors of four weights into one word each time: uint8 [..., 32] -> [..., 8]."""
+    parts = q.reshape(*q.shape[:-1], 2, 4, 4)
+    joined = parts[..., 0, :] | parts[..., 1, :] << 2 | parts[..., 2, :] << 4 | parts[..., 3, :] << 6
+    return np.ascontiguousarray(joined.reshape(*q.shape[:-1], 8))
+
+
+def _split_2k(raw, in_features):
+    """Q2_K: 84 bytes a super-block: 16 nibbles of scale and minimum, 64 pairs of bits, d and dmin."""
+    blocks = _blocks(raw, 84)
+    small = blocks[:, :, :16]
+    groups = [_half(blocks[:, :, 80:84]), small & np.uint8(15), small >> np.uint8(4)]
+    return _join_pairs(_two_bits(blocks[:, :, 16:80])), None, groups
+
+
+def _split_3k(raw, in_features):
+    """Q3_K: 110 bytes a super-block: 32 third bits as the fifth ones of Q5_K, 64 pairs of bits, 12 of scales, d."""
+    blocks = _blocks(raw, 110)
+    shifts = np.arange(8, dtype=np.uint8).reshape(8, 1)
+    high = (blocks[:, :, None, :32] >> shifts) & 1
+    low, above = blocks[:, :, 96:104], blocks[:, :, 104:108]
+    scales = np.concatenate([low & 15, low >> 4], axis=-1)
+    scales |= np.concatenate([(above >> shift & 3) << 4 for shift in (0, 2, 4, 6)], axis=-1)
+    groups = [_half(blocks[:, :, 108:110]), scales - np.uint8(32)]  # signed bytes
+    return _join_pairs(_two_bits(blocks[:, :, 32:96])), np.ascontiguousarray(high), groups
+
+
+def _split_4xs(raw, in_features):
+    """IQ4_XS: 136 bytes a super-block: d, 16 bits and 4 bytes of scales, nibbles in panel order."""
+    blocks = _blocks(raw, 136)
+    above, low = blocks[:, :, 2:4], blocks[:, :, 4:8]
+    shape = (*blocks.shape[:2], 8)
+    scales = np.stack([low & 15, low >> 4], axis=-1).reshape(shape)
+    scales |= np.stack([(above >> shift & 3) << 4 for shift in (0, 2, 4, 6)], axis=-1).reshape(shape)
+    groups = [_half(blocks[:, :, :2]), scales - np.uint8(32)]  # signed bytes
+    return np.ascontiguousarray(blocks[:, :, 8:]), None, groups
 
 
 def pack_dense(dtype: str, raw: Bytes, weights: Bytes) -> None:

@@ -13,14 +13,28 @@ from numba.extending import intrinsic
 
 from octavo.device.kernels.numba import formats
 from octavo.device.kernels.numba import vector as v
-from octavo.device.kernels.numba.target import Target, choose_target, host_features
-
-AHEAD = 16  # blocks between fetching weights and using them: the processor stops at 4 KiB borders
-META_BYTES = 16  # d, sum, first half sum, second half sum
-# Entries of ``args``.
-COUNT, WEIGHTS, SCALES, BLOCKS, PANELS, QUANTS, META, OUT, OUT_BYTES, BIAS, BIAS_BYTES, ALPHA, ADD, LOWER = (
-    range(14)
+from octavo.device.kernels.numba.shared import (
+    ADD,
+    ALPHA,
+    BIAS,
+    BIAS_BYTES,
+    BLOCKS,
+    COUNT,
+    HOST,
+    LOWER,
+    META,
+    META_BYTES,
+    OUT,
+    OUT_BYTES,
+    PANELS,
+    QUANTS,
+    SCALES,
+    WEIGHTS,
 )
+from octavo.device.kernels.numba.target import Target
+
+FIRST_LEVEL, SECOND_LEVEL = 20 << 10, 256 << 10  # bytes of the caches that tokens and panels may take
+AHEAD = 16  # blocks between fetching weights and using them: the processor's own guess stops at 4 KiB borders
 ENTRIES = 13  # of a table without LOWER, the second plane of a split format
 TOKENS, TOKEN_BYTES = QUANTS, META  # dense kernels: float32 tokens and the bytes of one
 
@@ -49,12 +63,34 @@ def unpack_split(b, address, lower):
     return out
 
 
+def add_bits(b, vectors, address, value):
+    """One more bit of each weight, worth ``value``: 64 bytes, in order."""
+    bits = v.vector(ir.IntType(1), 64)
+    for g, vector in enumerate(vectors):
+        there = b.bitcast(v.load(b, v.at(b, address, 8 * g), v.I64, 8), bits)
+        vectors[g] = b.select(there, b.or_(vector, v.ints(value, v.VBYTES)), vector)
+    return vectors
+
+
+def unpack_pairs(b, form, address):
+    """The 8 vectors of a block of 2 or 3 bits."""
+    out, words = [], v.vector(v.I16, 32)
+    for half in range(2):
+        four = b.bitcast(v.load(b, v.at(b, address, 64 * half), v.VBYTES, 64), words)
+        for g in range(4):
+            pair = b.lshr(four, v.ints(2 * g, words)) if g else four
+            out.append(b.and_(b.bitcast(pair, v.VBYTES), v.ints(3, v.VBYTES)))
+    return add_bits(b, out, v.at(b, address, 128), 4) if form.bits == 3 else out
+
+
 def unpack_block(b, form, address, lower=None):
     """The 8 vectors <64 x i8> of a block; see ``formats`` for the layout."""
     if form.split:
         return unpack_split(b, address, lower)
     if form.bits == 8:
         return [v.load(b, v.at(b, address, 64 * g), v.VBYTES, 64) for g in range(8)]
+    if form.bits < 4:
+        return unpack_pairs(b, form, address)
     low, high = [], []
     mask, shift = v.ints(15, v.VBYTES), v.ints(4, v.vector(v.I16, 32))
     for g in range(4):
@@ -64,10 +100,7 @@ def unpack_block(b, form, address, lower=None):
         high.append(b.and_(moved, mask))
     out = low + high
     if form.bits == 5:
-        bits = v.vector(ir.IntType(1), 64)
-        for g in range(8):
-            fifth = b.bitcast(v.load(b, v.at(b, address, 256 + 8 * g), v.I64, 8), bits)
-            out[g] = b.select(fifth, b.or_(out[g], v.ints(16, v.VBYTES)), out[g])
+        out = add_bits(b, out, v.at(b, address, 256), 16)
     if form.bits == 6:
         words = v.vector(v.I16, 32)
         for g in range(8):
@@ -90,7 +123,7 @@ def _halves(b, target, address):
 
 def block_scales(b, target, form, address, outer, inner):
     """(scale of weights 0..15, scale of 16..31, minimum or (minimum, minimum) of the halves) of a block."""
-    zero = 0 if form.bits == 8 and target.signed_bytes else form.zero
+    zero = 0 if form.value_bits == 8 and target.signed_bytes else form.zero
     if form.scheme == "zero":
         scale = _halves(b, target, address)
         return scale, scale, b.fmul(scale, v.floats(-zero)) if zero else None
@@ -102,6 +135,15 @@ def block_scales(b, target, form, address, outer, inner):
         scale = b.fmul(outer[0], _bytes_to_float(b, entry, False))
         low = b.fmul(outer[1], _bytes_to_float(b, v.at(b, entry, 16), False))
         return scale, scale, b.fneg(low)
+    if form.scheme == "super32":
+        entry = b.add(v.at(b, address, 32), b.mul(inner, v.const(16)))
+        scale = b.fmul(outer[0], _bytes_to_float(b, entry, True))
+        return scale, scale, b.fmul(scale, v.floats(-zero)) if zero else None
+    if form.scheme == "super16min":
+        entry = b.add(v.at(b, address, 64), b.mul(inner, v.const(32)))
+        fields = [_bytes_to_float(b, v.at(b, entry, place), False) for place in (0, 16, 256, 272)]
+        low = tuple(b.fneg(b.fmul(outer[1], field)) for field in fields[2:])
+        return b.fmul(outer[0], fields[0]), b.fmul(outer[0], fields[1]), low
     entry = b.add(v.at(b, address, 32), b.mul(inner, v.const(32)))
     first = b.fmul(outer[0], _bytes_to_float(b, entry, True))
     second = b.fmul(outer[0], _bytes_to_float(b, v.at(b, entry, 16), True))
@@ -117,10 +159,10 @@ def block_tokens(b, target, form, weights, scales, quants, meta, strides, sums):
         halves = [v.ints(0), v.ints(0)]
         for g in range(8):
             spread = b.bitcast(v.load_splat(b, v.at(b, token, 4 * g), v.I32, 4), v.VBYTES)
-            halves[g // 4] = v.dot_bytes(b, target, halves[g // 4], weights[g], spread, form.bits)
+            halves[g // 4] = v.dot_bytes(b, target, halves[g // 4], weights[g], spread, form.value_bits)
         d = v.load_splat(b, facts)
         total = b.load(slot, typ=v.VF)
-        if form.scheme == "super16":
+        if isinstance(low, tuple):
             total = v.fma(b, b.sitofp(halves[0], v.VF), b.fmul(first, d), total)
             total = v.fma(b, b.sitofp(halves[1], v.VF), b.fmul(second, d), total)
             total = v.fma(b, low[0], v.load_splat(b, v.at(b, facts, 8)), total)
@@ -132,11 +174,15 @@ def block_tokens(b, target, form, weights, scales, quants, meta, strides, sums):
         b.store(total, slot)
 
 
-def prefetch_block(b, start, index, size):
-    """Fetch the block of ``size`` bytes that will be used AHEAD blocks from now."""
+def prefetch_block(b, start, index, size, near):
+    """Fetch the block of ``size`` bytes that will be used AHEAD blocks from now.
+
+    ``near`` (see ``vector.prefetch``) is a fifth faster for matrices that the caches hold in part (measured on Zen 4), and not
+    for the long way through an output matrix.
+    """
     ahead = b.add(start, b.mul(b.add(index, v.const(AHEAD)), v.const(size)))
     for line in range(0, size, 64):
-        v.prefetch(b, v.at(b, ahead, line))
+        v.prefetch(b, v.at(b, ahead, line), near)
 
 
 def panel_planes(b, form, values, blocks, p):
@@ -160,16 +206,18 @@ def quantized_tile(b, target, form, tokens, a, panel, fetch):
         outer = []
         if per_group > 1:
             outer = [_halves(b, target, scale_at)]
-            if form.scheme == "super":
+            if form.scheme in ("super", "super16min"):
                 outer.append(_halves(b, target, v.at(b, scale_at, 32)))
 
         def block(index, inner):
             planes = []
             for start, size in zip(panel["planes"], form.planes):
                 if fetch:
-                    prefetch_block(b, start, index, size)
+                    prefetch_block(b, start, index, size, True)
                 planes.append(b.add(start, b.mul(index, v.const(size))))
             weights = unpack_block(b, form, *planes)
+            if form.table:
+                weights = [v.look_up(b, target, form.table, vector) for vector in weights]
             scales = block_scales(b, target, form, scale_at, outer, inner)
             quants = b.add(panel["quants"], b.mul(index, v.const(32)))
             meta = b.add(panel["meta"], b.mul(index, v.const(META_BYTES)))
@@ -216,6 +264,29 @@ def over_tiles(b, tiles, tokens, body):
             tile(size, size != tiles[0])
 
 
+def over_blocks(b, panels, tokens, sizes, tile, body):
+    """Call ``body(panel, first token, tokens)`` for a range of panels times ``tokens`` tokens, blocked for the caches.
+
+    Some panels, as many as half of the second level holds, meet all tokens a few at a time: as many tokens as stay in the
+    first level while those panels pass. ``sizes``: bytes of a panel and of a token; ``tile``: least number of tokens.
+    """
+
+    def at_least(x, least):
+        return b.select(b.icmp_signed("<", x, v.const(least)), v.const(least), x)
+
+    def until(x, end):
+        return b.select(b.icmp_signed("<", x, end), x, end)
+
+    group = at_least(b.sdiv(v.const(SECOND_LEVEL), sizes[0]), 1)
+    some = b.mul(at_least(b.sdiv(v.const(FIRST_LEVEL), b.mul(sizes[1], v.const(tile))), 1), v.const(tile))
+    with cgutils.for_range_slice(b, panels[0], panels[1], group) as (start, _):
+        end = until(b.add(start, group), panels[1])
+        with cgutils.for_range_slice(b, v.const(0), tokens, some) as (at, _):
+            count = b.sub(until(b.add(at, some), tokens), at)
+            with cgutils.for_range_slice(b, start, end, v.const(1)) as (p, _):
+                body(p, at, count)
+
+
 def _emit_panels(b, target, form, values, thread, threads):
     """The whole kernel: this thread's panels times all tokens."""
     a = {
@@ -227,13 +298,18 @@ def _emit_panels(b, target, form, values, thread, threads):
     tokens = v.load(b, values[COUNT], v.I64, 8)
     groups = b.sdiv(a["blocks"], v.const(form.group // formats.BLOCK))
     scale_bytes = b.mul(groups, v.const(form.group_bytes))
-    first, last = share(b, values[PANELS], thread, threads)
-    with cgutils.for_range_slice(b, first, last, v.const(1)) as (p, _):
+    panel_bytes = b.mul(a["blocks"], v.const(sum(form.planes)))
+    token_bytes = b.mul(a["blocks"], v.const(32 + META_BYTES))
+    range_ = share(b, values[PANELS], thread, threads)
+
+    def panel_tokens(p, at, count):
+        """One panel times ``count`` tokens from ``at`` on."""
         planes = panel_planes(b, form, values, a["blocks"], p)
         scales = b.add(values[SCALES], b.mul(p, scale_bytes))
         bias = b.add(values[BIAS], b.mul(p, values[BIAS_BYTES]))
 
         def tile(size, m, first):
+            m = b.add(m, at)
             panel = {
                 "planes": planes,
                 "scales": scales,
@@ -243,7 +319,9 @@ def _emit_panels(b, target, form, values, thread, threads):
             out = b.add(b.add(values[OUT], b.mul(p, v.const(64))), b.mul(m, a["out_bytes"]))
             write_tile(b, quantized_tile(b, target, form, size, a, panel, first), a, out, bias)
 
-        over_tiles(b, target.tiles, tokens, tile)
+        over_tiles(b, target.tiles, count, tile)
+
+    over_blocks(b, range_, tokens, (panel_bytes, token_bytes), target.tiles[0], panel_tokens)
 
 
 def quantized(form: formats.PanelFormat, target: Target):
@@ -261,7 +339,6 @@ def quantized(form: formats.PanelFormat, target: Target):
     return linear
 
 
-HOST = choose_target(host_features())
 ZERO4 = quantized(formats.ZERO4, HOST)
 MIN4 = quantized(formats.MIN4, HOST)
 ZERO5 = quantized(formats.ZERO5, HOST)
@@ -271,6 +348,10 @@ SUPER4 = quantized(formats.SUPER4, HOST)
 SUPER5 = quantized(formats.SUPER5, HOST)
 SUPER6 = quantized(formats.SUPER6, HOST)
 SPLIT8 = quantized(formats.SPLIT8, HOST)
+SUPER2 = quantized(formats.SUPER2, HOST)
+SUPER3 = quantized(formats.SUPER3, HOST)
+TABLE4 = quantized(formats.TABLE4, HOST)
+SUPER_TABLE4 = quantized(formats.SUPER_TABLE4, HOST)
 
 
 def linear_zero4(args, thread, threads):
@@ -303,6 +384,16 @@ def linear_split8(args, thread, threads):
     SPLIT8(args, thread, threads)
 
 
+def linear_super2(args, thread, threads):
+    """Q2_K panels."""
+    SUPER2(args, thread, threads)
+
+
+def linear_super3(args, thread, threads):
+    """Q3_K panels."""
+    SUPER3(args, thread, threads)
+
+
 def linear_super4(args, thread, threads):
     """Q4_K panels."""
     SUPER4(args, thread, threads)
@@ -316,3 +407,13 @@ def linear_super5(args, thread, threads):
 def linear_super6(args, thread, threads):
     """Q6_K panels."""
     SUPER6(args, thread, threads)
+
+
+def linear_table4(args, thread, threads):
+    """IQ4_NL panels."""
+    TABLE4(args, thread, threads)
+
+
+def linear_supertable4(args, thread, threads):
+    """IQ4_XS panels."""
+    SUPER_TABLE4(args, thread, threads)

@@ -8,8 +8,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from octavo.device.kernels.numba import vector as v
-from octavo.device.kernels.numba.linear import HOST
 from octavo.device.kernels.numba.rows import address_of
+from octavo.device.kernels.numba.shared import HOST
 
 CHAINS = 8  # independent sums: enough to hide the latency of a product
 LINES = 16  # of 64 bytes, read at a time
@@ -45,7 +45,8 @@ def multiply_rounds(context, rounds, out):
 
     def generate(ctx, b, signature, args):
         rounds, out = args
-        sums = [cgutils.alloca_once_value(b, v.ints(0)) for _ in range(CHAINS)]
+        # Different starts: of equal chains the compiler would keep one.
+        sums = [cgutils.alloca_once_value(b, v.ints(i)) for i in range(CHAINS)]
         weights = v.load(b, out, v.VBYTES, 1)
         tokens = v.load(b, v.at(b, out, 64), v.VBYTES, 1)
         with cgutils.for_range(b, rounds):

@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import register_jitable
 
 from octavo.device.kernels.numba import memory as mem
-from octavo.device.kernels.numba.rows import address_of, float_of
+from octavo.device.kernels.numba.rows import address_of, float_of, scale_vector, sum_squares
 
 
 @register_jitable
@@ -53,6 +53,21 @@ def prepare_head(head, weight, eps, size, table, rotary):
             x, y = mem.load_f32(head + 4 * i), mem.load_f32(head + 4 * (half + i))
             mem.store_f32(head + 4 * i, x * cos - y * sin)
             mem.store_f32(head + 4 * (half + i), y * cos + x * sin)
+
+
+def whole_norm(args, thread, threads):
+    """RMSNorm of all query heads of a token together, and of all its key heads, in place. args: count, qkv, floats of a row,
+    of its queries, of its keys, query weight, key weight, eps."""
+    tokens, width = mem.load_i64(address_of(args, 0)), address_of(args, 2)
+    for item in range(2 * tokens * thread // threads, 2 * tokens * (thread + 1) // threads):
+        row = address_of(args, 1) + item // 2 * width * 4
+        size, weight = address_of(args, 3), address_of(args, 5)
+        if item % 2 == 1:
+            row, size, weight = row + size * 4, address_of(args, 4), address_of(args, 6)
+        mean = sum_squares(row, size) / types.float32(size)
+        factor = types.float32(1) / types.float32((mean + float_of(args, 7)) ** types.float32(0.5))
+        for at in range(0, size * 4, 64):
+            scale_vector(row + at, weight + at, factor)
 
 
 @register_jitable

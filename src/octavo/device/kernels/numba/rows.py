@@ -13,7 +13,8 @@ from numba.extending import intrinsic, register_jitable
 
 from octavo.device.kernels.numba import memory as mem
 from octavo.device.kernels.numba import vector as v
-from octavo.device.kernels.numba.linear import HOST
+from octavo.device.kernels.numba.formats import BITS, IQ4, ZEROS
+from octavo.device.kernels.numba.shared import HOST
 
 
 def emit_quantize(b, low, high, quants, meta):
@@ -108,6 +109,19 @@ def add_scaled(context, x, y, weight, factor):
     return types.void(i, i, i, types.float32), generate
 
 
+@intrinsic
+def scale_vector(context, x, weight, factor):
+    """16 values: x = x * factor * weight."""
+
+    def generate(ctx, b, signature, args):
+        x, w = (v.load(b, address, v.VF, 4) for address in args[:2])
+        v.store(b, b.fmul(b.fmul(x, v.splat(b, args[2])), w), args[0], 4)
+        return ctx.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, types.float32), generate
+
+
 def _silu(b, x):
     return b.fdiv(x, b.fadd(v.exp(b, b.fneg(x)), v.floats(1.0)))
 
@@ -146,7 +160,6 @@ def _gated(function):
 
 
 silu_block, gelu_tanh_block, gelu_block = _gated(_silu), _gated(_gelu_tanh), _gated(_gelu)
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
 @intrinsic
@@ -172,6 +185,11 @@ def quant_at(block, row, k, bits):
     if bits == 8:
         return np_int(mem.load_u8(block + k // 4 * 64 + row * 4 + k % 4))
     lane = row * 4 + k % 4
+    if bits < 4:
+        value = np_int(mem.load_u8(block + k // 16 * 64 + lane)) >> (2 * (k % 16 // 4)) & 3
+        if bits == 3:
+            value |= (np_int(mem.load_u8(block + 128 + k // 4 * 8 + lane // 8)) >> (lane % 8) & 1) << 2
+        return value
     value = np_int(mem.load_u8(block + k % 16 // 4 * 64 + lane)) >> (4 * (k // 16)) & 15
     if bits == 5:
         value |= (np_int(mem.load_u8(block + 256 + k // 4 * 8 + lane // 8)) >> (lane % 8) & 1) << 4
@@ -187,6 +205,35 @@ def np_int(x):
 
 
 @register_jitable
+def signed_at(address):
+    """A signed byte."""
+    byte = np_int(mem.load_u8(address))
+    return byte - 256 * (byte >> 7)
+
+
+@register_jitable
+def factors_at(scales, block, row, half, code):
+    """(scale, minimum) of a row's weights in one half of a block of 32; see ``formats``."""
+    inside, zero = block % 8, types.float32(0)
+    if code in (0, 2, 4, 8, 12):
+        return load_half(scales + block * 32 + row * 2), zero
+    if code in (1, 3):
+        return load_half(scales + block * 64 + row * 2), load_half(scales + block * 64 + 32 + row * 2)
+    if code in (7, 11):
+        group = scales + block // 8 * 288 + row
+        return load_half(group + row) * types.float32(signed_at(group + 32 + (inside * 2 + half) * 16)), zero
+    if code == 13:
+        group = scales + block // 8 * 160 + row
+        return load_half(group + row) * types.float32(signed_at(group + 32 + inside * 16)), zero
+    group = scales + block // 8 * (576 if code == 10 else 320) + row
+    scale, low = group + 64 + inside * 32, group + 80 + inside * 32
+    if code == 10:
+        scale, low = scale + half * 16, scale + half * 16 + 256
+    outer, least = load_half(group + row), load_half(group + row + 32)
+    return outer * types.float32(mem.load_u8(scale)), -least * types.float32(mem.load_u8(low))
+
+
+@register_jitable
 def unpack_row(weights, scales, lower, row, size, code, out):
     """Row ``row`` (0..15) of a panel as ``size`` float32 at ``out``; ``code`` as in ``formats``."""
     if code >= 16:
@@ -199,30 +246,17 @@ def unpack_row(weights, scales, lower, row, size, code, out):
                 word = types.uint32(mem.load_u16(weights + (k // 2 * 32 + row * 2 + k % 2) * 2))
                 mem.store_f32(out + 4 * k, mem.bits_float(types.uint32(word << 16)))
         return
-    bits = 8 if code == 4 else 4 if code in (0, 1, 5) else 6 if code in (7, 8) else 5
-    zero = 8 if code == 0 else 16 if code == 2 else 128 if code in (4, 8) else 32 if code == 7 else 0
+    bits, zero = BITS[code], ZEROS[code]
     for block in range(size // 32):
         address = weights + block * 64 * bits
         for k in range(32):
-            if code in (0, 2, 4, 8):
-                scale, low = load_half(scales + block * 32 + row * 2), types.float32(0)
-            elif code in (1, 3):
-                scale = load_half(scales + block * 64 + row * 2)
-                low = load_half(scales + block * 64 + 32 + row * 2)
-            elif code == 7:
-                group = scales + block // 8 * 288
-                signed = np_int(mem.load_u8(group + 32 + (block % 8 * 2 + k // 16) * 16 + row))
-                signed -= 256 * (signed >> 7)
-                scale, low = load_half(group + row * 2) * types.float32(signed), types.float32(0)
-            else:
-                group = scales + block // 8 * 320
-                entry = group + 64 + block % 8 * 32 + row
-                scale = load_half(group + row * 2) * types.float32(mem.load_u8(entry))
-                low = -load_half(group + 32 + row * 2) * types.float32(mem.load_u8(entry + 16))
+            scale, low = factors_at(scales, block, row, k // 16, code)
             stored = quant_at(address, row, k, bits)
             if code == 8:
                 pair = mem.load_u8(lower + block * 128 + k // 16 * 64 + row * 4 + k % 4)
                 stored = stored << 2 | np_int(pair) >> (2 * (k % 16 // 4)) & 3
+            if code in (12, 13):
+                stored = np_int(IQ4[stored])
             mem.store_f32(out + 4 * (block * 32 + k), scale * types.float32(stored - zero) + low)
 
 

@@ -22,14 +22,13 @@ from numba.extending import intrinsic
 from octavo.device.kernels.numba import formats, linear
 from octavo.device.kernels.numba import memory as mem
 from octavo.device.kernels.numba import vector as v
-from octavo.device.kernels.numba.linear import HOST
 from octavo.device.kernels.numba.rows import address_of
+from octavo.device.kernels.numba.shared import HOST, META_BYTES, MOST_ROWS
+from octavo.device.kernels.numba.shared import SCAN_SEGMENT as SEGMENT
 
 # Entries behind those of ``linear``: [threads, tokens, blocks] floats; [tokens, segments, 16] floats; tokens of the
 # vocabulary; [tokens] floats.
 SPREADS, LOWS, VALID, LEASTS, ENTRIES = range(14, 19)
-SEGMENT = 16  # panels whose largest lower bounds are kept together, lane by lane
-MOST_ROWS = 4  # more sampled rows at a time read the whole matrix
 SLACK = 2e-4  # of the bound, for each block
 
 
@@ -39,17 +38,17 @@ def _bounded_tile(b, target, count, a, panel):
     sums, bounds = ([cgutils.alloca_once(b, v.VF) for _ in range(count)] for _ in range(2))
     for slot in sums + bounds:
         b.store(v.floats(0.0), slot)
-    strides = (b.mul(a["blocks"], v.const(32)), b.mul(a["blocks"], v.const(linear.META_BYTES)))
+    strides = (b.mul(a["blocks"], v.const(32)), b.mul(a["blocks"], v.const(META_BYTES)))
     with cgutils.for_range(b, a["blocks"]) as loop:
         index = loop.index
-        linear.prefetch_block(b, panel["weights"], index, form.block_bytes)
+        linear.prefetch_block(b, panel["weights"], index, form.block_bytes, False)
         weights = linear.unpack_block(
             b, form, b.add(panel["weights"], b.mul(index, v.const(form.block_bytes)))
         )
         scale_at = b.add(panel["scales"], b.mul(index, v.const(form.group_bytes)))
         scales = linear.block_scales(b, target, form, scale_at, [], None)
         quants = b.add(panel["quants"], b.mul(index, v.const(32)))
-        meta = b.add(panel["meta"], b.mul(index, v.const(linear.META_BYTES)))
+        meta = b.add(panel["meta"], b.mul(index, v.const(META_BYTES)))
         linear.block_tokens(b, target, form, weights, scales, quants, meta, strides, sums)
         size = v.call(b, "llvm.fabs.v16f32", v.VF, scales[0])
         for m, slot in enumerate(bounds):
@@ -84,7 +83,7 @@ def emit_scan(b, target, values, segment, spreads):
                 "weights": planes[0],
                 "scales": b.add(values[linear.SCALES], b.mul(p, scale_bytes)),
                 "quants": b.add(values[linear.QUANTS], b.mul(m, b.mul(a["blocks"], v.const(32)))),
-                "meta": b.add(values[linear.META], b.mul(m, b.mul(a["blocks"], v.const(linear.META_BYTES)))),
+                "meta": b.add(values[linear.META], b.mul(m, b.mul(a["blocks"], v.const(META_BYTES)))),
                 "spreads": b.add(spreads, b.mul(m, b.mul(a["blocks"], v.const(4)))),
             }
             sums, bounds = _bounded_tile(b, target, size, a, panel)
@@ -123,9 +122,7 @@ def emit_refine(b, target, values, p):
                     "planes": planes,
                     "scales": b.add(values[linear.SCALES], b.mul(p, scale_bytes)),
                     "quants": b.add(values[linear.QUANTS], b.mul(m, b.mul(a["blocks"], v.const(32)))),
-                    "meta": b.add(
-                        values[linear.META], b.mul(m, b.mul(a["blocks"], v.const(linear.META_BYTES)))
-                    ),
+                    "meta": b.add(values[linear.META], b.mul(m, b.mul(a["blocks"], v.const(META_BYTES)))),
                 }
                 sums = linear.quantized_tile(b, target, form, 1, a, panel, False)
                 linear.write_tile(b, sums, a, out, values[linear.BIAS])
@@ -166,7 +163,7 @@ def scan(args, thread, threads):
         for k in range(32):
             q = types.int64(mem.load_u8(quants + 32 * i + k))
             total += q if q < 128 else 256 - q
-        d = mem.load_f32(meta + linear.META_BYTES * i)
+        d = mem.load_f32(meta + META_BYTES * i)
         mem.store_f32(spreads + 4 * i, most * d * types.float32(total))
     segments = (address_of(args, linear.PANELS) + SEGMENT - 1) // SEGMENT
     for segment in range(segments * thread // threads, segments * (thread + 1) // threads):

@@ -19,22 +19,30 @@ it, so they may belong to the next generation already.
 
 from __future__ import annotations
 
-from numba import types
 from numba.extending import register_jitable
 
 from octavo.device.kernels.numba import memory as mem
+from octavo.device.kernels.numba.shared import (
+    ARRIVALS,
+    BASE,
+    DONE,
+    FUTEX,
+    GENERATION,
+    LENGTH,
+    LINE,
+    MEMBERS,
+    NAP,
+    NAPS,
+    PARKED,
+    STOP,
+    SYSCALL,
+    TAPE,
+    TICKS,
+)
 
-LINE = 64
-ARRIVALS, GENERATION, TAPE, LENGTH, STOP, PARKED, NAPS, DONE, BASE, TICKS = range(10)
-MEMBERS = 1024  # more threads than this are never asked for
 INSTRUCTION_BYTES = 24
 SPINS = 2000  # about 40 microseconds
 IDLE_SPINS = 12000  # a helper is still awake when the next step comes: the host takes some 100 microseconds
-# What helpers call, by address: usleep and syscall; and the number of the futex call (0 = there is none).
-NAP, SYSCALL, FUTEX = range(3)
-
-RUN_SIGNATURE = types.void(*[types.int64] * 5)
-WORK_SIGNATURE = types.void(*[types.int64] * 3)
 
 
 @register_jitable

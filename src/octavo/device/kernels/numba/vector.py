@@ -79,16 +79,15 @@ def call(b, name, result, *arguments, fastmath=()):
     return b.call(function, list(arguments), fastmath=fastmath)
 
 
-def prefetch(b, address):
-    """Start to bring a cache line in for reading, as far as the second level, which can wait for more lines at once."""
+def prefetch(b, address, near=False):
+    """Start to bring a cache line in for reading: as far as the second level, which can wait for more lines at once, or
+    where ``near`` into the first."""
     name, kinds = "llvm.prefetch.p0", [POINTER, I32, I32, I32]
     function = b.module.globals.get(name)
     if function is None:
         function = ir.Function(b.module, ir.FunctionType(ir.VoidType(), kinds), name)
-    read, second_level, data = 0, 2, 1
-    b.call(
-        function, [b.inttoptr(address, POINTER)] + [ir.Constant(I32, x) for x in (read, second_level, data)]
-    )
+    read, level, data = 0, 3 if near else 2, 1
+    b.call(function, [b.inttoptr(address, POINTER)] + [ir.Constant(I32, x) for x in (read, level, data)])
 
 
 def fma(b, x, y, z):
@@ -238,6 +237,33 @@ def _join(b, parts):
         mask = ir.Constant(vector(I32, size), list(range(size)))
         parts = [b.shuffle_vector(parts[i], parts[i + 1], mask) for i in range(0, len(parts), 2)]
     return parts[0]
+
+
+def look_up(b, target: Target, table, places):
+    """table[place] for 64 places from 0 to 15; ``table``: 16 numbers of 8 bits."""
+    parts, name = {
+        "vnni": (1, "llvm.x86.avx512.pshuf.b.512"),
+        "maddubs": (2, "llvm.x86.avx2.pshuf.b"),
+        "sdot": (4, "llvm.aarch64.neon.tbl1.v16i8"),
+    }.get(target.dot, (0, ""))
+    if parts == 0:
+        return _choose(b, table, places, 8)
+    size = 64 // parts
+    kind = vector(I8, size)
+    values = ir.Constant(
+        vector(I8, 16 if parts == 4 else size), list(table) * (1 if parts == 4 else size // 16)
+    )
+    return _join(b, [call(b, name, kind, values, part) for part in _slices(b, places, parts)])
+
+
+def _choose(b, table, places, bit):
+    """One of 2 ``bit`` numbers by the bits of the places, from ``bit`` down: a tree of choices."""
+    if bit == 0:
+        return ints(table[0], VBYTES)
+    upper = b.icmp_unsigned("!=", b.and_(places, ints(bit, VBYTES)), ints(0, VBYTES))
+    return b.select(
+        upper, _choose(b, table[bit:], places, bit // 2), _choose(b, table[:bit], places, bit // 2)
+    )
 
 
 def _dot_maddubs(b, total, weights, tokens, bits):
