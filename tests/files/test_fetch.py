@@ -347,7 +347,10 @@ def test_unknown_names_list_every_place_and_the_nearest_name(tmp_path: Path) -> 
         with pytest.raises(ModelNotFoundError, match=f"Did you mean {near}") as caught:
             open_model(name)
         message = str(caught.value)
-        assert "the path" in message and "the catalogue (smollm2:135m, gemma3:270m, all-minilm:22m; kept in" in message
+        assert (
+            "the path" in message
+            and "the catalogue (smollm2:135m, gemma3:270m, all-minilm:22m; kept in" in message
+        )
         assert "the hub was not asked" in message
     for name in ("./missing.gguf", str(tmp_path / "missing"), "qqq", "org/missing.gguf", "../x"):
         with pytest.raises(ModelNotFoundError, match="Give a model folder"):

@@ -198,7 +198,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "huge dimension": ({"dims": (2**64 - 32,)}, "more than the file"),
     "block size": ({"dims": (33,), "kind": 2}, "Q4_0 blocks of 32 cannot fill"),
     "256-blocks": ({"dims": (128,), "kind": 12}, "Q4_K blocks of 256 cannot fill"),
-    "unsupported type": ({"kind": 10}, "type Q2_K, which is not supported"),
+    "unsupported type": ({"kind": 17}, "type IQ2_XS, which is not supported"),
     "unknown type": ({"kind": 77}, "type number 77, which is not supported"),
     "offset beyond the file": ({"offset": 4096}, "beyond the end of the file"),
     "offset overflows": ({"offset": 2**64 - 32}, "beyond the end of the file"),
@@ -439,3 +439,17 @@ def test_forgotten_parts_leave_memory_and_come_back(tmp_path: Path) -> None:
         forget(array)
         assert (array == 7).all()
     file.close()
+
+
+def test_large_arrays_of_strings_are_decoded_when_they_are_needed(tmp_path: Path) -> None:
+    words = [f"wört {i}" for i in range(5000)]
+    write_gguf(tmp_path / "a.gguf", {**METADATA, "a.words": words}, {})
+    found = GGUFFile(tmp_path / "a.gguf").config["a.words"]
+    assert len(found) == 5000
+    assert found[7] == "wört 7" and found[-2:] == words[-2:] and list(found) == words
+    damaged = (tmp_path / "a.gguf").read_bytes().replace("wört 4321".encode(), b"w\xc3\xc3rt 4321")
+    (tmp_path / "a.gguf").write_bytes(damaged)
+    found = GGUFFile(tmp_path / "a.gguf").config["a.words"]
+    assert len(found) == 5000
+    with pytest.raises(ModelFileError, match=r"a\.gguf: element 4321 of 'a\.words' is not UTF-8"):
+        list(found)

@@ -106,7 +106,7 @@ def test_decode_of_plain_types_into_a_given_tensor(name: str) -> None:
 def test_misfits_are_errors() -> None:
     raw = np.zeros(18, np.uint8)
     with pytest.raises(ModelFileError, match="no GGUF type"):
-        dequantize_blocks(raw, "Q2_K")
+        dequantize_blocks(raw, "IQ2_XS")
     with pytest.raises(ModelFileError, match="no whole number of Q4_0 blocks"):
         dequantize_blocks(raw[:17], "Q4_0")
     with pytest.raises(ModelFileError, match="Writing Q6_K is not supported"):

@@ -37,7 +37,9 @@ class Row:
 
 
 class Driver:
-    """A loaded network on the CPU with its own page memory."""
+    """A loaded network with its own page memory; ``op_spec`` says which kernels compute it."""
+
+    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -47,14 +49,20 @@ class Driver:
         dtype: torch.dtype = torch.float32,
         quantization: str | None = None,
         cache_dtype: torch.dtype | None = None,
+        op_spec: OpSpec | None = None,
+        page: int = PAGE,
+        device: str = "cpu",
+        binder: Binder | None = None,
     ) -> None:
         spec = shard(describe(read_arch(files)), ranks.size)
-        op_spec = OpSpec("cpu", str(dtype).removeprefix("torch."))
+        op_spec = op_spec or OpSpec("cpu", str(dtype).removeprefix("torch."))
+        self.op_spec, self.binder = op_spec, binder or Binder()
+        self.device = torch.device(device)
         self.network = Network(
             spec,
             dtype=dtype,
-            device=torch.device("cpu"),
-            binder=Binder(),
+            device=self.device,
+            binder=self.binder,
             op_spec=op_spec,
             max_position=512,
             ranks=ranks,
@@ -63,9 +71,9 @@ class Driver:
         )
         self.network.load(files)
         self.layout: CacheLayout = plan_layout(
-            cache_specs(spec, PAGE, dtype.itemsize, (cache_dtype or dtype).itemsize)
+            cache_specs(spec, page, dtype.itemsize, (cache_dtype or dtype).itemsize)
         )
-        memory = PageMemory(self.layout, NUM_PAGES, torch.device("cpu"))
+        memory = PageMemory(self.layout, NUM_PAGES, self.device)
         self.network.bind_cache(memory.places)
         self.memory = memory
         self.free = list(range(1, NUM_PAGES))
@@ -97,26 +105,26 @@ class Driver:
                 table[i, : len(held)] = torch.tensor([max(page, 0) for page in held])
                 where = range(row.computed, row.computed + count)
                 slots += [held[p // size] * size + p % size for p in where]
-            groups.append(GroupTables(table, torch.tensor(slots)))
+            groups.append(GroupTables(table.to(self.device), torch.tensor(slots, device=self.device)))
         for row, count in zip(rows, counts):
             row.computed += count
         ends = np.array([row.computed for row in rows])
         given = np.array(counts)
         longer = given > 1
         batch = Batch(
-            token_ids=torch.tensor([token for ids in tokens for token in ids]),
-            positions=positions,
-            query_start=starts,
-            kv_lens=torch.tensor([row.computed for row in rows], dtype=torch.int32),
+            token_ids=torch.tensor([token for ids in tokens for token in ids], device=self.device),
+            positions=positions.to(self.device),
+            query_start=starts.to(self.device),
+            kv_lens=torch.tensor([row.computed for row in rows], dtype=torch.int32, device=self.device),
             groups=groups,
-            sample_at=torch.arange(sum(counts)),
+            sample_at=torch.arange(sum(counts), device=self.device),
             max_query=max(counts),
             max_kv=max(row.computed for row in rows),
             prompts=prompts(
                 given[longer],
                 ends[longer],
-                torch.from_numpy(np.flatnonzero(given == 1)),
-                torch.from_numpy(np.flatnonzero(longer)),
+                torch.from_numpy(np.flatnonzero(given == 1)).to(self.device),
+                torch.from_numpy(np.flatnonzero(longer)).to(self.device),
             )
             if longer.any()
             else None,

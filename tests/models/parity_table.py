@@ -6,14 +6,16 @@ python tests/models/parity_table.py            # rewrites the table in docs/mode
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS / "models")]
+sys.path[:0] = [str(TESTS / "models"), str(TESTS / "gpu")]
 
+import bf16
 import test_family_engine
 import test_gguf_deepseek
 import test_parity
@@ -37,6 +39,7 @@ COLUMNS: dict[str, tuple[Test, ...]] = {
     "TP 2": (test_shard.test_two_ranks_give_the_whole_logits,),
     "GGUF": (test_parity.test_gguf_logits, test_gguf_deepseek.test_logits),
 }
+GPU, BFLOAT16 = "GPU fp32", "GPU bf16"
 GPU_TESTS = ("test_engine.py", "test_families.py")
 
 
@@ -63,24 +66,35 @@ def gpu_families() -> set[str]:
     return found
 
 
+def bfloat16() -> dict[str, bf16.Distance]:
+    """What the last run on a GPU measured, by row; it leaves the file that holds it."""
+    if not bf16.RESULTS.exists():
+        return {}
+    found = json.loads(bf16.RESULTS.read_text())["families"]
+    return {row: bf16.Distance(**values) for row, values in found.items()}
+
+
 def compared() -> dict[str, dict[str, int]]:
     """Family -> column -> how many configurations are compared."""
     decoders = [family for family in supported() if family not in ENCODERS]
-    found = {family: dict.fromkeys([*COLUMNS, "GPU"], 0) for family in decoders}
+    found = {family: dict.fromkeys([*COLUMNS, GPU], 0) for family in decoders}
     for column, tests in COLUMNS.items():
         for row in [row for test in tests for row in rows_of(test)]:
             found[test_family_engine.family_of(row)][column] += 1
     for family in gpu_families():
-        found[family]["GPU"] += 1
+        found[family][GPU] += 1
     return found
 
 
 def table() -> str:
-    """The table as Markdown; a number says how many configurations."""
-    columns = [*COLUMNS, "GPU"]
-    lines = ["| model_type | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    """The table as Markdown; a number says how many configurations, and how far bfloat16 is where it was measured."""
+    columns, measured = [*COLUMNS, GPU], bfloat16()
+    heads = [*columns, BFLOAT16]
+    lines = ["| model_type | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for family, counts in compared().items():
+        off = [near.median for row, near in measured.items() if test_family_engine.family_of(row) == family]
         cells = [str(counts[column] or "") for column in columns]
+        cells.append(f"{max(off):.1%}" if off else "")
         lines.append(f"| `{family}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -117,7 +117,14 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 def core(folder: Path, **options: Any) -> EngineCore:
     chosen = EngineOptions.of(
-        **{"model": str(folder), "device": "cpu", "max_num_seqs": 4, "max_num_batched_tokens": 16, **options}
+        **{
+            "model": str(folder),
+            "device": "cpu",
+            "threads": 1,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 16,
+            **options,
+        }
     )
     return host.build_core(chosen, host.open_files(chosen))
 
@@ -267,6 +274,9 @@ def test_random_weights_run(tmp_path: Path) -> None:
     engine.submit(
         GenerateRequest(id=1, prompt_token_ids=[5, 6], sampling=SamplingParams(max_tokens=3, ignore_eos=True))
     )
+    runner: Any = engine.executor.forward.__self__
+    elements = runner.network.matrix_elements()[torch.float32]
+    assert runner.network.matrix_bytes() == 4 * elements > 4 * 3 * 64 * 64
     tokens = []
     while engine.has_work:
         tokens += [token for delta in engine.step() for token in delta.tokens]

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.device.ops.bind import Binder, OpSpec
 from octavo.engine.cache.layout import plan_layout
+from octavo.files.dtypes import BLOCK_TYPES
 from octavo.files.dummy import PRESETS, open_dummy
 from octavo.files.gguf_write import StoredTensor, write_gguf
 from octavo.files.resolve import open_model
-from octavo.host.plan import KEPT_BLOCKS, held_scheme
+from octavo.host.plan import held_scheme
 from octavo.model import footprint
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.blocks import DecoderSpec, MoE
@@ -156,7 +157,7 @@ def test_gguf_blocks_that_are_kept(tied: bool, tmp_path: Path) -> None:
     assert footprint.weight_bytes(spec, scheme, 2) == pytest.approx(allocated(network)[0], rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss", "qwen2_moe", "deepseek_v4"])
 def test_stages_and_experts_apart_are_exact(name: str, tmp_path: Path) -> None:
     spec = spec_of(name, tmp_path)
     for stage in range(2):
@@ -193,7 +194,7 @@ def test_the_workspace_of_latent_layers_is_that_of_the_layers() -> None:
 
 
 def test_blocks_that_are_kept_are_those_with_kernels() -> None:
-    assert set(KEPT_BLOCKS) == set(LAYOUTS)
+    assert set(LAYOUTS) == BLOCK_TYPES
 
 
 def test_published_sizes() -> None:

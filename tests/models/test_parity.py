@@ -58,6 +58,15 @@ GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sl
 DELTA = {"head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
          "linear_value_head_dim": 24}  # fmt: skip
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 24}
+GRANITE = {
+    **MAMBA,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "shared_intermediate_size": 96,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.3,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 0.4,
+}
 HEADS = {
     "GPT2": "GPT2LMHeadModel",
     "Qwen3_5Text": "Qwen3_5ForCausalLM",
@@ -81,6 +90,23 @@ LLAMA4 = {  # chunks, and positions whose queries are sharpened, well within the
     "attention_chunk_size": 12,
     "floor_scale": 6,
     "attn_scale": 0.4,
+}
+V4 = {
+    **GLM,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 24,
+    "layer_types": ["sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention"],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    "sliding_window": 8,
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    "index_n_heads": 16,
+    "index_head_dim": 16,
+    "index_topk": 5,
+    "num_hash_layers": 2,
+    "hc_sinkhorn_iters": 4,
 }
 FOREIGN = {  # keys of BASE that a family does not have
     "GPT2": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -237,18 +263,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bamba": ("Bamba", {**MAMBA, "attn_layer_indices": [1]}),
     "bamba-groups": ("Bamba", {**MAMBA, "attn_layer_indices": [2], "mamba_n_groups": 2}),
-    "granitemoehybrid": (
+    "granitemoehybrid": ("GraniteMoeHybrid", {**GRANITE, "num_local_experts": 0}),
+    "granitemoehybrid-experts": (
         "GraniteMoeHybrid",
-        {
-            **MAMBA,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "num_local_experts": 0,
-            "shared_intermediate_size": 96,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.3,
-            "attention_multiplier": 0.1,
-            "logits_scaling": 0.4,
-        },
+        {**GRANITE, "num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32},
     ),
     "deepseek_v2": (  # V2-Lite: queries without a latent, the best experts of all
         "DeepseekV2",
@@ -297,7 +315,23 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "index_topk": 7,
         },
     ),
-    "deepseek_v32-all": ("DeepseekV32", {**MLA, "n_group": 1, "topk_group": 1, "index_head_dim": 24, "index_n_heads": 2}),
+    "deepseek_v32-all": (
+        "DeepseekV32",
+        {**MLA, "n_group": 1, "topk_group": 1, "index_head_dim": 24, "index_n_heads": 2},
+    ),
+    "deepseek_v4": ("DeepseekV4", V4),
+    "deepseek_v4-yarn": (  # all layers sparse, and fewer entries than a sequence has; one layer by token ids
+        "DeepseekV4",
+        {
+            **V4,
+            "layer_types": ["compressed_sparse_attention"] * 3,
+            "index_topk": 2,
+            "num_hash_layers": 1,
+            "swiglu_limit": 0.3,
+            "hc_mult": 2,
+            "rope_scaling": YARN,
+        },
+    ),
     "glm4_moe_lite": ("Glm4MoeLite", MLA),
     "llama4_text": ("Llama4", LLAMA4),  # Scout
     "llama4_text-dense": (  # Maverick: every second layer is dense, no norm of queries and keys
@@ -346,6 +380,8 @@ def oracle(name: str, folder: Path) -> Any:
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.3)
+            elif buffer_name.endswith("tid2eid"):  # different experts for every token
+                buffer.copy_(torch.rand(len(buffer), 8).topk(buffer.shape[1]).indices)
     model.save_pretrained(folder)
     return model
 

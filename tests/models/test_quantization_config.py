@@ -114,6 +114,16 @@ def test_schemes(name: str) -> None:
     assert (found.kv_cache == "fp8") == (name in ("modelopt", "w8a8-fp8"))
 
 
+@pytest.mark.parametrize(
+    ("bits", "strategy", "kind"), [(8, "attn_head", "fp8"), (8, "tensor", "fp8"), (4, "tensor", None)]
+)
+def test_caches_of_compressed_tensors(bits: int, strategy: str, kind: str | None) -> None:
+    scheme = {"type": "float", "num_bits": bits, "strategy": strategy, "dynamic": False, "symmetric": True}
+    given = {**CASES["w8a8-fp8"][0], "kv_cache_scheme": scheme}
+    found = describe_quantization({"quantization_config": given})
+    assert found is not None and found.kv_cache == kind
+
+
 def test_plain_models_have_none() -> None:
     assert describe_quantization({}) is None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from test_load import mxfp4_model, rewrite
 from test_parity import GPT_OSS, ROWS, oracle, prompts, to_gguf
 from test_shard import Group
 
-from octavo.device.ops.packed import unpack
+from octavo.device.ops.packed import empty_packed, join_fields, pack_codes, unpack
 from octavo.errors import ModelFileError, UsageError
 from octavo.files.dummy import open_dummy
 from octavo.files.gguf import GGUFFile
@@ -30,7 +31,8 @@ from octavo.model.quantization.bytes import ByteWeight
 from octavo.model.quantization.choose import SplitWeight
 from octavo.model.quantization.dense import DenseWeight
 from octavo.model.quantization.fp8 import BlockFp8Weight, Fp8Weight
-from octavo.model.quantization.int4 import Int4Weight
+from octavo.model.quantization.gguf import LAYOUTS as GGUF_LAYOUTS
+from octavo.model.quantization.int4 import Int4Weight, int4_layout, quantize_groups
 from octavo.model.quantization.packed import PackedWeight
 
 
@@ -390,12 +392,13 @@ def moe_model(folder: Path, stacked: bool) -> None:
 
 
 EXPERT_FORMATS = {
-    name: FORMATS[name] for name in ("awq-32", "gptq-zero", "fp8-tensor", "int8", "fp8-channel")
+    name: FORMATS[name] for name in ("awq-32", "gptq-zero", "nvfp4", "fp8-tensor", "int8", "fp8-channel")
 } | {
     "fp8-block": (
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
         published.fp8_blocks(),
-    )
+    ),
+    "nf4": (NF4, published.nf4(False)),
 }
 
 
@@ -466,7 +469,18 @@ def test_nf4(nested: bool, tmp_path: Path) -> None:
     logits_agree(ours, dense)
 
 
-GGUF_KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16"]
+GGUF_KINDS = [*GGUF_LAYOUTS, "F16"]
+
+
+HALVES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
 
 
 def blocks(kind: str, values: np.ndarray) -> StoredTensor:
@@ -480,8 +494,9 @@ def blocks(kind: str, values: np.ndarray) -> StoredTensor:
         size, width = gguf.GGML_QUANT_SIZES[number]
         rng = np.random.default_rng(values.size)
         found = rng.integers(0, 256, (values.size // size, width), dtype=np.uint8)
-        halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]
-        for at in halves:
+        if kind == "MXFP4":
+            found[:, 0] = rng.integers(116, 124, len(found))
+        for at in HALVES.get(kind, ()):
             scale = rng.uniform(0.5e-4, 2e-4, len(found)).astype(np.float16)
             found[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
         raw = found.reshape(-1)
@@ -497,20 +512,58 @@ def gguf_model(folder: Path, kinds: list[str]) -> Path:
         vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    matrices = itertools.cycle(kinds)
+    return in_blocks(transformers.LlamaForCausalLM(config), "llama", folder, lambda _: next(matrices))
+
+
+def in_blocks(model: Any, architecture: str, folder: Path, kind_of: Callable[[str], str]) -> Path:
+    """A GGUF file whose matrices but embedding and router are in the block types that their names get."""
     folder.mkdir(parents=True, exist_ok=True)
-    to_gguf(model, "llama", folder / "plain.gguf")
+    to_gguf(model.eval(), architecture, folder / "plain.gguf")
     plain = GGUFFile(folder / "plain.gguf", "plain")
     tensors: dict[str, Any] = {}
-    turn = 0
     for key, info in plain.tensors.items():
         matrix = plain.read(key).view(np.float32).reshape(info.shape).copy()
         tensors[key] = matrix
-        if len(info.shape) == 2 and key != "token_embd.weight":
-            tensors[key] = blocks(kinds[turn % len(kinds)], matrix)
-            turn += 1
+        if len(info.shape) > 1 and key != "token_embd.weight" and "gate_inp" not in key:
+            tensors[key] = blocks(kind_of(key), matrix)
     write_gguf(folder / "model.gguf", dict(plain.config), tensors)
     return folder / "model.gguf"
+
+
+def gguf_moe_model(folder: Path, kind: str, last: str) -> Path:
+    """A mixture of experts in one block type, and its down projections in another."""
+    import transformers
+
+    torch.manual_seed(5)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=256, moe_intermediate_size=256, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        max_position_embeddings=256, norm_topk_prob=True, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config)
+    return in_blocks(model, "qwen3moe", folder, lambda name: last if "down" in name else kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "last"), [("Q4_0", "Q8_0"), ("Q3_K", "Q4_K"), ("IQ4_XS", "Q6_K"), ("MXFP4", "Q2_K")]
+)
+def test_experts_of_gguf_files(kind: str, last: str, tmp_path: Path) -> None:
+    """Stacks of experts stay in their blocks, those of down projections often in another type; ranks take whole ones."""
+    path = gguf_moe_model(tmp_path, kind, last)
+    for size in (1, 2) if last == "Q8_0" else (1,):
+        ranks = Group(size).ranks()[size - 1]
+        ours = Driver(open_model(str(path)), ranks=ranks, quantization="gguf")
+        dense = Driver(open_model(str(path)), ranks=ranks)
+        same(ours, dense, (PackedWeight,))
+        same_experts(ours.network, dense.network)
+    if last == "Q8_0":
+        with pytest.raises(UsageError, match="no whole groups of 256"):
+            Driver(
+                open_model(str(gguf_moe_model(tmp_path, "Q4_0", "Q4_K"))),
+                ranks=ranks,
+                quantization="gguf",
+            )
 
 
 @pytest.mark.parametrize("kind", GGUF_KINDS)
@@ -547,3 +600,41 @@ def test_random_weights_of_a_quantized_configuration(name: str, tmp_path: Path) 
         found = values(layer.weight)
         assert 0.5 < float(found.std()) * found.shape[1] ** 0.5 < 2.0
         assert abs(float(found.mean())) < 0.2 * float(found.std())
+
+
+@pytest.mark.parametrize("inputs", [576, 1000, 8192])
+def test_int4_fits_its_groups(inputs: int) -> None:
+    """Nearer than rounding between each group's extremes, whatever the size of the values; zeros and constants stay."""
+    layout = int4_layout(inputs)
+    assert layout.group == {576: 32, 1000: 0, 8192: 128}[inputs]
+    matrix = torch.randn(40, inputs, generator=torch.Generator().manual_seed(0))
+    matrix[1] *= 1e-6
+    matrix[2] *= 1e4
+    matrix[3], matrix[4], matrix[5] = 0.0, 0.25, -7.0
+    packed = empty_packed(layout, 40, inputs, torch.device("cpu"))
+    rows = quantize_groups(matrix, layout.group)
+    packed.words = pack_codes(rows.codes, layout)[0]
+    packed.scale = join_fields(rows.scale, packed.scale.shape[0])
+    if rows.outer is not None and packed.outer is not None:
+        packed.outer = join_fields(rows.outer, packed.outer.shape[0])
+    found = unpack(packed)
+    error = (found - matrix).norm(dim=1) / matrix.norm(dim=1).clamp(min=1e-30)
+    assert error[3] == 0 and float(error[4:6].max()) < 0.02
+    size = layout.group or inputs
+    parts = matrix[6:, : inputs // size * size].reshape(-1, size)
+    low, step = parts.amin(1, keepdim=True), (parts.amax(1, keepdim=True) - parts.amin(1, keepdim=True)) / 15
+    plain = ((parts - low) / step).round() * step + low - parts
+    usual = float(plain.norm() / parts.norm())
+    assert float(error[[0, 1, 2, *range(6, 40)]].mean()) < 0.95 * usual
+    assert (float(error[6:].mean()) < 0.075) == (size == 32)
+
+
+def test_gpt_oss_of_a_gguf_file(tmp_path: Path) -> None:
+    """Experts in MXFP4 blocks with biases, the rest in others."""
+    model = oracle("gpt_oss", tmp_path)
+    path = in_blocks(
+        model, "gpt-oss", tmp_path / "blocks", lambda name: "MXFP4" if "exps" in name else "Q8_0"
+    )
+    ours, dense = (Driver(open_model(str(path)), quantization=kind) for kind in ("gguf", None))
+    same_experts(ours.network, dense.network)
+    logits_agree(ours, dense)

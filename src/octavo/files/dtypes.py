@@ -24,30 +24,33 @@ GGUF_TYPES: dict[int, BlockType] = {
     6: BlockType("Q5_0", 32, 2 + 4 + 16),
     7: BlockType("Q5_1", 32, 2 + 2 + 4 + 16),
     8: BlockType("Q8_0", 32, 2 + 32),
+    10: BlockType("Q2_K", 256, 16 + 64 + 2 + 2),
+    11: BlockType("Q3_K", 256, 32 + 64 + 12 + 2),
     12: BlockType("Q4_K", 256, 2 + 2 + 12 + 128),
     13: BlockType("Q5_K", 256, 2 + 2 + 12 + 32 + 128),
     14: BlockType("Q6_K", 256, 128 + 64 + 16 + 2),
+    20: BlockType("IQ4_NL", 32, 2 + 16),
+    23: BlockType("IQ4_XS", 256, 2 + 2 + 4 + 128),
     30: BlockType("BF16", 1, 2),
     39: BlockType("MXFP4", 32, 1 + 16),  # a power of two as its exponent
 }
 GGUF_TYPES_BY_NAME: dict[str, tuple[int, BlockType]] = {t.name: (n, t) for n, t in GGUF_TYPES.items()}
+BLOCK_TYPES = frozenset(
+    kind.name for kind in GGUF_TYPES.values() if kind.block > 1
+)  # on GPUs they stay as they are
 
 # Types that exist and that we do not read: their names, for the message only.
 UNSUPPORTED_GGUF_TYPES: dict[int, str] = {
     4: "Q4_2",
     5: "Q4_3",
     9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
     15: "Q8_K",
     16: "IQ2_XXS",
     17: "IQ2_XS",
     18: "IQ3_XXS",
     19: "IQ1_S",
-    20: "IQ4_NL",
     21: "IQ3_S",
     22: "IQ2_S",
-    23: "IQ4_XS",
     24: "I8",
     25: "I16",
     26: "I32",

@@ -12,10 +12,12 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
+import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,7 @@ MAX_DIMS = 4
 MAX_ARRAY = 1 << 24  # elements; the largest vocabularies have under 2^19
 MAX_NESTING = 4
 MAX_KEY_BYTES = 65535  # the specification's bound for keys; tensor names are shorter still
+LAZY = 4096  # strings of an array that is decoded when it is needed
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
 AGAIN = "The file is damaged or incomplete: download it again."
@@ -113,6 +116,43 @@ class GGUFFile:
                 f"{self.path} is one of {parts} parts of a split GGUF model, which Octavo does not read.",
                 "Join them first: llama-gguf-split --merge FIRST_PART JOINED.gguf",
             )
+
+
+class Strings(Sequence[str]):
+    """An array of strings whose ends are known to be in the file; decoded when somebody first looks at one, which the
+    engine, that needs no vocabulary, never does."""
+
+    def __init__(self, data: mmap.mmap | bytes, at: int, count: int, problem: str) -> None:
+        self._data, self._at, self._count, self._problem = data, at, count, problem
+
+    @cached_property
+    def _values(self) -> list[str]:
+        data, at, unpack = self._data, self._at, U64.unpack_from
+        values: list[str] = []
+        append = values.append
+        try:
+            for _ in range(self._count):
+                stop = at + 8 + unpack(data, at)[0]
+                append(data[at + 8 : stop].decode())
+                at = stop
+        except UnicodeDecodeError:
+            raise ModelFileError(self._problem.format(len(values)), AGAIN) from None
+        return values
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self._values[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
 
 class _Reader:
@@ -207,31 +247,24 @@ class _Reader:
         self.need(count * 12, f"array {key!r}")
         return [self.value(ARRAY, key, depth + 1) for _ in range(count)]
 
-    def strings(self, count: int, key: str) -> list[str]:
+    def strings(self, count: int, key: str) -> Sequence[str]:
         """An array of strings, with the loop kept bare: vocabularies have up to 262,144 of them.
 
-        Bounds are still safe: a slice never reads past the end, ``at`` only grows, and once it has passed the end
-        the next length (or the check after the loop) fails.
+        Bounds are still safe: ``at`` only grows, and once it has passed the end the next length (or the check after the
+        loop) fails.
         """
         self.need(count * 8, f"array {key!r}")
         data, at, unpack = self.data, self.at, U64.unpack_from
-        values: list[str] = []
-        append = values.append
         try:
             for _ in range(count):
-                (length,) = unpack(data, at)
-                at += 8
-                stop = at + length
-                append(data[at:stop].decode())
-                at = stop
-        except UnicodeDecodeError:
-            raise self.fail(f"element {len(values)} of {key!r} is not UTF-8 text") from None
+                at += 8 + unpack(data, at)[0]
         except (struct.error, OverflowError, IndexError, ValueError):
             at = self.size + 1
         if at > self.size:
             raise self.fail(f"array {key!r} runs beyond the end of the file")
+        found = Strings(data, self.at, count, f"{self.path}: element {{}} of {key!r} is not UTF-8 text.")
         self.at = at
-        return values
+        return found if count >= LAZY else list(found)
 
     def tensor_table(self, count: int, alignment: int) -> tuple[dict[str, TensorInfo], dict[str, int]]:
         """The tensors and their absolute offsets, all inside the file, aligned and without overlap."""

@@ -11,12 +11,13 @@ carry no loading code.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import lcm
 from typing import Literal
 
-from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowKV
+from octavo.engine.cache.spec import ChunkedKV, CompressedKV, FullKV, KVSpec, LayerKV, StateKV, WindowKV
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped"]
-Scoring = Literal["softmax", "sigmoid", "softmax_top_k"]
+Scoring = Literal["softmax", "sigmoid", "softmax_top_k", "sqrt_softplus"]
 Stored = Literal["rows", "transposed", "per_head", "alternating", "alternating_columns"]
 
 
@@ -246,19 +247,112 @@ class LatentAttention:
         return FullKV(page_size, (self.latent_dim + self.rope_dim + index) * element_bytes)
 
 
+@dataclass(frozen=True)
+class Compressor:
+    """Makes one entry [head_dim] of every ``rate`` tokens: a weighted sum of their values, normed, then rotated.
+
+    ``project`` gives each token's values and gates; the weights are the softmax over the tokens, channel by channel, of
+    gates + ``bias`` [rate, width]. ``overlap``: values and gates are 2 head_dim wide, and an entry is made of the second
+    halves of its own tokens and the first halves of those of the entry before.
+    """
+
+    project: Linear
+    bias: Part
+    norm: Norm
+    rate: int
+    head_dim: int
+    overlap: bool
+
+    @property
+    def width(self) -> int:
+        """Values of a token (there are as many gates)."""
+        return self.head_dim * (2 if self.overlap else 1)
+
+
+@dataclass(frozen=True)
+class EntryIndexer:
+    """Chooses the ``top_k`` entries that a query sees, as ``Indexer`` does keys; its keys are entries of their own."""
+
+    compressor: Compressor
+    query: Linear
+    weights: Linear
+    num_heads: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class CompressedAttention:
+    """Attention over a window of tokens and over compressed entries of all tokens before (DeepSeek-AI 2026).
+
+        x ─ down ─┬─ queries ─ query_norm ─ query ─ (norm of each head) ─ rope ──► q_h
+                  └─ key ─ key_norm ─ rope ──────────────────────────────────────► k = v, one for all heads
+        compressor: x ──► entries, which are keys and values too
+
+    The last ``rope.dim`` values of a head rotate, in neighbouring pairs; what comes out is rotated back, so that values
+    count by their distance. An entry is seen once all of its tokens are. Heads are projected by ``num_groups`` groups
+    (``grouped``: [groups * rank, heads / groups * head_dim]), then all together by ``output``. ``sinks`` as in ``Attention``.
+    """
+
+    down: Linear
+    query_norm: Norm
+    query: Linear
+    key_norm: Norm
+    grouped: Linear
+    output: Linear
+    sinks: Part
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    scale: float
+    rope: Rope
+    window: int
+    compressor: Compressor | None = None
+    indexer: EntryIndexer | None = None
+
+    def compressors(self) -> tuple[Compressor, ...]:
+        """That of the entries, then that of the indexer's keys."""
+        found = (self.compressor, self.indexer.compressor if self.indexer is not None else None)
+        return tuple(compressor for compressor in found if compressor is not None)
+
+    def cache(self, page_size: int, element_bytes: int) -> LayerKV:
+        """The window; and with a compressor what the next entries are made of, and the entries of each compressor.
+
+        A token's values and gates are wide and needed for a moment only: their pages hold fewer tokens, so that not all
+        other pages must be as large.
+        """
+        head = self.head_dim * element_bytes
+        window = WindowKV(page_size, head, self.window)
+        if self.compressor is None:
+            return window
+        rate, width = self.compressor.rate, sum(2 * each.width for each in self.compressors()) * element_bytes
+        size = page_size
+        while size % 2 == 0 and size * width > window.page_bytes:
+            size //= 2
+        pieces = WindowKV(size, width, rate * (2 if self.compressor.overlap else 1))
+        entries = [
+            CompressedKV(lcm(page_size, rate), each.head_dim * element_bytes, rate)
+            for each in self.compressors()
+        ]
+        return (window, pieces, *entries)
+
+
 # What mixes a layer's tokens with those before them. Each states what it keeps of them (``cache``); the torch form is
 # built by ``layers.decoder.make_mixer``.
-Mixer = Attention | LatentAttention | Recurrent
+Mixer = Attention | LatentAttention | Recurrent | CompressedAttention
 
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """down(act(gate(x)) * up(x)); gate and up are one fused Linear (gate first)."""
+    """down(act(gate(x)) * up(x)); gate and up are one fused Linear (gate first).
+
+    ``limit`` > 0 (silu only): gate is clamped to at most so much, up to +-so much.
+    """
 
     gate_up: Linear
     down: Linear
     intermediate: int
     activation: Activation = "silu"
+    limit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -275,7 +369,9 @@ class PlainMLP:
 class Router:
     """Scores every expert, keeps ``top_k`` of them and weighs what they give.
 
-    ``scoring``: the softmax over all experts, the sigmoid of each, or the softmax over the chosen ones. With
+    ``scoring``: the softmax over all experts, the sigmoid or the root of the softplus of each, or the softmax over the
+    chosen ones. ``table`` names a tensor [vocabulary, top_k] of the experts that each token id visits, whatever its scores,
+    which then only weigh (DeepSeek V4). With
     ``renormalize`` the chosen weights sum to 1; then ``scale`` multiplies them. With ``groups`` > 1 only experts of the
     ``top_groups`` best groups are chosen (a group is as good as its ``group_best`` best experts together, 1 or 2).
     ``correction`` names a bias, below the layer's prefix, that is added for the choice but not for the weights.
@@ -291,13 +387,14 @@ class Router:
     group_best: int = 2
     correction: str = ""
     gguf_correction: str = ""
+    table: Part | None = None
 
 
 @dataclass(frozen=True)
 class Experts:
     """``num`` gated MLPs of ``intermediate`` channels, stacked: gate_up [num, 2 I, hidden], down [num, hidden, I].
 
-    Hugging Face checkpoints hold them stacked at ``hf``.gate_up_proj and .down_proj, or one by one at ``hf``.0.gate_proj
+    Hugging Face checkpoints hold them stacked at ``hf`` and the names of ``hf_stacked``, or one by one at ``hf``.0.gate_proj
     and so on, the last names being ``hf_each`` (gate, up, down). ``gguf_each`` are the stacked names in GGUF files.
     ``interleaved``: stacked tensors are [num, in, out] and gate and up alternate (gpt-oss). ``columns``: they are [num, in,
     out], gate before up (Llama 4). ``total``: under expert parallelism, how many there are on all ranks (0: these).
@@ -309,6 +406,7 @@ class Experts:
     intermediate: int
     bias: bool = False
     hf_each: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    hf_stacked: tuple[str, str] = ("gate_up_proj", "down_proj")
     gguf_each: tuple[str, str, str] = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
     interleaved: bool = False
     columns: bool = False
@@ -319,7 +417,7 @@ class Experts:
 class MoE:
     """Sum over the chosen experts of weight * expert(x), plus a shared MLP, which ``shared_gate`` may weigh.
 
-    ``alpha`` and ``limit`` belong to the activation "swiglu_clamped". ``weigh_input``: the one chosen expert sees weight * x
+    ``alpha`` belongs to the activation "swiglu_clamped", ``limit`` to it and to "silu" (0 = none). ``weigh_input``: the one chosen expert sees weight * x
     and its answer is taken as it is (Llama 4).
     """
 
@@ -337,11 +435,32 @@ FeedForward = GatedMLP | PlainMLP | MoE
 
 
 @dataclass(frozen=True)
+class HyperConnection:
+    """``streams`` residuals side by side instead of one (Zhu et al. 2024; Xie et al. 2026).
+
+    A linear map ``fn`` of all streams' normed values, times ``scale``, plus ``base``, gives for each token what of every
+    stream the branch reads (``streams`` weights), what of the branch every stream gets (as many), and how the streams
+    mix (a matrix made doubly stochastic by ``iterations`` of Sinkhorn-Knopp). At the ``end`` of a model only the first.
+    """
+
+    fn: Part
+    base: Part
+    scale: Part
+    streams: int
+    hidden: int
+    eps: float
+    norm_eps: float
+    iterations: int = 0
+    end: bool = False
+
+
+@dataclass(frozen=True)
 class Layer:
     """One decoder layer; see the drawing above. ``residual_scale`` multiplies both branches (1 = plain).
 
     Without ``input_norm`` or ``pre_mlp_norm`` the branch reads the residual stream itself. ``parallel``: both branches
     read the layer's input and are added together; without ``pre_mlp_norm`` they share ``input_norm``'s output.
+    ``hyper``: how the attention, then the MLP, read and write several residual streams.
     """
 
     input_norm: Norm | None
@@ -352,6 +471,7 @@ class Layer:
     post_mlp_norm: Norm | None = None
     residual_scale: float = 1.0
     parallel: bool = False
+    hyper: tuple[HyperConnection, HyperConnection] | None = None
 
 
 @dataclass(frozen=True)
@@ -373,7 +493,9 @@ class DecoderSpec:
     is None where the embedding is the output matrix too. ``logit_softcap`` 0 = none, ``logit_scale`` multiplies.
     Tensors whose names end with one of ``ignored``, or begin with one of ``ignored_prefixes``, are of no use.
     ``positions`` is a learned embedding of positions, added to the tokens'. ``bare_prefix`` is what some checkpoints
-    leave out before all Hugging Face names. A stage of a pipeline begins at ``first_layer``; only the first has the
+    leave out before all Hugging Face names, and ``bare_names`` how those then begin otherwise. ``streams`` joins the
+    residual streams of models that have several. ``classifier`` stands in the place of the head of a model that tells
+    classes apart. A stage of a pipeline begins at ``first_layer``; only the first has the
     embedding before its layers, only the last norm and head behind them.
     """
 
@@ -387,6 +509,8 @@ class DecoderSpec:
     gguf_layer_prefix: str = "blk.{}."
     positions: Embedding | None = None
     bare_prefix: str = ""
+    bare_names: tuple[tuple[str, str], ...] = ()
+    streams: HyperConnection | None = None
     ignored: tuple[str, ...] = field(
         default=(
             "rotary_emb.inv_freq",
@@ -399,3 +523,4 @@ class DecoderSpec:
     first_layer: int = 0
     is_first: bool = True
     is_last: bool = True
+    classifier: Linear | None = None

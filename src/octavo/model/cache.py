@@ -17,11 +17,13 @@ from octavo.engine.cache.spec import KVSpec
 @dataclass(frozen=True)
 class CachePlace:
     """One layer's pages: ``raw`` [num_pages, page_bytes] uint8 is shared with the layers of other groups at the same
-    position, ``group`` says whose page table to read, ``spec`` how many tokens a page holds."""
+    position, ``group`` says whose page table to read, ``spec`` how many tokens a page holds. ``more``: the places of
+    the layer's further kinds of cache, in its order."""
 
     raw: Tensor
     group: int
     spec: KVSpec
+    more: tuple[CachePlace, ...] = ()
 
     def typed(self, shape: tuple[int, ...], dtype: torch.dtype, first_byte: int = 0) -> Tensor:
         """A view [num_pages, *shape] of each page's bytes from ``first_byte`` on; the rest of a page is a gap."""

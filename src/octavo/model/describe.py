@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+from dataclasses import replace
 from importlib import import_module
 
-from octavo.engine.cache.spec import KVSpec
+from octavo.engine.cache.spec import LayerKV
 from octavo.errors import UnsupportedModelError
 from octavo.model import families
 from octavo.model.arch import ArchConfig
-from octavo.model.blocks import Attention, DecoderSpec, Mixer
+from octavo.model.blocks import Attention, DecoderSpec, Linear, Mixer, Part
+from octavo.model.classes import classes, has_classes
 from octavo.model.decoder import Decoder
 from octavo.model.encoder import EncoderSpec
 from octavo.model.fallback.describe import transformers_spec
@@ -41,7 +43,11 @@ def describe(arch: ArchConfig) -> DecoderSpec:
         )
     module = import_module(f"octavo.model.families.{_family(arch)}")
     family: type[Decoder] = module.FAMILY
-    return family(arch).spec()
+    spec = family(arch).spec()
+    if not has_classes(arch):
+        return spec
+    head = Linear(arch.hidden_size, (Part("score", "", len(classes(arch.raw))),))
+    return replace(spec, head=None, classifier=head)
 
 
 def is_encoder(arch: ArchConfig) -> bool:
@@ -74,8 +80,8 @@ def unknown_architecture(model_type: str) -> UnsupportedModelError:
 
 def cache_specs(
     spec: DecoderSpec, page_size: int, element_bytes: int, kv_bytes: int | None = None
-) -> dict[int, KVSpec]:
-    """Layer -> cache kind, with pages of ``page_size`` tokens and ``element_bytes`` a value, or ``kv_bytes`` one of keys and
+) -> dict[int, LayerKV]:
+    """Layer -> cache kind or kinds, with pages of ``page_size`` tokens and ``element_bytes`` a value, or ``kv_bytes`` one of keys and
     values, which may have a type of their own."""
 
     def size(mixer: Mixer) -> int:

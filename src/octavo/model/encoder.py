@@ -22,6 +22,14 @@ class EncoderLayer:
 
 
 @dataclass(frozen=True)
+class Classifier:
+    """A head over the first token: numbers = out(tanh(dense(x))), one a label."""
+
+    dense: Linear
+    out: Linear
+
+
+@dataclass(frozen=True)
 class EncoderSpec:
     """A whole encoder. The first token has the position ``first_position``; a text has at most ``max_length`` tokens.
 
@@ -41,3 +49,4 @@ class EncoderSpec:
     ignored: tuple[str, ...] = ()
     ignored_prefixes: tuple[str, ...] = ()
     head: None = None
+    classifier: Classifier | None = None

@@ -61,12 +61,20 @@ class EncoderNetwork:
             EncoderLayerModule(layer, spec.num_heads, build, spec.hf_layer_prefix.format(i))
             for i, layer in enumerate(spec.layers)
         ]
+        head = spec.classifier
+        self.head = (
+            [] if head is None else [LinearLayer(part, build, "", "") for part in (head.dense, head.out)]
+        )
 
     def items(self) -> list[LoadItem]:
         """Every tensor the loader must fill."""
         blocks = (self.spec.embedding, self.spec.positions, self.spec.types)
         found = [LoadItem(f"{block.hf}.weight", "", table) for block, table in zip(blocks, self.tables)]
-        return found + self.norm.items() + [item for layer in self.layers for item in layer.items()]
+        found += self.norm.items()
+        parts: list[EncoderLayerModule | LinearLayer] = [*self.layers, *self.head]
+        for part in parts:
+            found += part.items()
+        return found
 
     def load(self, files: ModelFiles, progress: Callable[[int, int], None] | None = None) -> LoadReport:
         """See ``Network.load``."""
@@ -74,16 +82,29 @@ class EncoderNetwork:
             return fill_random(self.items(), progress)
         return fill(self.items(), files, self.spec, progress)
 
-    def forward(self, texts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, L, E] of texts (token ids [n] each), and where there are tokens [B, L]."""
+    def forward(self, texts: list[Tensor], second_at: list[int]) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, L, E] of texts (token ids [n] each), and where there are tokens [B, L].
+
+        ``second_at`` [B] is where the second text of a pair begins; 0 where there is one text.
+        """
         lengths = torch.tensor([len(text) for text in texts])
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(self.device)
         there = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).to(self.device)
         words, positions, types = self.tables
         first = self.spec.first_position
-        x = F.embedding(ids, words) + positions[first : first + ids.shape[1]] + types[0]
+        x = F.embedding(ids, words) + positions[first : first + ids.shape[1]]
+        if any(second_at) and len(types) > 1:
+            begins = torch.tensor([at or ids.shape[1] for at in second_at], device=self.device)
+            x += types[(torch.arange(ids.shape[1], device=self.device) >= begins[:, None]).long()]
+        else:
+            x += types[0]
         x = self.norm(x.view(-1, x.shape[-1])).view(x.shape)
         mask = None if len(texts) == 1 else there[:, None, None, :]
         for layer in self.layers:
             x = layer(x, mask)
         return x, there
+
+    def classify(self, first: Tensor) -> Tensor:
+        """The head's numbers [B, labels] of first tokens [B, E]."""
+        dense, out = self.head
+        return out(torch.tanh(dense(first)))

@@ -18,11 +18,13 @@ from typing import Any, Literal
 from octavo.engine.cache.spec import ceil_div
 from octavo.model.blocks import (
     Attention,
+    CompressedAttention,
     DecoderSpec,
     Embedding,
     Experts,
     FeedForward,
     GatedMLP,
+    HyperConnection,
     LatentAttention,
     Layer,
     Linear,
@@ -38,6 +40,7 @@ from octavo.model.blocks import (
 
 Kind = Literal["matrix", "experts", "head", "run", "float32"]
 FLOAT32 = 4
+LARGE_ROW = 8192  # see quantization.int4
 # Logits, their copy for log probabilities, the log probabilities and the penalties' counts: 4 bytes each.
 SAMPLING_BYTES = 16
 COUNTS_BYTES = 4
@@ -64,18 +67,20 @@ class Held:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a projection's weights are stored: ``bits`` each (0 = in the run type), and ``scale_bytes`` beside every run of
-    the first of ``groups`` inputs that divides a row (the last of them for rows of fewer than ``small`` inputs), or beside
-    a whole row. Experts, and with ``packed`` everything, take
-    whole runs of ``device.ops.packed``. ``head``: the output head is stored so too."""
+    """How a projection's weights are stored: ``bits`` each (0 = in the run type), and ``scale_bytes`` beside every ``group``
+    inputs (``large_group`` in rows of 8192 on) and ``outer_bytes`` beside every 256 where groups divide a row, else the larger
+    of both beside a whole row.
+    Experts, and with ``packed`` everything, take whole runs of ``device.ops.packed``. ``head``: the output head is stored so
+    too."""
 
     name: str
     bits: float = 0
     scale_bytes: int = 0
-    groups: tuple[int, ...] = ()
+    group: int = 0
+    large_group: int = 0
+    outer_bytes: int = 0
     packed: bool = False
     head: bool = False
-    small: int = 0
 
     def nbytes(self, held: Held, element_bytes: int) -> int:
         """Bytes of tensors of the network with run type elements of so many bytes."""
@@ -86,10 +91,11 @@ class Scheme:
         inputs = held.inputs
         if self.scale_bytes and (self.packed or held.kind == "experts"):
             inputs += -inputs % self._run(inputs)
-        groups = self.groups if held.inputs >= self.small else self.groups[-1:]
-        group = next((size for size in groups if held.inputs % size == 0), inputs)
-        row = math.ceil(inputs * self.bits / 8) + ceil_div(inputs, group) * self.scale_bytes
-        return row * held.rows * held.count
+        scales = max(self.scale_bytes, self.outer_bytes)
+        group = self.large_group if held.inputs >= LARGE_ROW else self.group
+        if group and held.inputs % group == 0:
+            scales = ceil_div(inputs, group) * self.scale_bytes + ceil_div(inputs, 256) * self.outer_bytes
+        return (math.ceil(inputs * self.bits / 8) + scales) * held.rows * held.count
 
     def _run(self, inputs: int) -> int:
         """Inputs that are packed together: 32 words' worth, or 16 where 4-bit codes are padded less by it."""
@@ -100,7 +106,9 @@ class Scheme:
 DENSE = Scheme("dense")
 FP8 = Scheme("fp8", bits=8, scale_bytes=4)  # a float32 scale an output channel
 INT8 = Scheme("int8", bits=8, scale_bytes=4)
-INT4 = Scheme("int4", bits=4, scale_bytes=4, groups=(128, 64, 32), packed=True, small=2048)  # a scale and a zero point a group
+INT4 = Scheme(  # two levels of scales and minimums
+    "int4", bits=4, scale_bytes=2, group=32, large_group=128, outer_bytes=4, packed=True
+)
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,18 @@ def held_by(block: Any) -> Iterator[Held]:
             yield from held_by((block.indexer.query, block.indexer.key, block.indexer.key_norm))
             yield from _linear(block.indexer.weights, "run")
         yield from _linear(block.up, "run")  # by heads, in the run type whatever the scheme
+    elif isinstance(block, CompressedAttention):
+        yield from _compressed(block)
+    elif isinstance(block, HyperConnection):
+        n = block.streams
+        outputs, scales = (n, 1) if block.end else ((2 + n) * n, 3)
+        yield Held("float32", outputs, n * block.hidden + 1)
+        yield Held("float32", 1, scales)
     elif isinstance(block, Router):
-        yield from _linear(block.linear, "float32" if block.scoring == "sigmoid" else "run")
+        wide = block.scoring in ("sigmoid", "sqrt_softplus")
+        yield from _linear(block.linear, "float32" if wide else "run")
+        if block.table is not None:  # in int32
+            yield Held("float32", block.table.out_features, block.top_k)
         if block.correction:
             yield Held("float32", 1, block.linear.out_features)
     elif isinstance(block, Experts):
@@ -182,6 +200,19 @@ def _recurrent(block: Recurrent) -> Iterator[Held]:
     yield Held("float32", 1, block.norm.size)
 
 
+def _compressed(block: CompressedAttention) -> Iterator[Held]:
+    """What is multiplied by groups, or decides much, in the run type whatever the scheme."""
+    yield from held_by((block.down, block.query_norm, block.query, block.key_norm, block.output, block.sinks))
+    yield from _linear(block.grouped, "run")
+    for compressor in block.compressors():
+        yield from _linear(compressor.project, "run")
+        yield Held("float32", compressor.rate, compressor.width)
+        yield from held_by(compressor.norm)
+    if block.indexer is not None:
+        yield from held_by(block.indexer.query)
+        yield from _linear(block.indexer.weights, "run")
+
+
 def _channels(block: Recurrent) -> int:
     """Inputs of the convolution: q, k and v."""
     return 2 * block.num_key_heads * block.key_dim + block.num_heads * block.value_dim
@@ -195,6 +226,8 @@ def _decoder(spec: DecoderSpec) -> Iterator[Held]:
         yield from held_by(spec.positions)
     yield from held_by(spec.layers)
     yield from held_by(spec.norm)
+    if spec.is_last:
+        yield from held_by(spec.streams)
     if spec.head is not None:
         yield from _linear(spec.head, "head")
 
@@ -259,6 +292,9 @@ def graph_bytes(spec: DecoderSpec, tokens: int, rows: int, recordings: int, elem
 
 def _widest(layer: Layer, hidden: int) -> int:
     """Values a token: residual, the branch before, and the branch being computed with its input."""
+    if layer.hyper is not None:  # all streams, which kernels change in place
+        streams = layer.hyper[0].streams
+        return (streams + 3) * hidden + max(_mixer_width(layer.attention), _mlp_width(layer.mlp))
     mixing = 3 * hidden + _mixer_width(layer.attention)
     # The attention's input and output live on in the layer's frame while the MLP runs; unnormed, an input is the residual.
     inputs = sum(norm is not None for norm in (layer.input_norm, layer.pre_mlp_norm))
@@ -273,6 +309,9 @@ def _mixer_width(block: Mixer) -> int:
         # Queries, once more as wide as latents, and what the heads give.
         head = block.nope_dim + block.rope_dim + block.latent_dim + block.rope_dim + block.value_dim
         return block.down.out_features + block.num_heads * head
+    if isinstance(block, CompressedAttention):
+        pieces = sum(each.project.out_features for each in block.compressors())
+        return block.down.out_features + pieces + 3 * block.num_heads * block.head_dim
     if isinstance(block, Attention):
         gate = block.gate.out_features if block.gate is not None else 0
         return block.qkv.out_features + block.num_heads * block.head_dim + gate

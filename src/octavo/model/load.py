@@ -29,6 +29,7 @@ QUANTIZED_TYPES = {  # of the tensors that quantized checkpoints hold beside tho
     "I8": torch.int8,
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,  # exponents: scales that are powers of two
 }
 AS_STORED = Part("", "", 0)
 SHOWN = 8  # names listed in an error
@@ -90,7 +91,9 @@ def match(
 
 def renaming(files: ModelFiles, spec: DecoderSpec | EncoderSpec) -> Callable[[str], str]:
     """From a block's name of a tensor to the file's."""
-    return (lambda name: name) if files.format == "gguf" else hf_renaming(files, spec.bare_prefix)
+    if files.format == "gguf":
+        return lambda name: name
+    return hf_renaming(files, spec.bare_prefix, spec.bare_names if isinstance(spec, DecoderSpec) else ())
 
 
 def wanted_names(
@@ -149,14 +152,25 @@ def found_in(
     return chosen
 
 
-def hf_renaming(files: ModelFiles, bare_prefix: str = "") -> Callable[[str], str]:
+def hf_renaming(
+    files: ModelFiles, bare_prefix: str = "", bare_names: tuple[tuple[str, str], ...] = ()
+) -> Callable[[str], str]:
     """How this checkpoint spells a decoder's names: multimodal ones put their language model into a part of its own.
 
     Old spelling: language_model.model.layers.0..., language_model.lm_head; new: model.language_model.layers.0..., lm_head.
-    ``bare_prefix`` is left out by checkpoints of the decoder without its head.
+    ``bare_prefix`` is left out by checkpoints of the decoder without its head, whose names may then begin otherwise
+    (``bare_names``).
     """
     if bare_prefix and not any(name.startswith(bare_prefix) for name in files.tensors):
-        return lambda name: name.removeprefix(bare_prefix)
+
+        def bare(name: str) -> str:
+            name = name.removeprefix(bare_prefix)
+            for ours, theirs in bare_names:
+                if name.startswith(ours):
+                    return theirs + name.removeprefix(ours)
+            return name
+
+        return bare
     if any(name.startswith("language_model.model.") for name in files.tensors):
         return lambda name: f"language_model.{name}"
     if any(name.startswith("model.language_model.") for name in files.tensors):

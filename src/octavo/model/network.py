@@ -18,6 +18,7 @@ from octavo.model.blocks import DecoderSpec, MoE
 from octavo.model.cache import CachePlace
 from octavo.model.layers.build import ALONE, AS_RUN, Build, CacheType, Ranks
 from octavo.model.layers.decoder import DecoderLayer
+from octavo.model.layers.hyper import Connection, HyperLayer
 from octavo.model.layers.linear import LinearLayer
 from octavo.model.layers.load import LoadItem
 from octavo.model.layers.moe import MoELayer
@@ -29,7 +30,8 @@ from octavo.model.quantization.dense import DENSE
 
 @dataclass(frozen=True)
 class Pipe:
-    """The neighbours of a pipeline stage: ``receive`` fills a tensor [2, T, E], ``send`` passes one on."""
+    """The neighbours of a pipeline stage: ``receive`` fills a tensor [2, T, E], ``send`` passes one on;
+    [T, streams, E] where there are several residual streams."""
 
     receive: Callable[[Tensor], Tensor] | None = None
     send: Callable[[Tensor], None] | None = None
@@ -76,13 +78,21 @@ class Network:
         self.embedding_scale = float(torch.tensor(embedding.scale, dtype=dtype))
         layer_build = replace(build, weight_format=weight_format)
         self.layers = [
-            DecoderLayer(layer, layer_build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i))
+            (HyperLayer if layer.hyper is not None else DecoderLayer)(
+                layer, layer_build, spec.hf_layer_prefix.format(i), spec.gguf_layer_prefix.format(i)
+            )
             for i, layer in enumerate(spec.layers, spec.first_layer)
         ]
+        self.join = (
+            Connection(spec.streams, build, "", "") if spec.streams is not None and spec.is_last else None
+        )
         self.norm = make_norm(spec.norm, layer_build)
         # Quantizing on load leaves the head alone; files may hold it quantized.
         head_build = layer_build if weight_format.covers_head else build
         self.head = LinearLayer(spec.head, head_build, "", "") if spec.head is not None else None
+        scores = LinearLayer(spec.classifier, build, "", "") if spec.classifier is not None else None
+        self.classifier: Callable[[Tensor], Tensor] | None = scores
+        self.heads = [head for head in (self.head, scores) if head is not None]
         split = spec.head is not None and spec.head.shard == "column" and ranks.size > 1
         self.multiply = build.linear  # of the tied embedding, where there is no head
         self.tied = self.embedding
@@ -104,7 +114,11 @@ class Network:
             found += layer.items()
         if self.spec.is_last:
             found += self.norm.items()
-        return found + (self.head.items() if self.head is not None else [])
+        if self.join is not None:
+            found += self.join.items()
+        for head in self.heads:
+            found += head.items()
+        return found
 
     def load(self, files: ModelFiles, progress: Callable[[int, int], None] | None = None) -> LoadReport:
         """Fill every parameter; reports (bytes done, bytes in all). Raises ``ModelFileError`` for what is missing,
@@ -164,9 +178,11 @@ class Network:
         branch, residual = self._enter(batch)
         for layer in self.layers:
             branch = layer(branch, residual, batch)
-        if branch is not None and self.pipe.send is not None:
-            self.pipe.send(torch.stack((settled(branch), residual)))
-            return residual[batch.sample_at]
+        if self.pipe.send is not None:
+            self.pipe.send(residual if branch is None else torch.stack((settled(branch), residual)))
+            return residual[batch.sample_at] if self.spec.streams is None else residual[batch.sample_at, 0]
+        if self.join is not None:
+            return self.norm(self.join.joined(residual[batch.sample_at]))
         if branch is None:
             return self.norm(residual[batch.sample_at])
         last = branch.take(batch.sample_at) if isinstance(branch, Raw) else branch[batch.sample_at]
@@ -174,24 +190,31 @@ class Network:
         return normed
 
     def _enter(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
-        """What goes into the first layer: (the branch before it, None for the model's first; the residual) [T, E]."""
+        """What goes into the first layer: (the branch before it, None for the model's first; the residual) [T, E], the
+        latter [T, streams, E] where there are several."""
         if self.pipe.receive is not None:
-            shape = (2, batch.token_ids.shape[0], self.spec.embedding.hidden)
-            received = self.pipe.receive(self.embedding.new_empty(shape))
+            tokens, hidden = batch.token_ids.shape[0], self.spec.embedding.hidden
+            if self.spec.streams is not None:
+                streams = self.embedding.new_empty(tokens, self.spec.streams.streams, hidden)
+                return None, self.pipe.receive(streams)
+            received = self.pipe.receive(self.embedding.new_empty(2, tokens, hidden))
             return received[0], received[1]
         residual = F.embedding(batch.token_ids, self.embedding)
         if self.embedding_scale != 1.0:
             residual = residual * self.embedding_scale
         if self.positions is not None:
             residual = residual + F.embedding(batch.positions, self.positions)
+        if self.spec.streams is not None:
+            residual = residual.unsqueeze(1).repeat(1, self.spec.streams.streams, 1)
         return None, residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[S, V] float32 for hidden states [S, E]."""
+        """[S, V] for hidden states [S, E]: as the head computes them, float32 where they are scaled or capped."""
         out = self.head(hidden) if self.head is not None else self.multiply(hidden, self.tied, None)
         if self.gather is not None:
             out = self.gather(out)
-        out = out.float()
+        if self.spec.logit_scale != 1.0 or self.spec.logit_softcap:
+            out = out.float()
         if self.spec.logit_scale != 1.0:
             out = out * self.spec.logit_scale
         if self.spec.logit_softcap:

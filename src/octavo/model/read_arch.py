@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from octavo.errors import ModelFileError, UnsupportedModelError
 from octavo.files.base import ModelFiles
+from octavo.files.dtypes import BLOCK_TYPES
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import Activation
 from octavo.model.hf_defaults import (
@@ -25,6 +26,7 @@ from octavo.model.quantization.describe import describe_quantization
 SOFTMAX = 1  # GGUF's number of that gating function
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 INDEXED = "indexed_attention"
+COMPRESSED_SPARSE, HEAVILY_COMPRESSED = "compressed_sparse_attention", "heavily_compressed_attention"
 LINEAR = "linear_attention"
 MULTIMODAL = {  # whose text part has a family
     "gemma3": "gemma3_text",
@@ -32,7 +34,11 @@ MULTIMODAL = {  # whose text part has a family
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
 }
-OLD_KINDS = {"attention": FULL, "mamba": LINEAR, "deepseek_sparse_attention": FULL}  # other spellings of layer types
+OLD_KINDS = {
+    "attention": FULL,
+    "mamba": LINEAR,
+    "deepseek_sparse_attention": FULL,
+}  # other spellings of layer types
 GGUF_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -45,7 +51,6 @@ GGUF_TYPES = {
     "gpt-oss": "gpt_oss",
     "deepseek2": "deepseek_v3",
 }
-QUANTIZED_TYPES = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4"}
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -67,6 +72,7 @@ MAX_LAYERS = 4096
 KINDS = {
     "llama4_text": {FULL, CHUNKED},
     "deepseek_v32": {FULL, INDEXED},
+    "deepseek_v4": {SLIDING, COMPRESSED_SPARSE, HEAVILY_COMPRESSED},
 }  # of attention, where they are not the usual ones
 
 
@@ -93,6 +99,7 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
     layers = keys.integer("num_hidden_layers", most=MAX_LAYERS)
     heads, kv_heads = keys.heads("num_attention_heads", "num_key_value_heads")
     hidden = keys.integer("hidden_size")
+    inner = 4 * hidden if model_type == "gpt2" else keys.source.get("moe_intermediate_size")
     layer_types = _layer_types(keys, model_type, layers)
     query_scale = keys.number("query_pre_attn_scalar", 0.0)
     bos = keys.source.get("bos_token_id")
@@ -100,7 +107,7 @@ def from_hf(config: Mapping[str, Any]) -> ArchConfig:
         model_type=model_type,
         vocab_size=keys.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=keys.integer("intermediate_size", 4 * hidden if model_type == "gpt2" else None),
+        intermediate_size=keys.integer("intermediate_size", inner),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -169,6 +176,8 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
     if model_type == "llama4_text":
         chunked = keys.source.get("attention_chunk_size")
         return tuple(CHUNKED if chunked and rotated else FULL for rotated in keys.rope_layers(layers))
+    if model_type == "deepseek_v4":
+        return _compressed_types(keys, layers)
     if not keys.source.get("sliding_window"):
         return (FULL,) * layers
     if model_type in HF_PATTERN:
@@ -184,6 +193,20 @@ def _layer_types(keys: Keys, model_type: str, layers: int) -> tuple[str, ...]:
             return tuple(SLIDING if i < first and i % 2 == 0 else FULL for i in range(layers))
         return tuple(SLIDING if i >= first else FULL for i in range(layers))
     return (FULL,) * layers
+
+
+def _compressed_types(keys: Keys, layers: int) -> tuple[str, ...]:
+    """DeepSeek V4's, from the tokens that an entry stands for (0 = no entries); else the last two kinds by turns."""
+    ratios = keys.source.get("compress_ratios")
+    if ratios is None:
+        turns = [COMPRESSED_SPARSE if i % 2 else HEAVILY_COMPRESSED for i in range(layers)]
+        return (HEAVILY_COMPRESSED, HEAVILY_COMPRESSED, *turns)[:layers]
+    kinds = {0: SLIDING, 4: COMPRESSED_SPARSE, 128: HEAVILY_COMPRESSED}
+    if not isinstance(ratios, list) or len(ratios) < layers or not set(ratios[:layers]) <= set(kinds):
+        raise ModelFileError(
+            f"config.json: compress_ratios must list 0, 4 or 128 for each of {layers} layers."
+        )
+    return tuple(kinds[ratio] for ratio in ratios[:layers])
 
 
 def _hf_rope(keys: Keys, model_type: str, kinds: set[str]) -> dict[str, Mapping[str, Any]]:
@@ -252,7 +275,7 @@ def from_gguf(files: ModelFiles) -> ArchConfig:
         logit_softcap=keys.number("final_logit_softcapping", 30.0 if name == "gemma2" else 0.0),
         query_scale=_gguf_query_scale(name, keys, hidden, heads),
         dtype="float16",
-        quantized=any(tensor.dtype in QUANTIZED_TYPES for tensor in files.tensors.values()),
+        quantized=any(tensor.dtype in BLOCK_TYPES for tensor in files.tensors.values()),
         from_gguf=True,
         bos_token_id=bos if isinstance(bos, int) else None,
         eos_token_ids=token_ids(meta.get("tokenizer.ggml.eos_token_id")),
@@ -306,7 +329,7 @@ def _gguf_vocab_size(files: ModelFiles, keys: Keys) -> int:
     if embedding is not None:
         return embedding.shape[0]
     tokens = files.config.get("tokenizer.ggml.tokens")
-    return keys.integer("vocab_size", len(tokens) if isinstance(tokens, list) else None)
+    return keys.integer("vocab_size", len(tokens) if isinstance(tokens, Sequence) else None)
 
 
 def _gguf_query_scale(name: str, keys: Keys, hidden: int, heads: int) -> float | None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from octavo.errors import UnsupportedModelError
 from octavo.model.blocks import (
     Attention,
+    CompressedAttention,
     DecoderSpec,
     FeedForward,
     GatedMLP,
@@ -58,6 +59,8 @@ def _mixer(block: Mixer, size: int) -> Mixer:
         return _recurrent(block, size)
     if isinstance(block, LatentAttention):
         return _latent(block, size)
+    if isinstance(block, CompressedAttention):
+        return _compressed(block, size)
     return _attention(block, size)
 
 
@@ -83,19 +86,37 @@ def _recurrent(block: Recurrent, size: int) -> Recurrent:
     )
 
 
-def _latent(block: LatentAttention, size: int) -> LatentAttention:
-    """Heads are split; every rank keeps all latents, which belong to all heads."""
-    if block.num_heads % size:
+def _check_divides(count: int, what: str, size: int) -> None:
+    if count % size:
         raise UnsupportedModelError(
-            f"{block.num_heads} attention heads cannot be split over {size} devices.",
+            f"{count} {what} cannot be split over {size} devices.",
             "Choose a tensor parallel size that divides them.",
         )
+
+
+def _latent(block: LatentAttention, size: int) -> LatentAttention:
+    """Heads are split; every rank keeps all latents, which belong to all heads."""
+    _check_divides(block.num_heads, "attention heads", size)
     return replace(
         block,
         query=_linear(block.query, size),
         up=_linear(block.up, size),
         output=_linear(block.output, size),
         num_heads=block.num_heads // size,
+    )
+
+
+def _compressed(block: CompressedAttention, size: int) -> CompressedAttention:
+    """Groups of heads are split; every rank keeps all keys and entries, which belong to all heads."""
+    _check_divides(block.num_groups, "groups of attention heads", size)
+    return replace(
+        block,
+        query=_linear(block.query, size),
+        grouped=_linear(block.grouped, size),
+        output=_linear(block.output, size),
+        sinks=_part(block.sinks, size, 1),
+        num_heads=block.num_heads // size,
+        num_groups=block.num_groups // size,
     )
 
 

@@ -43,6 +43,7 @@ def cut(spec: DecoderSpec, stage: int, count: int) -> DecoderSpec:
     if not is_last:
         outside += [(spec.norm.hf, spec.norm.gguf)]
         outside += [(part.hf, part.gguf) for part in (spec.head.parts if spec.head is not None else ())]
+    joins = [spec.streams] if spec.streams is not None and not is_last else []
     return replace(
         spec,
         layers=spec.layers[mine.start : mine.stop],
@@ -51,6 +52,7 @@ def cut(spec: DecoderSpec, stage: int, count: int) -> DecoderSpec:
             *spec.ignored_prefixes,
             *elsewhere,
             *(f"{name}." for names in outside for name in names if name),
+            *(part.hf for join in joins for part in (join.fn, join.base, join.scale)),
         ),
         first_layer=first,
         is_first=is_first,

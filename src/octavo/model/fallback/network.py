@@ -31,9 +31,9 @@ from octavo.model.fallback.describe import (
     transformers_spec,
 )
 from octavo.model.fallback.names import renamed
+from octavo.model.layers.build import ALONE
 from octavo.model.layers.load import LoadItem
 from octavo.model.load import LoadReport, fill, fill_random
-from octavo.model.network import Network
 
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 EACH = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -137,8 +137,8 @@ class Given(torch.nn.Module):
         return Outputs(self.hidden)
 
 
-class TransformersNetwork(Network):
-    """Everything that the runner and the loader ask of a ``Network``, answered by a transformers model."""
+class TransformersNetwork:
+    """``face.AnyNetwork``, answered by a transformers model."""
 
     def __init__(
         self,
@@ -151,8 +151,10 @@ class TransformersNetwork(Network):
         op_spec: OpSpec,
     ) -> None:
         """Parameters are allocated on ``device``, uninitialized; ``load`` fills them."""
+        self.classifier: Callable[[Tensor], Tensor] | None = None
         spec = transformers_spec(arch)
         self.dtype = dtype
+        self.ranks = ALONE  # its modules know no other devices
         self.model = build_model(read_config(files), str(device), str(dtype).removeprefix("torch."))
         self.step = Step()
         self.paged = [
@@ -163,7 +165,7 @@ class TransformersNetwork(Network):
             module.octavo = self.paged[index]
         self.names = self._names()
         # Experts are chosen with the host's help.
-        self.recordable = not any(name.endswith((GATE_UP, DOWN)) for name in self.names)
+        self.recordable: bool = not any(name.endswith((GATE_UP, DOWN)) for name in self.names)
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
         self.embedding = embedding
         tied = head is None or head.weight.data_ptr() == embedding.data_ptr()
@@ -195,7 +197,7 @@ class TransformersNetwork(Network):
         )
 
     def items(self) -> list[LoadItem]:
-        """See ``Network``."""
+        """See ``AnyNetwork``."""
         return [self._item(name, tensor) for name, tensor in self.names.items()]
 
     def _item(self, name: str, tensor: Tensor) -> LoadItem:
@@ -222,34 +224,38 @@ class TransformersNetwork(Network):
         return LoadItem(name, "", tensor, constant=constant)
 
     def load(self, files: ModelFiles, progress: Callable[[int, int], None] | None = None) -> LoadReport:
-        """See ``Network``."""
+        """See ``AnyNetwork``."""
         if files.format == "dummy":
             return fill_random(self.items(), progress)
         return fill(self.items(), self.named(files), self.spec, progress)
 
     def named(self, files: ModelFiles) -> ModelFiles:
-        """See ``Network``."""
+        """See ``AnyNetwork``."""
         return self.rename(files)
 
     def idle_elements(self, tokens: int) -> dict[torch.dtype, float]:
-        """See ``Network.idle_elements``; which experts a foreign module has is not known."""
+        """See ``AnyNetwork.idle_elements``; which experts a foreign module has is not known."""
         return {}
 
     def matrix_elements(self) -> dict[torch.dtype, int]:
-        """See ``Network``; without a head of its own the embedding is read too."""
+        """See ``AnyNetwork``; without a head of its own the embedding is read too."""
         counts: dict[torch.dtype, int] = {}
         for tensor in self.names.values():
             if tensor.dim() >= 2 and tensor.data_ptr() != self.table:
                 counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
         return counts
 
+    def matrix_bytes(self) -> int:
+        """See ``AnyNetwork``."""
+        return sum(count * dtype.itemsize for dtype, count in self.matrix_elements().items())
+
     def bind_cache(self, places: dict[int, CachePlace]) -> None:
-        """See ``Network``."""
+        """See ``AnyNetwork``."""
         for index, place in places.items():
             self.paged[index].bind(place)
 
     def forward(self, batch: Batch) -> Tensor:
-        """See ``Network``."""
+        """See ``AnyNetwork``."""
         self.step.batch = batch
         self.step.calls = []
         out = self.base(
@@ -264,7 +270,7 @@ class TransformersNetwork(Network):
         return hidden[batch.sample_at]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """See ``Network``; scales and caps are the model's own."""
+        """See ``AnyNetwork``; scales and caps are the model's own."""
         self.given.hidden = hidden.unsqueeze(0)
         out: Tensor = self.model(
             input_ids=torch.zeros((1, 1), dtype=torch.int64, device=hidden.device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from octavo.errors import UnsupportedModelError
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import Embedding, Linear, Norm, Part, PlainMLP
-from octavo.model.encoder import EncoderLayer, EncoderSpec
+from octavo.model.classes import classes
+from octavo.model.encoder import Classifier, EncoderLayer, EncoderSpec
 from octavo.model.keys import Keys
 
 # RoBERTa counts positions from behind its padding token.
@@ -28,6 +29,9 @@ class Bert:
         """The whole encoder."""
         a, prefix = self.arch, f"{self.root}embeddings."
         first = FIRST_POSITION.get(a.model_type, 0)
+        classifier = self.classifier()
+        no_head = () if classifier is not None else ("classifier.",)
+        pooler = () if classifier is not None and self.root == "bert." else (f"{self.root}pooler.",)
         return EncoderSpec(
             embedding=Embedding(f"{prefix}word_embeddings", "", a.vocab_size, a.hidden_size),
             positions=Embedding(f"{prefix}position_embeddings", "", a.max_position, a.hidden_size),
@@ -40,7 +44,21 @@ class Bert:
             hf_layer_prefix=f"{self.root}encoder.layer.{{}}.",
             bare_prefix=self.root,
             ignored=("position_ids",),
-            ignored_prefixes=(f"{self.root}pooler.", "cls.", "lm_head.", "classifier."),
+            ignored_prefixes=(*pooler, "cls.", "lm_head.", *no_head),
+            classifier=classifier,
+        )
+
+    def classifier(self) -> Classifier | None:
+        """The head of a model for classes or pairs; BERT calls its first part the pooler."""
+        labels, size = classes(self.arch.raw), self.arch.hidden_size
+        if not labels:
+            return None
+        dense, out = "classifier.dense", "classifier.out_proj"
+        if self.root == "bert.":
+            dense, out = "bert.pooler.dense", "classifier"
+        return Classifier(
+            dense=Linear(size, (Part(dense, "", size),), True),
+            out=Linear(size, (Part(out, "", len(labels)),), True),
         )
 
     def layer(self) -> EncoderLayer:

@@ -47,7 +47,7 @@ class AttentionLayer:
         self.attend = build.binder.bind(PAGED_ATTENTION, build.spec)
         self.cache_dtype = build.cache_type.dtype or build.dtype
         module = hf_prefix + block.qkv.parts[0].hf.rpartition(".")[0]
-        self.scales = CacheScales(module, build.cache_type)
+        self.scales = CacheScales(module, block, build)
         self.pages = torch.empty(0)
         self.group = 0
         self.leaves_scales = False  # to the norm that follows: the layer around it decides
@@ -71,8 +71,7 @@ class AttentionLayer:
             self.pages,
             tables.slot_mapping,
             block.num_heads,
-            self.scales.key,
-            self.scales.value,
+            self.scales.factors,
         )
         if self.temperatures is not None:
             q = (q * self.temperatures[batch.positions].view(-1, 1, 1)).to(q.dtype)
@@ -84,15 +83,14 @@ class AttentionLayer:
             batch.kv_lens,
             batch.max_query,
             batch.max_kv,
-            block.scale * self.scales.key,
+            block.scale,
             block.window,
             block.softcap,
             self.sinks,
             block.chunk,
+            self.scales.factors,
         )
         joined = mixed.view(mixed.shape[0], -1)
-        if self.scales.value != 1.0:
-            joined = joined * self.scales.value
         if self.gate is not None:
             joined = joined * self.gate(x).sigmoid()
         return self.output.branch(joined) if self.leaves_scales else self.output(joined)

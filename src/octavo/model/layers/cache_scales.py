@@ -7,19 +7,27 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from octavo.model.layers.build import CacheType
+from octavo.errors import ModelFileError
+from octavo.model.blocks import Attention
+from octavo.model.layers.build import Build
 from octavo.model.layers.load import LoadItem, Source, StoredMatrix
+
+KEY, VALUE = 0, 1
 
 
 class CacheScales:
-    """One number for a layer's keys, one for its values; numbers of the host, known once the model is loaded."""
+    """Numbers of a layer's key heads on the device, [2, Hkv] float32: of keys, of values; None where all are 1."""
 
-    def __init__(self, module: str, cache_type: CacheType) -> None:
+    def __init__(self, module: str, block: Attention, build: Build) -> None:
         """``module`` is the attention's name in files, with the layer's prefix."""
-        self.key = self.value = 1.0
         self.module = module
-        self.used = cache_type.dtype is not None
-        self.calibrated = cache_type.calibrated
+        self.calibrated = build.cache_type.calibrated
+        self.factors: Tensor | None = None
+        if self.calibrated and build.cache_type.dtype is not None:
+            self.factors = build.empty(2, block.num_kv_heads, dtype=torch.float32).fill_(1.0)
+        copies = block.qkv.parts[1].copies if len(block.qkv.parts) > 1 else 1
+        self.first_head = build.ranks.rank // copies * block.num_kv_heads
+        self.all_heads = build.ranks.size * block.num_kv_heads // copies
 
     def items(self) -> list[LoadItem]:
         """What the loader may find: by the names of vLLM and compressed-tensors, and those of ModelOpt. Scales of queries and
@@ -41,10 +49,21 @@ class CacheScales:
         return [StoredMatrix(f"{self.module}.k_scale", "", shape, sources=sources, take=self.take)]
 
     def take(self, stored: Mapping[str, Tensor]) -> None:
-        """Keep them where the cache has 8 bits."""
-        if self.used:
-            self.key = float(stored["key"].float().max()) if "key" in stored else 1.0
-            self.value = float(stored["value"].float().max()) if "value" in stored else 1.0
+        """Keep them where the cache has 8 bits: one for all heads, or this rank's of one for each."""
+        if self.factors is None:
+            return
+        for place, name in ((KEY, "key"), (VALUE, "value")):
+            if name not in stored:
+                continue
+            found = stored[name].float().reshape(-1)
+            if found.numel() not in (1, self.all_heads) or not bool((found.isfinite() & (found > 0)).all()):
+                raise ModelFileError(
+                    f"{self.module}: the scales of cached {name}s are {found.numel()} numbers for {self.all_heads} heads, "
+                    "or not all above 0.",
+                    "Leave --kv-cache-dtype out, or use files whose scales belong to this model.",
+                )
+            own = slice(self.first_head, self.first_head + self.factors.shape[1])
+            self.factors[place] = found if found.numel() == 1 else found[own]
 
 
 def calibrated(names: Mapping[str, object]) -> bool:

@@ -7,10 +7,21 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from octavo.model.batch import Batch
-from octavo.model.blocks import FeedForward, LatentAttention, Layer, Mixer, MoE, Norm, PlainMLP, Recurrent
+from octavo.model.blocks import (
+    CompressedAttention,
+    FeedForward,
+    LatentAttention,
+    Layer,
+    Mixer,
+    MoE,
+    Norm,
+    PlainMLP,
+    Recurrent,
+)
 from octavo.model.cache import CachePlace
 from octavo.model.layers.attention import AttentionLayer
 from octavo.model.layers.build import Build
+from octavo.model.layers.compressed import CompressedLayer
 from octavo.model.layers.latent import LatentLayer
 from octavo.model.layers.load import LoadItem
 from octavo.model.layers.mlp import GatedMLPLayer, PlainMLPLayer
@@ -109,6 +120,8 @@ def make_mixer(block: Mixer, build: Build, hf_prefix: str, gguf_prefix: str) -> 
         return RecurrentLayer(block, build, hf_prefix, gguf_prefix)
     if isinstance(block, LatentAttention):
         return LatentLayer(block, build, hf_prefix, gguf_prefix)
+    if isinstance(block, CompressedAttention):
+        return CompressedLayer(block, build, hf_prefix, gguf_prefix)
     return AttentionLayer(block, build, hf_prefix, gguf_prefix)
 
 

@@ -37,9 +37,9 @@ class ExpertWeights:
     def items(self) -> list[LoadItem]:
         """What the loader must fill; each matrix in the ways that files hold it."""
         gate_up = LoadItem(
-            f"{self.hf}.gate_up_proj", "", self.gate_up, ways=(self._stacked(), self._each(), self._gguf())
+            self._name(0), "", self.gate_up, ways=(self._stacked(), self._each(), self._gguf())
         )
-        name, gguf, cut = f"{self.hf}.down_proj", f"{self.gguf}{self.block.gguf_each[2]}.weight", self._cut(2)
+        name, gguf, cut = self._name(1), f"{self.gguf}{self.block.gguf_each[2]}.weight", self._cut(2)
         each = tuple(
             LoadItem(
                 f"{self.hf}.{self.start + i}.{self.block.hf_each[2]}.weight",
@@ -63,6 +63,10 @@ class ExpertWeights:
             )
             ways = ((columns,), (packed,), (LoadItem("", gguf, self.down, cut=cut),))
         return [gate_up, LoadItem(name, "", self.down, ways=ways), *self._biases()]
+
+    def _name(self, matrix: int) -> str:
+        """The stacked gate and up (0) or down matrices (1)."""
+        return f"{self.hf}.{self.block.hf_stacked[matrix]}"
 
     def _biases(self) -> list[LoadItem]:
         """[E, 2 I] and [E, H]; only models whose gate and up alternate have them."""
@@ -100,7 +104,7 @@ class ExpertWeights:
     def _stacked(self, part: Part | None = None, packed: bool = False) -> tuple[LoadItem, ...]:
         """One tensor [E, 2 I, H], plain or in MXFP4 blocks."""
         inner, size, rank = self.block.intermediate, self.ranks.size, self.ranks.rank
-        name = f"{self.hf}.gate_up_proj"
+        name = self._name(0)
         scales = f"{name}_scales" if packed else ""
         if self.whole is not None:
             stored = f"{name}_blocks" if packed else name

@@ -28,7 +28,9 @@ class GatedMLPLayer:
         self.act_mul_fp8 = build.binder.bind(ACT_MUL_FP8, build.spec) if self.down.fp8 else None
         weight = self.gate_up.weight if self.gate_up.bias is None else None
         self.dense = weight if isinstance(weight, DenseWeight) else None
-        self.gated = build.binder.bind(GATED_LINEAR, build.spec) if self.dense is not None else None
+        self.limit = block.limit
+        fused = self.dense is not None and not block.limit
+        self.gated = build.binder.bind(GATED_LINEAR, build.spec) if fused else None
         self.leaves_scales = False  # to the norm that follows: the layer around it decides
 
     @property
@@ -41,6 +43,8 @@ class GatedMLPLayer:
         down = self.down.branch if self.leaves_scales else self.down
         if self.gated is not None and self.dense is not None:
             return down(self.gated(x, self.dense.matrix, self.activation))
+        if self.limit:
+            return down(self.act_mul(self.gate_up(x), self.activation, self.limit))
         if self.act_mul_fp8 is None or self.down.fp8 is None:
             return down(self.act_mul(self.gate_up(x), self.activation))
         wide = self.gate_up.branch(x)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from octavo.device.ops.moe import EXPERTS, EXPERTS_PACKED, ROUTE
-from octavo.model.blocks import Experts, MoE, Router
+from octavo.device.ops.moe import EXPERTS, EXPERTS_PACKED, ROUTE, shares_of
+from octavo.errors import ModelFileError
+from octavo.model.blocks import Experts, MoE, Part, Router
 from octavo.model.layers.build import Build
 from octavo.model.layers.experts import ExpertWeights
 from octavo.model.layers.linear import LinearLayer
-from octavo.model.layers.load import LoadItem
+from octavo.model.layers.load import LoadItem, Source, StoredMatrix
 from octavo.model.layers.mlp import GatedMLPLayer
 from octavo.model.layers.packed_experts import PackedExpertWeights
 from octavo.model.quantization.dense import DENSE
@@ -40,9 +41,10 @@ class MoELayer:
             else None
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """[T, E] from [T, E]; routers that go by token ids [T] need them."""
         block, weights = self.block, self.experts
-        ids, shares = self.router(x)
+        ids, shares = self.router(x, token_ids)
         if self.local_ids is not None:
             ids = self.local_ids[ids]
         seen = x
@@ -79,7 +81,7 @@ class RouterLayer:
 
     def __init__(self, block: Router, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
         self.block = block
-        self.dtype = torch.float32 if block.scoring == "sigmoid" else build.dtype
+        self.dtype = torch.float32 if block.scoring in ("sigmoid", "sqrt_softplus") else build.dtype
         # A few rows that decide much: not worth quantizing.
         plain = replace(build, dtype=self.dtype, weight_format=DENSE)
         self.linear = LinearLayer(block.linear, plain, hf_prefix, gguf_prefix)
@@ -88,9 +90,19 @@ class RouterLayer:
         )
         self.names = (hf_prefix + block.correction, gguf_prefix + block.gguf_correction)
         self.route = build.binder.bind(ROUTE, build.spec)
+        self.table = None
+        if block.table is not None:
+            self.table = TokenTable(block.table, block, build, hf_prefix, gguf_prefix)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         block = self.block
+        if self.table is not None:
+            if token_ids is None:
+                raise ValueError("experts by token id need the ids")
+            ids = self.table.experts[token_ids].long()
+            return ids, shares_of(
+                self.linear(x.to(self.dtype)), ids, block.scoring, block.renormalize, block.scale
+            )
         found: tuple[Tensor, Tensor] = self.route(
             self.linear(x.to(self.dtype)),
             block.top_k,
@@ -109,7 +121,38 @@ class RouterLayer:
         found = self.linear.items()
         if self.correction is not None:
             found.append(LoadItem(*self.names, self.correction))
-        return found
+        return found + (self.table.items() if self.table is not None else [])
+
+
+class TokenTable:
+    """The experts [vocabulary, top_k] that each token id visits."""
+
+    def __init__(self, part: Part, block: Router, build: Build, hf_prefix: str, gguf_prefix: str) -> None:
+        self.num = block.linear.out_features
+        self.experts = build.empty(part.out_features, block.top_k, dtype=torch.int32)
+        self.name = hf_prefix + part.hf
+
+    def items(self) -> list[LoadItem]:
+        """What the loader must fill: whole numbers, which random models draw from all experts."""
+        source = Source("experts", self.name)
+        return [
+            StoredMatrix(
+                self.name, "", self.experts, sources=(source,), take=self._take, randomize=self._randomize
+            )
+        ]
+
+    def _take(self, stored: Mapping[str, Tensor]) -> None:
+        given = stored["experts"]
+        if given.shape != self.experts.shape or given.min() < 0 or given.max() >= self.num:
+            raise ModelFileError(
+                f"Tensor {self.name} must name {self.experts.shape[1]} of {self.num} experts for each of "
+                f"{self.experts.shape[0]} token ids."
+            )
+        self.experts.copy_(given)
+
+    def _randomize(self, generator: torch.Generator) -> None:
+        drawn = torch.rand((len(self.experts), self.num), device=self.experts.device, generator=generator)
+        self.experts.copy_(drawn.topk(self.experts.shape[1], dim=1).indices)
 
 
 def make_experts(

@@ -48,7 +48,7 @@ class PackedExpertWeights(ExpertWeights):
             )
         if isinstance(gate_up.codes, GgufCodes):
             names = [f"{self.gguf}{name}.weight" for name in self.block.gguf_each]
-            return self._stored_stacks(gate_up, down, names, alternating=False)
+            return self._stored_stacks(gate_up, down, names, alternating=False) + self._biases()
         if isinstance(gate_up.codes, Mxfp4Codes):
             name = f"{self.hf}.gate_up_proj"
             names = [name, name, f"{self.hf}.down_proj"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -61,30 +61,16 @@ class StoredByteWeight(ByteWeight):
 
     def item(self, hf: str, gguf: str, rows: slice, part: Part, cut: Cut | None) -> LoadItem:
         """See ``Weight``."""
-        name = hf.removesuffix(".weight")
-        return StoredMatrix(
-            hf,
-            gguf,
-            self.matrix[rows],
-            part,
-            cut=cut,
-            sources=(
-                Source("weight", f"{name}.weight"),
-                Source("weight_scale", f"{name}.weight_scale"),
-                Source("input_scale", f"{name}.input_scale", required=False),
-            ),
-            take=partial(self.take, rows.start, part, cut),
-            randomize=partial(self.randomize, rows),
-        )
+        return stored_item(self, "weight_scale", hf, gguf, rows, part, cut)
 
     def take(self, first: int, part: Part, cut: Cut | None, stored: Mapping[str, Tensor]) -> None:
         """Copy this rank's rows and inputs; a scale of the whole matrix is repeated."""
         place = slice(first, first + part.out_features)
         matrix = shaped(stored, "weight", -1, -1, kind=self.kind)
         rows = stored_rows(part, cut, gguf=False)
-        scale = stored["weight_scale"].float().reshape(-1)
+        scale = stored["scale"].float().reshape(-1)
         if scale.numel() != 1:
-            scale = shaped({"weight_scale": scale}, "weight_scale", matrix.shape[0])[rows]
+            scale = shaped({"scale": scale}, "scale", matrix.shape[0])[rows]
         if cut is not None and cut.dim == 1:
             matrix = matrix[:, cut.start : cut.start + cut.size]
         self.matrix[place].copy_(take_rows(matrix, rows))
@@ -102,6 +88,39 @@ class StoredByteWeight(ByteWeight):
                 slice(start, start + count),
                 drawn.normal_(0.0, inputs**-0.5, generator=generator),
             )
+
+
+class StoredBytes(Protocol):
+    """A matrix of bytes that files hold so, with scales beside it."""
+
+    matrix: Tensor
+
+    def take(self, first: int, part: Part, cut: Cut | None, stored: Mapping[str, Tensor]) -> None:
+        """Fill rows from ``first`` on from "weight" and "scale"."""
+
+    def randomize(self, rows: slice, generator: torch.Generator) -> None:
+        """Draw random ones."""
+
+
+def stored_item(
+    weight: StoredBytes, scale: str, hf: str, gguf: str, rows: slice, part: Part, cut: Cut | None
+) -> StoredMatrix:
+    """What the loader must fill for these rows; ``scale`` is what files call the scales."""
+    name = hf.removesuffix(".weight")
+    return StoredMatrix(
+        hf,
+        gguf,
+        weight.matrix[rows],
+        part,
+        cut=cut,
+        sources=(
+            Source("weight", f"{name}.weight"),
+            Source("scale", f"{name}.{scale}"),
+            Source("input_scale", f"{name}.input_scale", required=False),
+        ),
+        take=partial(weight.take, rows.start, part, cut),
+        randomize=partial(weight.randomize, rows),
+    )
 
 
 def take_rows(matrix: Tensor, rows: Tensor) -> Tensor:

@@ -21,8 +21,14 @@ from octavo.model.quantization.compressed import CompressedCodes
 from octavo.model.quantization.dense import DENSE, DenseWeight
 from octavo.model.quantization.describe import Quantization, Scheme, describe_quantization
 from octavo.model.quantization.experts import ByteCodes, Fp8Stack, Int8Stack
-from octavo.model.quantization.floats4 import Mxfp4Codes, Nf4Codes, Nvfp4Codes
-from octavo.model.quantization.fp8 import BlockFp8Weight, CompressedBlockFp8Weight, Fp8Weight, StoredFp8Weight
+from octavo.model.quantization.floats4 import DeepseekFp4Codes, Mxfp4Codes, Nf4Codes, Nvfp4Codes
+from octavo.model.quantization.fp8 import (
+    BlockFp8Weight,
+    CompressedBlockFp8Weight,
+    DeepseekBlockFp8Weight,
+    Fp8Weight,
+    StoredFp8Weight,
+)
 from octavo.model.quantization.gguf import LAYOUTS, GgufCodes
 from octavo.model.quantization.gptq import GptqCodes
 from octavo.model.quantization.int4 import Int4Weight
@@ -44,6 +50,11 @@ CODES: dict[str, Callable[[Scheme, torch.dtype], Codes]] = {
     "gptq": GptqCodes,
     "gptq_v2": GptqCodes,
     "compressed": CompressedCodes,
+}
+BLOCKS: dict[str, Make] = {
+    "fp8": BlockFp8Weight,
+    "compressed": CompressedBlockFp8Weight,
+    "deepseek_v4": DeepseekBlockFp8Weight,
 }
 PLAIN = ("F32", "F16", "BF16")
 ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq", "modelopt_fp4": "modelopt", "gpt_oss_mxfp4": "mxfp4"}
@@ -189,7 +200,8 @@ class CheckpointFormat:
         if scheme.kind == "nf4":
             return Nf4Codes()
         if scheme.kind in ("nvfp4", "mxfp4"):
-            return Nvfp4Codes(scheme) if scheme.kind == "nvfp4" else Mxfp4Codes()
+            own = DeepseekFp4Codes() if scheme.source == "deepseek_v4" else Mxfp4Codes()
+            return Nvfp4Codes(scheme) if scheme.kind == "nvfp4" else own
         return ByteCodes(scheme)
 
     def _make(self, module: str) -> Make:
@@ -198,7 +210,7 @@ class CheckpointFormat:
         if scheme is None or (plain is not None and plain.dtype in PLAIN):
             return DenseWeight
         if scheme.kind == "fp8" and scheme.group:
-            return BlockFp8Weight if scheme.source == "fp8" else CompressedBlockFp8Weight
+            return BLOCKS[scheme.source]
         if scheme.kind in ("fp8", "int8"):
             return StoredFp8Weight if scheme.kind == "fp8" else StoredInt8Weight
         return _packed(self._codes(scheme, module))

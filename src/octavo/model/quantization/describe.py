@@ -100,6 +100,8 @@ def describe_quantization(config: Mapping[str, Any]) -> Quantization | None:
     if reader is None:
         raise UnsupportedModelError(f"Weights quantized by {method!r} are not supported.", CURE)
     found = reader(given)
+    if method == "fp8" and config.get("model_type") == "deepseek_v4":
+        found = _deepseek_v4(found, str(given.get("expert_dtype") or config.get("expert_dtype") or "fp8"))
     for rule in found.rules:
         try:
             re.compile(rule.pattern)
@@ -210,6 +212,19 @@ def _fp8(given: Mapping[str, Any]) -> Quantization:
         scheme = Scheme("fp8", "fp8", 8, group=128, rows=128)
     names = _names(given, "modules_to_not_convert", "ignored_layers")
     return Quantization("fp8", scheme, _left_out(names))
+
+
+def _deepseek_v4(found: Quantization, experts: str) -> Quantization:
+    """Blocks of fp8 whose scales have a name of their own; ``experts`` "fp4": those that are routed to are MXFP4."""
+    if found.scheme is None or not found.scheme.group or experts not in ("fp8", "fp4"):
+        raise UnsupportedModelError(
+            f"DeepSeek V4 with {experts} experts beside other than fp8 blocks is not supported.", CURE
+        )
+    scheme, rules = replace(found.scheme, source="deepseek_v4"), found.rules
+    if experts == "fp4":
+        fp4 = Scheme("mxfp4", "deepseek_v4", 4, group=32)
+        rules = (Rule(r".*\.ffn\.experts\.\d+(?:\.|$)", fp4), *rules)
+    return replace(found, scheme=scheme, rules=rules)
 
 
 def _modelopt(given: Mapping[str, Any]) -> Quantization:

@@ -43,10 +43,10 @@ class ByteCodes:
 
     def sources(self, hf: str, gguf: str) -> tuple[Source, ...]:
         """See ``Codes``."""
-        inverse = self.scheme.group and self.scheme.source == "fp8"
+        names = {"fp8": "weight_scale_inv", "deepseek_v4": "scale"} if self.scheme.group else {}
         return (
             Source("weight", f"{hf}.weight"),
-            Source("scale", f"{hf}.weight_scale_inv" if inverse else f"{hf}.weight_scale"),
+            Source("scale", f"{hf}.{names.get(self.scheme.source, 'weight_scale')}"),
             Source("input_scale", f"{hf}.input_scale", required=False),
         )
 

@@ -54,6 +54,25 @@ class Mxfp4Codes(NoOrder):
 
 
 @dataclass(frozen=True)
+class DeepseekFp4Codes(NoOrder):
+    """The same, matrix by matrix: bytes [N, K / 2], exponents [N, K / 32] (DeepSeek V4's experts). See ``Codes``."""
+
+    def layout(self, inputs: int) -> Layout:
+        """See ``Codes``."""
+        return Mxfp4Codes().layout(inputs)
+
+    def sources(self, hf: str, gguf: str) -> tuple[Source, ...]:
+        """See ``Codes``."""
+        return Source("packed", f"{hf}.weight"), Source("scales", f"{hf}.scale")
+
+    def read(self, stored: Mapping[str, Tensor], rows: Tensor, inputs: int) -> Rows:
+        """See ``Codes``."""
+        packed = shaped(stored, "packed", -1, inputs // 2, kind=torch.int8).view(torch.uint8)[rows]
+        scales = shaped(stored, "scales", -1, inputs // MXFP4_GROUP, kind=torch.float8_e8m0fnu)
+        return Rows(low_first(packed), scales.float()[rows].bfloat16())
+
+
+@dataclass(frozen=True)
 class Nvfp4Codes(NoOrder):
     """Bytes [N, K / 2], 8-bit float scales [N, K / 16], and one for the whole matrix: a factor (ModelOpt's
     ``weight_scale_2``) or a divisor (compressed-tensors' ``weight_global_scale``). See ``Codes``."""

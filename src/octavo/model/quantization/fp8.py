@@ -7,7 +7,6 @@ On load every output gets a scale with which its largest value is exact. Stored 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -17,9 +16,9 @@ from octavo.device.kernels.rows import Fp8Rows, Raw
 from octavo.device.ops.fp8 import FP8, GROUP, LINEAR_FP8, LINEAR_FP8_BLOCK, quantize_rows, takes_rows
 from octavo.errors import UsageError
 from octavo.model.blocks import Part
-from octavo.model.layers.load import Cut, LoadItem, Source, StoredMatrix
+from octavo.model.layers.load import Cut, LoadItem
 from octavo.model.layers.order import stored_rows
-from octavo.model.quantization.bytes import ByteWeight, StoredByteWeight, take_rows
+from octavo.model.quantization.bytes import ByteWeight, StoredByteWeight, stored_item, take_rows
 from octavo.model.quantization.packed import shaped
 
 if TYPE_CHECKING:
@@ -85,21 +84,7 @@ class BlockFp8Weight:
 
     def item(self, hf: str, gguf: str, rows: slice, part: Part, cut: Cut | None) -> LoadItem:
         """See ``Weight``."""
-        name = hf.removesuffix(".weight")
-        return StoredMatrix(
-            hf,
-            gguf,
-            self.matrix[rows],
-            part,
-            cut=cut,
-            sources=(
-                Source("weight", f"{name}.weight"),
-                Source("scale", f"{name}.{self.scale_name}"),
-                Source("input_scale", f"{name}.input_scale", required=False),
-            ),
-            take=partial(self.take, rows.start, part, cut),
-            randomize=partial(self.randomize, rows),
-        )
+        return stored_item(self, self.scale_name, hf, gguf, rows, part, cut)
 
     def take(self, first: int, part: Part, cut: Cut | None, stored: Mapping[str, Tensor]) -> None:
         """Copy this rank's rows and inputs; a block at the lower edge may hold fewer rows."""
@@ -134,3 +119,9 @@ class CompressedBlockFp8Weight(BlockFp8Weight):
     """See ``BlockFp8Weight``; compressed-tensors has one name for all scales."""
 
     scale_name = "weight_scale"
+
+
+class DeepseekBlockFp8Weight(BlockFp8Weight):
+    """See ``BlockFp8Weight``; DeepSeek V4 writes exponents."""
+
+    scale_name = "scale"

@@ -5,8 +5,9 @@ The blocks are drawn in ``gguf_blocks``, whose values these must agree with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from octavo.model.layers.load import Source
 from octavo.model.quantization.packed import Rows, shaped
 
 LAYOUTS: dict[str, Layout] = {
+    "Q2_K": Layout(2, 0, 16, 16, scales="k4"),
+    "Q3_K": Layout(2, 1, 16, 16, scales="bytes", offset=4),
     "Q4_0": Layout(4, 0, 32, 32),
     "Q4_1": Layout(4, 0, 32, 32, scales="minimum"),
     "Q5_0": Layout(4, 1, 32, 32, offset=16),
@@ -25,6 +28,9 @@ LAYOUTS: dict[str, Layout] = {
     "Q4_K": Layout(4, 0, 32, 32, scales="k"),
     "Q5_K": Layout(4, 1, 32, 32, scales="k"),
     "Q6_K": Layout(4, 2, 16, 16, scales="bytes", offset=32),
+    "IQ4_NL": Layout(4, 0, 32, 32, code="iq4"),
+    "IQ4_XS": Layout(4, 0, 32, 32, code="iq4", scales="bytes"),
+    "MXFP4": Layout(4, 0, 32, 32, code="e2m1", half=torch.bfloat16),
 }
 
 
@@ -52,9 +58,8 @@ class GgufCodes:
         blocks = shaped(stored, "blocks", -1, inputs // kind.block * kind.nbytes, kind=torch.uint8)
         raw = blocks[rows.to(blocks.device)].to(rows.device)
         blocks = raw.view(len(rows), -1, kind.nbytes)
-        if kind.block == 256:
-            return _q6_k(blocks) if self.kind == "Q6_K" else _k(blocks, fifth=self.kind == "Q5_K")
-        return _small(blocks, self.kind)
+        read = READERS.get(self.kind)
+        return read(blocks) if read is not None else _small(blocks, self.kind)
 
 
 def _halves(blocks: Tensor, count: int) -> Tensor:
@@ -84,7 +89,61 @@ def _small(blocks: Tensor, kind: str) -> Rows:
     return Rows(codes.reshape(rows, -1), scale)
 
 
-def _k(blocks: Tensor, fifth: bool) -> Rows:
+def _mxfp4(blocks: Tensor) -> Rows:
+    """Exponents become bfloat16 numbers; the smallest, 2^-127, is a subnormal one."""
+    exponents = blocks[..., 0].to(torch.int16) << 7
+    scale = torch.where(exponents == 0, 64, exponents).to(torch.int16).view(torch.bfloat16)
+    packed = blocks[..., 1:]
+    return Rows(torch.cat((packed & 15, packed >> 4), dim=-1).reshape(len(blocks), -1), scale)
+
+
+def _shifted(packed: Tensor, shifts: Sequence[int], mask: int) -> Tensor:
+    """Fields of bytes [.., k] at each shift, one after the other [.., shifts, k]."""
+    places = torch.tensor(shifts, device=packed.device, dtype=torch.uint8).view(-1, 1)
+    return packed.unsqueeze(-2) >> places & mask
+
+
+def _two_bits(packed: Tensor) -> Tensor:
+    """64 bytes of a block as 256 codes: each run of 32 bytes holds four sub-blocks of 32, lowest bits first."""
+    return _shifted(packed.reshape(*packed.shape[:-1], 2, 32), (0, 2, 4, 6), 3).flatten(-3)
+
+
+def _outer(half: Tensor) -> Tensor:
+    """An fp16 number [n, blocks] alone in a word of outer scales."""
+    return torch.stack((half, torch.zeros_like(half)), dim=-1)
+
+
+def _q2_k(blocks: Tensor) -> Rows:
+    """16 bytes of scales and minimums, as the layout wants them | 64 bytes of codes | half d | half dm."""
+    rows = len(blocks)
+    codes = _two_bits(blocks[..., 16:80]).reshape(rows, -1)
+    outer = blocks[..., 80:84].contiguous().view(torch.float16)
+    return Rows(codes, blocks[..., :16].reshape(rows, -1), outer)
+
+
+def _q3_k(blocks: Tensor) -> Rows:
+    """32 bytes, whose bit j is element i's third bit in sub-block j | 64 bytes of codes | 12 of scales | half d."""
+    rows = len(blocks)
+    high = _shifted(blocks[..., :32], range(8), 1).flatten(-2)
+    codes = (_two_bits(blocks[..., 32:96]) | high << 2).reshape(rows, -1)
+    low = _shifted(blocks[..., 96:104], (0, 4), 15).flatten(-2)
+    scale = low | _shifted(blocks[..., 104:108], (0, 2, 4, 6), 3).flatten(-2) << 4
+    d = blocks[..., 108:110].contiguous().view(torch.float16).squeeze(-1)
+    return Rows(codes, (scale.to(torch.int8) - 32).reshape(rows, -1), _outer(d))
+
+
+def _iq4_xs(blocks: Tensor) -> Rows:
+    """half d | 16 bits of high pairs of scales | 4 bytes of their low nibbles | 128 bytes of nibbles, by 32 codes."""
+    rows = len(blocks)
+    low = torch.stack((blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4), dim=-1).flatten(-2)
+    high = torch.stack([blocks[..., 2:4] >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+    packed = blocks[..., 8:].reshape(rows, -1, 8, 16)
+    codes = torch.cat((packed & 15, packed >> 4), dim=-1).reshape(rows, -1)
+    scale = ((low | high << 4).to(torch.int8) - 32).reshape(rows, -1)
+    return Rows(codes, scale, _outer(_halves(blocks, 1).squeeze(-1)))
+
+
+def _k(blocks: Tensor, fifth: bool = False) -> Rows:
     """Q4_K and Q5_K: two levels of scales and minimums; see ``gguf_blocks.unpack_k_scales``."""
     rows = len(blocks)
     first, second, third = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
@@ -107,6 +166,17 @@ def _q6_k(blocks: Tensor) -> Rows:
     pairs = torch.tensor([0, 2, 4, 6], device=blocks.device, dtype=torch.uint8).view(4, 1)
     high = blocks[..., 128:192].reshape(rows, -1, 2, 1, 32) >> pairs & 3
     codes = (low | (high << 4)).reshape(rows, -1)
-    outer = blocks[..., 208:210].contiguous().view(torch.float16)
+    d = blocks[..., 208:210].contiguous().view(torch.float16).squeeze(-1)
     scale = blocks[..., 192:208].contiguous().view(torch.int8).reshape(rows, -1)
-    return Rows(codes, scale, torch.cat((outer, torch.zeros_like(outer)), dim=-1))
+    return Rows(codes, scale, _outer(d))
+
+
+READERS: dict[str, Callable[[Tensor], Rows]] = {
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _k,
+    "Q5_K": partial(_k, fifth=True),
+    "Q6_K": _q6_k,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
+}

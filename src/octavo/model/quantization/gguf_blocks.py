@@ -19,6 +19,7 @@ from octavo.files.dtypes import GGUF_TYPES_BY_NAME
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 MXFP4_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
 
@@ -126,7 +127,7 @@ def _decode_q8_0(blocks: Bytes) -> Floats:
     return _half(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
 
 
-# --- 256-blocks: 8 (Q4_K, Q5_K) or 16 (Q6_K) sub-blocks with their own small scales --------------------------------
+# --- 256-blocks: 8 (Q4_K, Q5_K) or 16 (Q2_K, Q3_K, Q6_K) sub-blocks with their own small scales --------------------------------
 
 
 def unpack_k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
@@ -178,6 +179,62 @@ def _decode_q6_k(blocks: Bytes) -> Floats:
     quants = (low | (high << 4)).astype(np.float32).reshape(-1, 16, 16) - np.float32(32)
     scale = _half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
     return (scale[:, :, None] * quants).reshape(-1, 256)
+
+
+def _two_bits(packed: Bytes) -> Bytes:
+    """[n, 64] bytes to [n, 256]: each run of 32 bytes holds four sub-blocks of 32, lowest bits first."""
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return (packed.reshape(-1, 2, 1, 32) >> shifts & np.uint8(3)).reshape(-1, 256)
+
+
+def _decode_q2_k(blocks: Bytes) -> Floats:
+    """16 bytes of a scale (low nibble) and a minimum | 64 bytes of pairs of bits | half d | half dmin; as Q4_K, by 16."""
+    scale = (_half(blocks, 80) * (blocks[:, :16] & 15).astype(np.float32))[:, :, None]
+    minimum = (_half(blocks, 82) * (blocks[:, :16] >> 4).astype(np.float32))[:, :, None]
+    quants = _two_bits(blocks[:, 16:80]).astype(np.float32).reshape(-1, 16, 16)
+    return (scale * quants - minimum).reshape(-1, 256)
+
+
+def unpack_q3_k_scales(packed: Bytes) -> NDArray[np.int8]:
+    """[n, 12] bytes to [n, 16] (-32 to 31): nibbles of bytes 0-7, low ones first; pairs of bits of bytes 8-11 above them."""
+    low = np.concatenate([packed[:, :8] & 15, packed[:, :8] >> 4], axis=1)
+    high = np.concatenate([packed[:, 8:] >> np.uint8(shift) & np.uint8(3) for shift in (0, 2, 4, 6)], axis=1)
+    found: NDArray[np.int8] = (low | high << np.uint8(4)).astype(np.int8) - np.int8(32)
+    return found
+
+
+def _decode_q3_k(blocks: Bytes) -> Floats:
+    """32 bytes, whose bit j is element i's third bit in sub-block j | 64 bytes of pairs of bits | 12 of scales | half d;
+    (d * scale) * (q - 4)."""
+    high = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[None, :, None] & np.uint8(1)
+    quants = _two_bits(blocks[:, 32:96]) | (high << np.uint8(2)).reshape(-1, 256)
+    scale = _half(blocks, 108) * unpack_q3_k_scales(blocks[:, 96:108]).astype(np.float32)
+    return (scale[:, :, None] * (quants.astype(np.float32).reshape(-1, 16, 16) - np.float32(4))).reshape(
+        -1, 256
+    )
+
+
+# --- 4-bit places in a table of sixteen values ---------------------------------------------------------------------
+
+
+def _decode_iq4_nl(blocks: Bytes) -> Floats:
+    """half d | 16 bytes; d * v[q]."""
+    return _half(blocks, 0) * IQ4_VALUES[_nibbles(blocks[:, 2:])]
+
+
+def unpack_iq4_xs_scales(blocks: Bytes) -> NDArray[np.int8]:
+    """[n, 6] bytes to [n, 8] (-32 to 31): 16 bits hold the high pairs, lowest first, 4 bytes the nibbles below them."""
+    low = np.stack([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=2).reshape(-1, 8)
+    high = np.stack([blocks[:, :2] >> np.uint8(shift) & np.uint8(3) for shift in (0, 2, 4, 6)], axis=2)
+    found: NDArray[np.int8] = (low | high.reshape(-1, 8) << np.uint8(4)).astype(np.int8) - np.int8(32)
+    return found
+
+
+def _decode_iq4_xs(blocks: Bytes) -> Floats:
+    """half d | 6 bytes of scales | 16 bytes of nibbles for each 32 elements; (d * scale) * v[q]."""
+    scale = _half(blocks, 0) * unpack_iq4_xs_scales(blocks[:, 2:8]).astype(np.float32)
+    quants = _nibbles(blocks[:, 8:].reshape(-1, 16)).reshape(-1, 8, 32)
+    return (scale[:, :, None] * IQ4_VALUES[quants]).reshape(-1, 256)
 
 
 # --- quantizers: round to nearest as the format's reference does ---------------------------------------------------
@@ -248,9 +305,13 @@ DECODERS: dict[str, Callable[[Bytes], Floats]] = {
     "Q5_0": _decode_q5_0,
     "Q5_1": _decode_q5_1,
     "Q8_0": _decode_q8_0,
+    "Q2_K": _decode_q2_k,
+    "Q3_K": _decode_q3_k,
     "Q4_K": _decode_q4_k,
     "Q5_K": _decode_q5_k,
     "Q6_K": _decode_q6_k,
+    "IQ4_NL": _decode_iq4_nl,
+    "IQ4_XS": _decode_iq4_xs,
 }
 ENCODERS: dict[str, Callable[[Floats], Bytes]] = {
     "F32": _encode_f32,

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from octavo.device.ops.packed import LINEAR_PACKED, Layout, empty_packed, join_fields, pack_codes
+from octavo.device.ops.packed import (
+    LINEAR_PACKED,
+    OUTER_GROUP,
+    TABLES,
+    Layout,
+    empty_packed,
+    join_fields,
+    pack_codes,
+)
 from octavo.errors import ModelFileError, UsageError
 from octavo.model.blocks import Part
 from octavo.model.layers.load import Cut, LoadItem, Source, StoredMatrix
@@ -25,6 +33,9 @@ if TYPE_CHECKING:
     from octavo.model.layers.build import Build
 
 CODES_AT_ONCE = 1 << 22  # unpacked at a time: 32 MiB of int64 beside the weight
+BELOW_TWO = 0xBFBFBFBF - (
+    1 << 32
+)  # four 8-bit floats without the highest bit of the exponent: no NaN among them
 AGAIN = "The configuration and the weights do not belong together."
 
 
@@ -193,8 +204,12 @@ class StoredPackedWeight(PackedWeight):
         packed.words[:, rows] = packed.words[:, rows].random_(-(1 << 31), (1 << 31) - 1, generator=generator)
         if packed.high is not None:
             packed.high[:, rows] = packed.high[:, rows].random_(0, 127, generator=generator)
+        if layout.code == "e4m3":
+            packed.words[:, rows] &= BELOW_TWO
         levels = 2 ** (layout.bits + layout.high_bits)
-        spread = levels / 12**0.5 if layout.code == "int" else 2.7 if layout.code == "e2m1" else 0.55
+        spread = levels / 12**0.5 if layout.code == "int" else 0.55
+        if layout.code in TABLES:
+            spread = float(torch.tensor(TABLES[layout.code], dtype=torch.float32).square().mean().sqrt())
         scale, outer = constant_scales(layout, packed.inputs**-0.5 / spread, levels // 2)
         packed.scale[:, rows] = scale
         if packed.outer is not None:
@@ -214,6 +229,9 @@ def constant_scales(layout: Layout, size: float, middle: int) -> tuple[int, int]
     if layout.scales == "e4m3":
         half = torch.ones(4).to(torch.float8_e4m3fn)
         outer = torch.tensor([size], dtype=torch.float32)
+    elif layout.scales == "k4":
+        outer = torch.tensor([size / 8, size / 8 * middle], dtype=layout.half)
+        half = torch.full((4,), 8 | 8 << 4, dtype=torch.uint8)
     elif layout.scales in ("k", "bytes"):
         outer = torch.tensor([size / 32, size / 32 * middle], dtype=layout.half)
         half = torch.full((4,), 32, dtype=torch.uint8)
@@ -222,7 +240,7 @@ def constant_scales(layout: Layout, size: float, middle: int) -> tuple[int, int]
 
 def check_cut(name: str, layout: Layout, chosen: range, order: Tensor | None) -> None:
     """Raise ``UsageError`` where a rank's inputs are no whole groups."""
-    unit = {"k": 256, "bytes": 256}.get(layout.scales, layout.group)
+    unit = OUTER_GROUP.get(layout.scales) or layout.group
     if order is not None:
         raise UsageError(
             f"{name} is quantized with desc_act (act_order): its inputs cannot be split over devices.",
