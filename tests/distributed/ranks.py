@@ -1,31 +1,34 @@
-"""Many small models through the same two ranks: ``python ranks.py RANK FOLDER`` joins once, then every job of
-FOLDER/jobs.json is built as this rank's part and run by an engine of its own (all ranks schedule alike)."""
+"""Many small models through the same two ranks: ``python ranks.py FOLDER`` runs every job of FOLDER/jobs.json as the rank
+that its environment names, by an engine of its own (``external_launcher``: all ranks schedule alike)."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
+from forked import Forked
 
 from octavo import host
 from octavo.config import EngineOptions
 from octavo.engine.core import EngineCore
+from octavo.engine.executor.crew import LOOPBACK, NO_MULTICAST
 from octavo.engine.executor.inline import InlineExecutor
-from octavo.engine.executor.multiproc import LOOPBACK, NO_MULTICAST
 from octavo.engine.settings import EngineSettings
-from octavo.host.built import Timeline, quiet
+from octavo.errors import OctavoError
 from octavo.model.read_arch import read_arch
 from octavo.protocol.control import CheckPool
 from octavo.protocol.generate import GenerateRequest, SamplingParams
 
-NUM_TOKENS = 8
+NUM_TOKENS = 3
 
 
 def options(model: str, **extra: Any) -> EngineOptions:
@@ -77,16 +80,19 @@ def whole(model: str, **extra: Any) -> list[list[int]]:
 
 
 def run_ranks(folder: Path, jobs: list[dict[str, Any]], size: int = 2, timeout_s: float = 240) -> list[Any]:
-    """Run jobs (keyword arguments of ``options``; the sizes of the first hold for all) on ``size`` ranks; what every
-    rank answered for every job."""
+    """Run jobs (keyword arguments of ``options``) on ``size`` ranks; what every rank answered for every job."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, __file__]
-    environment = {**NO_MULTICAST, **os.environ, **LOOPBACK}
-    processes = [
-        subprocess.Popen([*command, str(rank), str(size), str(folder)], env=environment)
-        for rank in range(size)
-    ]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**NO_MULTICAST, **os.environ, **LOOPBACK, **shared}
+    on_gpu = any(job.get("device") == "cuda" for job in jobs)
+    processes: list[Any] = []
+    for rank in range(size):
+        mine = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, __file__, str(folder)]
+        processes.append(
+            subprocess.Popen(command, env=mine) if on_gpu else Forked(forked.rank, main, folder, mine)
+        )
     end = time.monotonic() + timeout_s
     try:
         while any(process.poll() is None for process in processes):
@@ -100,36 +106,76 @@ def run_ranks(folder: Path, jobs: list[dict[str, Any]], size: int = 2, timeout_s
     return [json.loads((folder / f"answers{rank}.json").read_text()) for rank in range(size)]
 
 
-def main(rank: int, size: int, folder: Path) -> None:
-    """One rank."""
+def free_port() -> int:
+    """A port that is free, and so are the next two."""
+    while True:
+        with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            try:
+                two.bind(("127.0.0.1", port + 1))
+                three.bind(("127.0.0.1", port + 2))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+def main(folder: Path) -> None:
+    """One rank; like a script that has joined its processes before it makes a model, it owns the process group."""
+    import torch.distributed as dist
+
+    jobs = json.loads((folder / "jobs.json").read_text())
+    if jobs[0].get("device") == "cuda":
+        results = main_on_gpu(jobs)
+    else:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        results = [run_job({"distributed_executor_backend": "external_launcher", **job}) for job in jobs]
+    (folder / f"answers{os.environ['RANK']}.json").write_text(json.dumps(results))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run_job(job: dict[str, Any]) -> Any:
+    """The answers, or what the start complained of."""
+    chosen = options(**job)
+    try:
+        core = host.build_core(chosen, host.open_files(chosen))
+    except OctavoError as error:
+        return f"{type(error).__name__}: {error}"
+    found = answers(core)
+    core.close()
+    return found
+
+
+def main_on_gpu(jobs: list[dict[str, Any]]) -> list[Any]:
+    """All jobs through one meeting (the sizes of the first hold for all): NCCL's groups are dear to make."""
     from octavo.device.distributed.cards import check_cards, cuda_card
     from octavo.device.distributed.world import Meeting, join
     from octavo.device.platform.select import open_platform
     from octavo.host import torch_engine
+    from octavo.host.built import Timeline, quiet
 
     # Tiny models compile what they meet; the whole warm-up of each would take minutes for all of them.
     torch_engine.warm = lambda runner, max_model_len: 0
     torch.backends.cuda.matmul.allow_tf32 = False
-    jobs = json.loads((folder / "jobs.json").read_text())
-    first = options(**jobs[0])
-    platform = open_platform(first.device.device, threads=1, index=rank)
-    tensor_size = first.parallel.tensor_parallel_size
-    world = join(Meeting(rank, size, tensor_size, 60.0, path=str(folder / "meeting")), platform.device)
-    if platform.kind == "cuda":
-        print(check_cards([cuda_card(rank, "here", platform.device, size)]), flush=True)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    tensor_size = options(**jobs[0]).parallel.tensor_parallel_size
+    platform = open_platform("cuda", threads=1, index=rank)
+    meeting = Meeting(rank, size, tensor_size, 60.0, address="127.0.0.1", port=int(os.environ["MASTER_PORT"]))
+    world = join(meeting, platform.device)
+    print(check_cards([cuda_card(rank, "here", platform.device, size)]), flush=True)
     results: list[Any] = []
     for job in jobs:
-        chosen = options(**job)
+        chosen = options(**{"distributed_executor_backend": "external_launcher", **job})
         files = host.open_files(chosen)
         built = torch_engine.build(chosen, files, read_arch(files), Timeline.start(), quiet, platform, world)
         settings = EngineSettings.of(built.resolved, vocab_size=built.arch.vocab_size)
         core = EngineCore(InlineExecutor(built.runner), settings)
         results.append(answers(core))
         core.close()
-    (folder / f"answers{rank}.json").write_text(json.dumps(results))
-    sys.stdout.flush()
-    os._exit(0)
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]))

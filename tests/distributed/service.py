@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from octavo import host
 from octavo.config import EngineOptions
+from octavo.engine.client.base import EngineClient
 from octavo.engine.client.socket import SocketClient
 from octavo.protocol.generate import GenerateRequest, SamplingParams, TokenDelta
 
@@ -51,68 +52,86 @@ def wait_gone(pids: list[int], limit_s: float = 10) -> None:
         time.sleep(0.02)
 
 
+def workers_of(pid: int) -> list[int]:
+    """The worker processes below one, oldest first."""
+    found = []
+    for child in descendants(pid):
+        try:
+            if b"executor.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+        except OSError:
+            continue
+    return sorted(found)
+
+
+async def answer_all(client: EngineClient, prompts: list[list[int]]) -> list[list[int]]:
+    """Six greedy tokens for each prompt."""
+    found: dict[int, list[int]] = {id: [] for id in range(len(prompts))}
+    done: set[int] = set()
+
+    def sink(delta: TokenDelta) -> None:
+        found[delta.id] += delta.tokens
+        if delta.finish_reason is not None:
+            done.add(delta.id)
+
+    for id, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+        client.submit(GenerateRequest(id=id, prompt_token_ids=prompt, sampling=sampling), sink)
+    while len(done) < len(prompts):
+        await asyncio.sleep(0.01)
+    return [found[id] for id in sorted(found)]
+
+
 def serve_prompts(chosen: EngineOptions, prompts: list[list[int]], limit_s: float = 120) -> list[list[int]]:
-    """Six greedy tokens for each, from engines behind a client."""
+    """The answers of engines behind a client."""
 
     async def main() -> list[list[int]]:
         client = host.connect(chosen, host.open_files(chosen))
-        found: dict[int, list[int]] = {id: [] for id in range(len(prompts))}
-        done: set[int] = set()
-
-        def sink(delta: TokenDelta) -> None:
-            found[delta.id] += delta.tokens
-            if delta.finish_reason is not None:
-                done.add(delta.id)
-
-        for id, prompt in enumerate(prompts):
-            sampling = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
-            client.submit(GenerateRequest(id=id, prompt_token_ids=prompt, sampling=sampling), sink)
-        while len(done) < len(prompts):
-            await asyncio.sleep(0.01)
+        found = await answer_all(client, prompts)
         await client.close()
-        return [found[id] for id in sorted(found)]
+        return found
 
     return asyncio.run(asyncio.wait_for(main(), limit_s))
 
 
+async def lose_a_rank(client: EngineClient, rank: int, number: signal.Signals, told: str) -> None:
+    """Kill or stop one of two workers while requests run: every request ends within five seconds, those that need it with
+    the reason, although the other rank may be waiting for it; the engine ends with status 1 and leaves nobody."""
+    engines = [one for one in getattr(client, "clients", [client]) if isinstance(one, SocketClient)]
+    processes = [pid for one in engines for pid in (one.pid, *descendants(one.pid))]
+    workers = [pid for one in engines for pid in workers_of(one.pid)]
+    assert len(workers) == 2
+    last: dict[int, TokenDelta] = {}
+    seen = asyncio.Event()
+
+    def sink(delta: TokenDelta) -> None:
+        last[delta.id] = delta
+        seen.set()
+
+    for id in range(4):
+        sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+        client.submit(GenerateRequest(id=id, prompt_token_ids=[5, 6, 7], sampling=sampling), sink)
+    await asyncio.wait_for(seen.wait(), 20)
+    began = time.monotonic()
+    os.kill(workers[rank], number)
+    while client.alive or any(delta.finish_reason is None for delta in last.values()):
+        assert time.monotonic() - began < 5, "requests are still open"
+        await asyncio.sleep(0.01)
+    assert len(last) == 4
+    failed = [delta for delta in last.values() if delta.finish_reason == "error"]
+    assert len(failed) == 4 // len(engines)
+    for delta in failed:
+        assert delta.error is not None and told in delta.error, delta.error
+    assert engines[rank % len(engines)]._pipe.process.wait(5) == 1
+    await client.close()
+    wait_gone(processes, 8)
+
+
 def kill_a_rank(chosen: EngineOptions, rank: int) -> None:
-    """Kill one of two workers while requests run: every request ends with a reason within five seconds, although the
-    other rank may be waiting for the dead one; the engine ends with status 1 and leaves nobody."""
+    """See ``lose_a_rank``."""
 
     async def main() -> None:
         client = host.connect(chosen, host.open_files(chosen))
-        assert isinstance(client, SocketClient)
-        processes = [client.pid, *descendants(client.pid)]
-        workers = [
-            pid
-            for pid in descendants(client.pid)
-            if b"executor.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        assert len(workers) == 2
-        last: dict[int, TokenDelta] = {}
-        seen = asyncio.Event()
-
-        def sink(delta: TokenDelta) -> None:
-            last[delta.id] = delta
-            seen.set()
-
-        for id in range(4):
-            sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
-            client.submit(GenerateRequest(id=id, prompt_token_ids=[5, 6, 7], sampling=sampling), sink)
-        await asyncio.wait_for(seen.wait(), 20)
-        began = time.monotonic()
-        os.kill(sorted(workers)[rank], signal.SIGKILL)
-        while client.alive or any(delta.finish_reason is None for delta in last.values()):
-            assert time.monotonic() - began < 5, "requests are still open"
-            await asyncio.sleep(0.01)
-        assert len(last) == 4
-        for delta in last.values():
-            assert delta.finish_reason == "error"
-            assert delta.error is not None and f"Worker {rank} has ended with status -9" in delta.error, (
-                delta.error
-            )
-        wait_gone(processes, 8)
-        assert client._channel.process.wait(5) == 1
-        await client.close()
+        await lose_a_rank(client, rank, signal.SIGKILL, f"Worker {rank} has ended with status -9")
 
     asyncio.run(main())

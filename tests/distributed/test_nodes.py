@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -11,35 +10,16 @@ import threading
 from typing import Any
 
 import pytest
-from ranks import answers, options, whole
-from service import add_tokenizer, descendants, wait_gone
-from test_parity import oracle
+from ranks import answers, free_port, options, whole
+from service import descendants, wait_gone
 
 from octavo import host
+from octavo.engine.executor.multiproc import MultiprocExecutor
 from octavo.engine.executor.node import NodeHello, accept_nodes, dial, listen
 from octavo.errors import EngineDeadError, UsageError
 from octavo.protocol.generate import GenerateRequest, SamplingParams
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    oracle("llama", folder)
-    add_tokenizer(folder)
-    return str(folder)
-
-
-def free_port() -> int:
-    """A port that is free, and so is the next one."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
+FAMILY = "llama"
 
 
 def machine_one(model: str, shared: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -50,22 +30,8 @@ def machine_one(model: str, shared: dict[str, Any]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "octavo", "serve", model, *words])
 
 
-def test_two_machines_answer_like_one_and_end_together(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    shared = {"tensor_parallel_size": 2, "nnodes": 2, "master_port": free_port()}
-    other = machine_one(model, shared)
-    try:
-        chosen = options(model, **shared)
-        core = host.build_core(chosen, host.open_files(chosen))
-        assert answers(core) == whole(model)
-        core.close()
-        assert other.wait(20) == 0
-    finally:
-        other.kill()
-        other.wait()
-
-
-def test_a_machine_that_vanishes_is_named(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_machines_answer_like_one_until_one_vanishes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(That they end together in order is seen in test_torchrun.py.)"""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     shared = {"tensor_parallel_size": 2, "nnodes": 2, "master_port": free_port()}
     other = machine_one(model, shared)
@@ -74,15 +40,17 @@ def test_a_machine_that_vanishes_is_named(model: str, monkeypatch: pytest.Monkey
         core = host.build_core(chosen, host.open_files(chosen))
         workers = descendants(other.pid)
         assert len(workers) == 1
+        assert answers(core) == whole(model)
         sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
-        core.submit(GenerateRequest(id=1, prompt_token_ids=[5, 6, 7], sampling=sampling))
+        core.submit(GenerateRequest(id=9, prompt_token_ids=[5, 6, 7], sampling=sampling))
         for _ in range(3):
             core.step()
         other.send_signal(signal.SIGKILL)
         with pytest.raises(EngineDeadError, match="Worker 1 has ended with status unknown: the connection"):
             for _ in range(200):
                 core.step()
-        mine = [pid for pid in descendants(os.getpid()) if pid != other.pid]
+        assert isinstance(core.executor, MultiprocExecutor)
+        mine = core.executor.pids
         core.close()
         wait_gone([*workers, *mine])
     finally:
@@ -110,7 +78,7 @@ def test_machines_that_do_not_fit_or_come(model: str) -> None:
 
     port = free_port()
     with pytest.raises(EngineDeadError, match=r"Machine 1, 2 of 3 did not dial within 0.3 s"):
-        accept_nodes(listen("127.0.0.1", port), 2, "plan", ready, 0.3)
+        accept_nodes(listen("127.0.0.1", port), 2, "plan", ready, wait_s=0.3)
     with pytest.raises(EngineDeadError, match=f"Machine 0 does not answer at 127.0.0.1:{port}"):
         dial("127.0.0.1", port, NodeHello(1, [1], "plan"), 0.3)
 
@@ -125,7 +93,7 @@ def test_machines_that_do_not_fit_or_come(model: str) -> None:
     thread = threading.Thread(target=strangers)
     thread.start()
     with pytest.raises(UsageError, match=r"Machine 1 was started with other flags \(other plan\)"):
-        accept_nodes(listener, 1, "plan", ready, 10)
+        accept_nodes(listener, 1, "plan", ready, wait_s=10)
     thread.join()
     for connection in dialled:
         connection.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +35,26 @@ def expected(checkpoints: dict[str, str]) -> dict[str, Any]:
     return {name: whole(path) for name, path in checkpoints.items()}
 
 
-def check(names: list[str], answers: list[Any], expected: dict[str, Any]) -> None:
-    for name, *found in zip(names, *answers, strict=True):
-        for rank, answer in enumerate(found):
-            assert answer == expected[name], f"{name}, rank {rank}: {answer}"
-
-
-def test_tensor_parallel(checkpoints: dict[str, str], expected: dict[str, Any], tmp_path: Path) -> None:
-    """Every family in slices, then mixtures of experts with whole experts dealt out."""
+def test_two_ranks_answer_like_one_device(
+    checkpoints: dict[str, str], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """Every family in slices and in stages, mixtures of experts also with whole experts dealt out, all through one pair of
+    ranks; and a start that fails on both."""
     sparse = [
         name
         for name, path in checkpoints.items()
         if any(isinstance(layer.mlp, MoE) for layer in describe(read_arch(open_model(path))).layers)
     ]
     assert len(sparse) >= 6
-    jobs: list[dict[str, Any]] = [{"model": path, "tensor_parallel_size": 2} for path in checkpoints.values()]
-    jobs += [
-        {"model": checkpoints[name], "tensor_parallel_size": 2, "enable_expert_parallel": True}
-        for name in sparse
+    wanted: list[tuple[str, dict[str, Any]]] = [
+        *[(name, {"tensor_parallel_size": 2}) for name in checkpoints],
+        *[(name, {"tensor_parallel_size": 2, "enable_expert_parallel": True}) for name in sparse],
+        *[(name, {"pipeline_parallel_size": 2, "max_concurrent_batches": 2}) for name in checkpoints],
     ]
-    check([*checkpoints, *sparse], run_ranks(tmp_path, jobs), expected)
-
-
-def test_pipeline_parallel(checkpoints: dict[str, str], expected: dict[str, Any], tmp_path: Path) -> None:
-    jobs = [{"model": path, "pipeline_parallel_size": 2} for path in checkpoints.values()]
-    check(list(checkpoints), run_ranks(tmp_path, jobs), expected)
+    jobs = [{"model": checkpoints[name], **sizes} for name, sizes in wanted]
+    tight = {"kv_cache_memory_bytes": 64, "num_gpu_blocks_override": None, "max_model_len": "200"}
+    jobs.append({"model": checkpoints["llama"], "tensor_parallel_size": 2, **tight})
+    for rank, found in enumerate(run_ranks(tmp_path, jobs)):
+        for (name, sizes), answer in zip(wanted, found):
+            assert answer == expected[name], f"{name}, {sizes}, rank {rank}: {answer}"
+        assert re.match(r"OutOfMemoryError: .* needs .* GiB, but 0.00 GiB are left", found[-1]), found[-1]

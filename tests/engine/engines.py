@@ -10,7 +10,8 @@ from typing import Any
 
 from octavo.engine.cache.layout import plan_layout
 from octavo.engine.cache.spec import ChunkedKV, FullKV, StateKV, WindowKV
-from octavo.engine.client.serve import ProgressCall, run_engine
+from octavo.engine.client.messages import ProgressCall
+from octavo.engine.client.serve import run_engine
 from octavo.engine.core import EngineCore
 from octavo.engine.executor.base import Seat, Started
 from octavo.engine.executor.inline import InlineExecutor
@@ -29,8 +30,11 @@ class FailingRunner(NullRunner):
 
     fail_at = -1
     delay_s = 0.0
+    slow_at = -1
 
     def forward(self, plan: StepPlan) -> None:
+        while plan.step == self.slow_at:
+            time.sleep(0.05)
         if plan.step == self.fail_at:
             raise RuntimeError("the device fell over")
         time.sleep(self.delay_s)
@@ -86,6 +90,8 @@ def make_runner(arguments: dict[str, Any], seat: Seat) -> Started:
         num_slots=8,
         vocab_size=VOCAB,
     )
+    if rank == 0:
+        runner.slow_at = arguments.get("slow_at", -1)
     if arguments.get("fail_rank", 0) == rank:
         runner.fail_at = arguments.get("fail_at", -1)
     return Started(runner, b"facts of the null engine")

@@ -350,6 +350,7 @@ def run(seed: int) -> Outcome:
         enable_prefix_caching=rng.random() < 0.85,
         scheduling_policy=rng.choice(["fcfs", "priority", "fair"]),
         overlap=rng.random() < 0.6,
+        max_concurrent_batches=(1, 1, 2, 3)[seed % 4],
     )
     core = EngineCore(InlineExecutor(runner), settings)
     assert core.info.max_model_len == max_model_len

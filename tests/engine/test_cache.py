@@ -10,10 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from octavo.engine.cache.layout import CacheGroup, CacheLayout
+from octavo.engine.cache.layout import CacheGroup, CacheLayout, plan_layout
 from octavo.engine.cache.pool import Pool, PoolError
 from octavo.engine.cache.prefix import PrefixIndex, longest_hit
-from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowKV, ceil_div, hull
+from octavo.engine.cache.spec import (
+    ChunkedKV,
+    CompressedKV,
+    FullKV,
+    KVSpec,
+    LayerKV,
+    StateKV,
+    WindowKV,
+    ceil_div,
+    hull,
+)
+from octavo.engine.executor.frames import pack_layout, unpack_layout
 
 few = settings(max_examples=200, deadline=None)
 sizes = st.integers(1, 9)
@@ -22,6 +33,7 @@ specs = st.one_of(
     st.builds(WindowKV, sizes, st.just(1), st.integers(1, 20)),
     st.builds(ChunkedKV, sizes, st.just(1), st.integers(1, 20)),
     st.builds(StateKV, sizes, st.just(1)),
+    st.builds(lambda size, rate: CompressedKV(size * rate, 1, rate), sizes, sizes),
 )
 
 
@@ -54,6 +66,28 @@ def test_visible_positions_are_live() -> None:
         assert all(p // 4 in WindowKV(4, 1, 5).live(n) for p in range(max(0, n - 4), n))
         assert all(p // 4 in ChunkedKV(4, 1, 6).live(n) for p in range(n // 6 * 6, n))
         assert list(StateKV(8, 1).live(n)) == [(n - 1) // 8]
+
+
+def test_a_layer_may_keep_several_kinds() -> None:
+    """Each is placed once; two of one kind are two members; a stage keeps all of its layers'; workers get the same."""
+    entries = CompressedKV(8, 64, 4)
+    kept: dict[int, LayerKV] = {
+        i: WindowKV(4, 32, 6) if i % 2 else (WindowKV(4, 32, 6), entries, entries) for i in range(4)
+    }
+    layout = plan_layout(kept)
+    members = [member for group in layout.groups for member in group.members()]
+    assert sorted(members) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1), (2, 2), (3, 0)]
+    assert all(group.spec.page_bytes <= layout.page_bytes for group in layout.groups)
+    assert all(len(group.layers) <= layout.layers_per_group for group in layout.groups)
+    part = layout.part(range(2, 4))
+    assert sorted(member for group in part.groups for member in group.members()) == members_of(
+        members, (2, 3)
+    )
+    assert unpack_layout(pack_layout(layout)) == layout
+
+
+def members_of(members: list[tuple[int, int]], layers: tuple[int, ...]) -> list[tuple[int, int]]:
+    return sorted(member for member in members if member[0] in layers)
 
 
 def test_pool_gives_free_pages_then_the_least_recently_used() -> None:

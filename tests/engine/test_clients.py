@@ -263,7 +263,7 @@ def test_the_engine_dies_with_its_parent() -> None:
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
         "from octavo.engine.client.socket import SocketClient\n"
         "client = SocketClient.launch([sys.executable, sys.argv[1] + '/engines.py'], b'{}')\n"
-        "print(client.pid, client._channel.folder, flush=True)\n"
+        "print(client.pid, client.folder, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     parent = subprocess.run(
@@ -303,7 +303,7 @@ def test_progress_is_passed_on_and_the_folder_is_private() -> None:
     client = SocketClient.launch(ENGINE, b"{}", lambda *args: seen.append(args))
     assert seen == [("loading", 1, 2), ("loading", 2, 2)]
     assert isinstance(client.info, EngineInfo)
-    folder = Path(client._channel.folder)
+    folder = Path(client.folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     asyncio.run(client.close())
     assert not folder.exists()

@@ -441,3 +441,46 @@ def test_settings_come_from_resolved_options_and_are_checked() -> None:
     core = null_core(max_num_seqs=3)
     assert core.info.max_num_seqs == 3
     core.close()
+
+
+def test_in_a_pipeline_steps_of_different_sequences_are_under_way() -> None:
+    """Each step begins before the one before it has been read, and takes a share of the sequences that decode; chunks of
+    one prompt may follow each other at once."""
+    calls: list[str] = []
+
+    class Pipe(Recorder):
+        def forward(self, plan: StepPlan) -> None:
+            calls.append("forward")
+            super().forward(plan)
+
+        def collect(self) -> StepResult:
+            calls.append("collect")
+            return super().collect()
+
+    runner = Pipe([FullKV(4, 1)], num_pages=64, num_slots=8)
+    settings = EngineSettings(
+        max_model_len=64,
+        max_num_seqs=8,
+        max_num_batched_tokens=16,
+        vocab_size=VOCAB,
+        max_concurrent_batches=2,
+    )
+    core = EngineCore(InlineExecutor(runner), settings)
+    requests = [request(0, prompt=[1] * 40, max_tokens=6), *(request(i, max_tokens=6) for i in range(1, 6))]
+    for each in requests:
+        core.submit(each)
+    answers: dict[int, list[int]] = {each.id: [] for each in requests}
+    while core.has_work:
+        for delta in core.step():
+            answers[delta.id] += delta.tokens
+    assert answers == {each.id: expected(each) for each in requests}
+    assert calls[:5] == ["forward", "forward", "collect", "forward", "collect"]
+    assert [plan.num_tokens[0] for plan in runner.plans[:3]] == [
+        16,
+        16,
+        8,
+    ]  # the long prompt, chunk after chunk
+    for one, two in zip(runner.plans, runner.plans[1:]):
+        drawing = {slot for slot, sample in zip(one.slots, one.sample) if sample}
+        assert not drawing & set(two.slots)
+    assert any(plan.num_rows == 3 and set(plan.num_tokens) == {1} for plan in runner.plans)

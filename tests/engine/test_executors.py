@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,16 +17,19 @@ from engines import VOCAB, expected, make_runner, request
 
 from octavo.engine.core import EngineCore
 from octavo.engine.executor.base import Executor, Seat
+from octavo.engine.executor.crew import Crew
 from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.executor.multiproc import MultiprocExecutor
+from octavo.engine.executor.node import Agent, NodeHello, accept_nodes, dial, listen
 from octavo.engine.executor.null import NullRunner
+from octavo.engine.executor.pulse import Allowance
 from octavo.engine.settings import EngineSettings
 from octavo.errors import EngineDeadError, ModelNotFoundError, OctavoError
 from octavo.protocol.generate import GenerateRequest, SamplingParams
 from octavo.protocol.plan import SlotInit
 
 HERE = str(Path(__file__).parent)
-SEAT = Seat(0, 1, 0, "", lambda phase, done, total: None)
+SEAT = Seat(0, 1, 0, 1, "", lambda phase, done, total: None)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,7 @@ def helpers_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def multiproc(num_workers: int = 1, **arguments: Any) -> MultiprocExecutor:
-    return MultiprocExecutor("engines:make_runner", arguments, num_workers=num_workers)
+    return MultiprocExecutor("engines:make_runner", arguments, crew=Crew(num_workers))
 
 
 def core_over(executor: Executor, overlap: bool = False) -> EngineCore:
@@ -134,13 +138,13 @@ def test_a_failed_start_keeps_its_error_and_leaves_nobody() -> None:
     with pytest.raises(ModelNotFoundError, match="There is no model"):
         multiproc(2, fail_start_of=1, hang_start_of=0)
     with pytest.raises(OctavoError, match="names no runner factory"):
-        MultiprocExecutor("engines:nothing", {})
+        MultiprocExecutor("engines:nothing", {}, crew=Crew(1))
 
 
 def test_what_a_worker_tells_reaches_the_owner() -> None:
     told: list[tuple[str, int, int]] = []
     executor = MultiprocExecutor(
-        "engines:make_runner", {}, num_workers=2, progress=lambda *report: told.append(report)
+        "engines:make_runner", {}, crew=Crew(2), progress=lambda *report: told.append(report)
     )
     folder = Path(executor._crew.folder)
     assert executor.facts == b"facts of the null engine"
@@ -152,29 +156,138 @@ def test_what_a_worker_tells_reaches_the_owner() -> None:
 
 def test_a_rank_that_hangs_at_start_is_named() -> None:
     with pytest.raises(EngineDeadError, match=r"nothing was heard for 2 s \(rank 1 since waking up\)"):
-        MultiprocExecutor("engines:make_runner", {"hang_start_of": 1}, num_workers=2, silence_s=2.0)
+        MultiprocExecutor("engines:make_runner", {"hang_start_of": 1}, crew=Crew(2), silence_s=2.0)
 
 
-def test_a_rank_that_hangs_in_service_is_not_waited_for() -> None:
-    executor = MultiprocExecutor("engines:make_runner", {}, num_workers=2, silence_s=2.0)
+def hung_core() -> tuple[EngineCore, MultiprocExecutor]:
+    """Two null workers behind an engine that has begun a request, and that notices a hang after a second."""
+    executor = MultiprocExecutor(
+        "engines:make_runner", {"slow_at": 5}, crew=Crew(2), silence_s=1.5, step_s=1.5
+    )
     core = core_over(executor)
     core.submit(request(1, max_tokens=200))
     core.step()
-    os.kill(executor.pids[0], signal.SIGSTOP)
+    return core, executor
+
+
+def test_a_stopped_rank_is_named_while_the_engine_idles() -> None:
+    core, executor = hung_core()
     pids = executor.pids
-    with pytest.raises(EngineDeadError, match="No worker has answered for 2 s"):
-        for _ in range(150):
-            core.step()
-            time.sleep(0.01)  # null workers run apart; those that compute together cannot
+    os.kill(pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(EngineDeadError, match=r"^Worker 1: no sign of life for 1.5 s"):
+        while time.monotonic() - began < 10:
+            core.executor.watch()
+            time.sleep(0.1)
     core.close()
     wait_gone(pids)
+
+
+def test_a_stopped_rank_that_must_answer_is_named() -> None:
+    core, executor = hung_core()
+    pids = executor.pids
+    os.kill(pids[0], signal.SIGSTOP)
+    with pytest.raises(EngineDeadError, match=r"^Worker 0: no sign of life for 1.5 s.*execute-model-timeout"):
+        core.step()
+    core.close()
+    wait_gone(pids)
+
+
+def test_a_step_that_never_ends_is_no_life() -> None:
+    """Both workers beat, but the device of one hangs at the fifth step."""
+    core, executor = hung_core()
+    pids = executor.pids
+    with pytest.raises(EngineDeadError, match="No worker has answered for 4 s, though all run"):
+        for _ in range(10):
+            core.step()
+    core.close()
+    wait_gone(pids)
+
+
+def test_a_rank_that_stops_while_it_starts_is_named() -> None:
+    crew = Crew(2)
+    pids = [worker.process.pid for worker in crew.workers]
+
+    def stop(phase: str, done: int, total: int) -> None:
+        os.kill(pids[1], signal.SIGSTOP)
+
+    with pytest.raises(
+        EngineDeadError, match=r"^Worker 1 in phase '(waking up|the start)': no sign of life for 1.5 s"
+    ):
+        MultiprocExecutor("engines:make_runner", {"hang_start_of": 1}, crew=crew, step_s=0.5, progress=stop)
+    wait_gone(pids)
+
+
+def two_machines(step_s: float = 1.5) -> tuple[MultiprocExecutor, threading.Thread, Crew]:
+    """An executor with a null worker here and one behind an agent, which a thread plays."""
+    listener = listen("127.0.0.1", 0)
+    crew = Crew(1, 1)
+    crew.build("engines:make_runner", {}, 2)
+    connection = dial("127.0.0.1", listener.getsockname()[1], NodeHello(1, [1], "plan"), 5)
+    thread = threading.Thread(target=Agent(connection, crew, step_s).run)
+    thread.start()
+    executor = MultiprocExecutor(
+        "engines:make_runner",
+        {},
+        crew=Crew(1),
+        num_ranks=2,
+        nodes=lambda check: accept_nodes(listener, 1, "plan", check, limit_s=5.0),
+        step_s=step_s,
+    )
+    return executor, thread, crew
+
+
+def test_a_stopped_rank_of_another_machine_is_named() -> None:
+    executor, thread, crew = two_machines()
+    core = core_over(executor)
+    pids = [*executor.pids, crew.workers[0].process.pid]
+    assert finish(core, [request(1)]) == {1: expected(request(1))}
+    os.kill(pids[1], signal.SIGSTOP)
+    end = time.monotonic() + 8
+    with pytest.raises(EngineDeadError, match=r"^Worker 1 failed: No sign of life for 1.5 s"):
+        while time.monotonic() < end:
+            core.executor.watch()
+            time.sleep(0.1)
+    core.close()
+    thread.join(10)
+    wait_gone(pids)
+
+
+def test_a_machine_that_says_nothing_is_named() -> None:
+    listener = listen("127.0.0.1", 0)
+    silent = dial("127.0.0.1", listener.getsockname()[1], NodeHello(1, [1, 2], "plan"), 5)
+    with pytest.raises(EngineDeadError, match=r"^The machine of worker 1, 2 in phase 'the start': no sign"):
+        MultiprocExecutor(
+            "engines:make_runner",
+            {},
+            crew=Crew(1),
+            num_ranks=3,
+            nodes=lambda check: accept_nodes(listener, 1, "plan", check),
+            step_s=0.5,
+        )
+    silent.close()
+
+
+def test_what_a_step_may_take_follows_those_before() -> None:
+    allowance = Allowance(20.0, 300.0)
+    assert allowance.seconds(1) == 300.0  # nothing is known
+    allowance.observe(1, 0.05)
+    assert allowance.seconds(1) == 20.0
+    assert allowance.seconds(512) == pytest.approx(256.0)  # as if every token took a step of its own
+    allowance.observe(512, 4.0)
+    assert allowance.seconds(512) == pytest.approx(40.0)
+    assert allowance.seconds(8192) == 300.0
+    for _ in range(100):
+        allowance.observe(1, 0.05)
+    assert allowance.seconds(1) == 20.0
 
 
 def test_workers_die_with_their_parent() -> None:
     code = (
         "import os\n"
+        "from octavo.engine.executor.crew import Crew\n"
         "from octavo.engine.executor.multiproc import MultiprocExecutor\n"
-        "executor = MultiprocExecutor('engines:make_runner', {}, num_workers=2)\n"
+        "executor = MultiprocExecutor('engines:make_runner', {}, crew=Crew(2))\n"
         "print(*executor.pids, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )

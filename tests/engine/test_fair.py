@@ -11,7 +11,7 @@ from engines import null_core
 from octavo.engine.cache.layout import CacheLayout
 from octavo.engine.cache.table import PageTable
 from octavo.engine.core import EngineCore
-from octavo.engine.scheduler.queue import MAX_IDLE_TENANTS, FairQueue
+from octavo.engine.scheduler.queue import LATELY, MAX_IDLE_TENANTS, FairQueue
 from octavo.engine.scheduler.sequence import Sequence
 from octavo.protocol.generate import GenerateRequest, SamplingParams, Terms
 
@@ -102,6 +102,7 @@ def test_removed_and_returned_sequences_are_counted() -> None:
                 waiting.append(seq)
         assert len(queue) == len(waiting)
         assert {s.id for s in queue} == {s.id for s in waiting}
+        assert queue.num_tokens == sum(len(s.tokens) for s in waiting)
     for name, tenant in queue._tenants.items():
         assert tenant.num_running == sum(seq.tenant == name for seq in running)
     assert set(queue._tenants) == {seq.tenant for seq in running + waiting}
@@ -113,6 +114,55 @@ def test_many_tenants_are_forgotten() -> None:
         queue.push(sequence(id, f"tenant-{id}"))
         queue.leave(queue.pop())
     assert not queue._tenants and len(queue._idle) == MAX_IDLE_TENANTS
+
+
+def test_a_flood_yields_to_who_is_here_or_was_lately() -> None:
+    queue = FairQueue(credit=40)
+    for id in range(4):
+        queue.push(sequence(id, "flood"))  # 8 tokens each
+    flood = queue.pop()
+    queue.charge(flood, 100)
+    assert not queue.yields(flood, most=16), "there is nobody else"
+    quiet = sequence(9, "quiet")
+    queue.push(quiet)
+    assert queue.yields(flood, most=16) and not queue.yields(quiet, most=1)
+    assert not queue.yields(flood, most=40), "what is left fits into a step"
+    assert queue.pop() is quiet
+    queue.charge(quiet, 8)
+    queue.leave(quiet)
+    assert queue.yields(flood, most=16), "it may come back"
+    queue.charge(flood, LATELY)
+    assert not queue.yields(flood, most=16), "it was too long ago"
+
+
+def test_who_was_about_even_is_not_waited_for() -> None:
+    queue = FairQueue(credit=40)
+    mine, other, later = sequence(0, "a"), sequence(1, "b"), sequence(2, "a")
+    for seq in (mine, other, later):
+        queue.push(seq)
+    queue.take(mine)
+    queue.take(other)
+    queue.charge(mine, 10)
+    queue.charge(other, 45)  # it began a credit below
+    assert not queue.yields(mine, most=1)
+    queue.leave(other)
+    queue.charge(mine, 1000)
+    assert not queue.yields(mine, most=1), "when it left both had about the same"
+
+
+def test_answers_wait_one_step_for_a_prompt_that_then_ends_a_step_earlier() -> None:
+    core = null_core(scheduling_policy="fair", num_pages=256, num_slots=8, max_num_batched_tokens=16)
+    for id in range(1, 5):
+        core.submit(request(id, "busy", prompt=4, max_tokens=60))
+    for _ in range(3):
+        assert len(core.step()) == 4
+    core.submit(request(10, "new", prompt=14, max_tokens=1))
+    core.submit(request(11, "new", prompt=14, max_tokens=1))
+    told = [{delta.id for delta in core.step()} for _ in range(4)]
+    assert 10 in told[0] and len(told[0]) == 3, "two answers still fit beside the prompt"
+    assert told[1] >= {1, 2, 3, 4}, "answers never wait twice in a row"
+    assert 11 in told[1] | told[2]
+    run_to_the_end(core)
 
 
 def run_to_the_end(core: EngineCore) -> dict[int, list[int]]:

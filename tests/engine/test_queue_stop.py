@@ -16,6 +16,7 @@ from octavo.engine.scheduler.queue import Queue, order_key
 from octavo.engine.scheduler.sequence import Sequence
 from octavo.errors import UsageError
 from octavo.protocol.generate import GenerateRequest, SamplingParams
+from octavo.protocol.generate import RepetitionDetectionParams as R
 
 EOS = 0
 
@@ -93,6 +94,24 @@ def test_keys() -> None:
         ({"max_tokens": 2}, [5, EOS], ([5, EOS], "stop", EOS)),  # a stop counts before the length
         ({"min_tokens": 2, "max_tokens": 9}, [EOS, EOS, EOS], ([EOS, EOS, EOS], "stop", EOS)),
         ({"min_tokens": 3, "max_tokens": 3}, [EOS, EOS, EOS], ([EOS, EOS, EOS], "length", None)),
+        (
+            {"repetition_detection": R(max_pattern_size=2)},
+            [5, 6, 5, 6, 7],
+            ([5, 6, 5, 6], "repetition", None),
+        ),
+        (
+            {"repetition_detection": R(max_pattern_size=1)},
+            [5, 6, 5, 6, 6],
+            ([5, 6, 5, 6, 6], "repetition", None),
+        ),
+        ({"repetition_detection": R(max_pattern_size=2, min_count=3)}, [6, 6, 7], ([6, 6, 7], None, None)),
+        (
+            {"repetition_detection": R(max_pattern_size=3, min_pattern_size=2)},
+            [6, 6, 6],
+            ([6, 6, 6], None, None),
+        ),
+        ({"repetition_detection": R()}, [6, 6, 6], ([6, 6, 6], None, None)),
+        ({"repetition_detection": R(max_pattern_size=1)}, [3, 4], ([3, 4], None, None)),  # 3 ends the prompt
         ({"max_tokens": None}, [5] * 30, ([5] * 17, "length", None)),  # 3 + 17 = max_model_len
     ],
 )

@@ -127,8 +127,12 @@ def test_statistics_are_added_up() -> None:
 
 
 def test_statistics_of_copies_add_up() -> None:
-    one = EngineStats(num_running=2, kv_cache_usage=0.5, step_tokens=7, accepted_at=[3, 1], iteration_tokens=[0, 2])
-    other = EngineStats(num_running=1, kv_cache_usage=0.0, step_tokens=9, accepted_at=[1], iteration_tokens=[1, 1])
+    one = EngineStats(
+        num_running=2, kv_cache_usage=0.5, step_tokens=7, accepted_at=[3, 1], iteration_tokens=[0, 2]
+    )
+    other = EngineStats(
+        num_running=1, kv_cache_usage=0.0, step_tokens=9, accepted_at=[1], iteration_tokens=[1, 1]
+    )
     both = add_up([one, other])
     assert (both.num_running, both.kv_cache_usage, both.step_tokens) == (3, 0.25, 9)
     assert both.accepted_at == [4, 1] and both.iteration_tokens == [1, 3]

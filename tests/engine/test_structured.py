@@ -292,3 +292,20 @@ def test_an_end_token_that_is_text_cannot_stand_inside_a_string() -> None:
         assert grammar.accept(token)
         assert bool(grammar.mask()[EOS >> 3] >> (EOS & 7) & 1) is ends
     compiler.close()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_panic_ends_one_grammar(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Rust library's panic is no ``Exception``; the engine's loop must not see it as it is."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(self: GrammarCompiler, grammar: str) -> Compiled:
+        raise PanicException("byte index 3 is not a char boundary")
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", panics)
+    compiler = GrammarCompiler(lambda: Vocabulary([], ()), 8, at_once=at_once)
+    with pytest.raises(GrammarError, match="char boundary"):
+        compiler.compile("start: /a/").result()
+    compiler.close()

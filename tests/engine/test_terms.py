@@ -186,7 +186,7 @@ def test_rules_that_leave_nothing_end_only_their_request() -> None:
     core.submit(wrong)
     core.submit(make(2))
     deltas = finish(core)
-    assert next(d for d in deltas if d.id == 1).finish_reason == "error"
+    assert next(d for d in deltas if d.id == 1).finish_reason == "unsatisfiable"
     assert "No token is left" in (next(d for d in deltas if d.id == 1).error or "")
     assert any(d.id == 2 and d.finish_reason == "length" for d in deltas)
 

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from octavo import __version__
-from octavo.cli.commands import COMMANDS
-from octavo.cli.flags import Parser
+from octavo.cli.commands import COMMANDS, parser_of
 from octavo.errors import OctavoError, UsageError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -60,12 +59,8 @@ def dispatch(arguments: list[str]) -> int:
     if command.passes_rest:
         result = _load(command.target)([item for item in rest if item != "--debug"])
         return result or 0
-    parser = Parser(prog=f"octavo {name}", description=command.help, allow_abbrev=False)
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    command.add_arguments(parser)
-    parser.short_usage()
     try:
-        args = parser.parse(rest)
+        args = parser_of(name).parse(rest)
     except SystemExit as leave:  # --help has been printed
         return int(leave.code or 0)
     return _load(command.target)(args) or 0

@@ -6,8 +6,8 @@ import argparse
 from importlib import import_module
 
 from octavo.bench import offline as bench
+from octavo.cli.flags import engine_options
 from octavo.cli.progress import Reporter
-from octavo.cli.talk import engine_options
 from octavo.errors import UsageError
 from octavo.llm import LLM
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from octavo.api.server.options import ServerOptions
 from octavo.bench import arguments as bench
-from octavo.cli.flags import add_engine_options, add_options
+from octavo.cli.flags import Parser, add_engine_options, add_options
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,16 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
+    _examine(parser)
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="Time kernels of other packages (FlashAttention 3) beside ours on this GPU, and use those that are right and "
+        "faster from the next start on.",
+    )
+
+
+def _examine(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("--json", action="store_true", help="Machine-readable output.")
     add_engine_options(parser, skip=("model",))
@@ -174,7 +184,7 @@ COMMANDS = {
     "plan": Command("Will it fit? Memory and concurrency before a download.", "octavo.cli.plan:run", _plan),
     "doctor": Command("Show device, versions, caches and chosen kernels.", "octavo.cli.doctor:run", _doctor),
     "doctor model": Command(
-        "Check a model's files, names, template and tool format.", "octavo.cli.doctor_model:run", _doctor
+        "Check a model's files, names, template and tool format.", "octavo.cli.doctor_model:run", _examine
     ),
     "bench serve": Command(
         "Load a running server and measure it.", "octavo.bench.serve:main", bench.add_serve_arguments
@@ -232,3 +242,13 @@ COMMANDS = {
         bench.add_compare_arguments,
     ),
 }
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of a command that does not parse its own arguments."""
+    command = COMMANDS[name]
+    parser = Parser(prog=f"octavo {name}", description=command.help, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    command.add_arguments(parser)
+    parser.short_usage()
+    return parser

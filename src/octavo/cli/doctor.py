@@ -8,16 +8,18 @@ import json
 import os
 import platform
 import shutil
+from importlib import import_module
 from typing import Any
 
 from octavo import __version__
+from octavo.cli.flags import engine_options
 from octavo.cli.progress import Reporter
-from octavo.cli.talk import engine_options
 from octavo.device.kernels.numba.target import choose_target, host_features
 from octavo.device.platform.select import open_platform
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, UsageError
 from octavo.files.fetch import cache_folder
 from octavo.files.resolve import is_cached, list_catalogue
+from octavo.host.measured import Finding, keep
 from octavo.llm import LLM
 from octavo.protocol.control import CheckPool
 from octavo.protocol.generate import SamplingParams
@@ -29,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the report; the exit status is 1 when a check failed."""
     report = {"octavo": __version__, "python": python(), "packages": packages(), "device": device(args)}
     report["cache"] = cache(args)
+    if args.measure:
+        report["vendors"] = vendors(args)
     if args.model_tag or hasattr(args, "model"):
         report["model"] = check_model(args)
     if args.json:
@@ -69,6 +73,33 @@ def device(args: argparse.Namespace) -> dict[str, Any]:
         "bfloat16": hardware.supports_bfloat16,
         **tiles,
     }
+
+
+def vendors(args: argparse.Namespace) -> dict[str, Any]:
+    """Time other packages' kernels beside ours, keep the result, and say what it was."""
+    try:
+        platform = open_platform(engine_options(args).device.device)
+        if platform.kind != "cuda":
+            raise UsageError("--measure compares kernels on a GPU; this is a CPU.", "Leave it out.")
+        spec = platform.op_spec(import_module("torch").bfloat16)
+        findings: list[Finding] = import_module("octavo.bench.vendors").measure_all(spec)
+        path = keep(platform.hardware().name, findings)
+    except OctavoError as error:
+        return {"error": str(error)}
+    return {
+        "kept in": str(path),
+        **{f"{found.op}: {found.implementation}": verdict(found) for found in findings},
+    }
+
+
+def verdict(found: Finding) -> Any:
+    """A measurement in words."""
+    if found.problem:
+        return f"not usable: {found.problem}"
+    times = {
+        row.shape: f"{row.us:.1f} us, ours {row.ours_us:.1f} (error {row.error:.4f})" for row in found.timings
+    }
+    return {"used": "yes" if found.is_better else "no", **times}
 
 
 def cache(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from octavo import host
 from octavo.api.chat.selftest import Finding, check_template, check_thinking, check_tokenizer, check_tools
 from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import load_tokenizer
+from octavo.cli.flags import engine_options
 from octavo.cli.progress import Reporter
-from octavo.cli.talk import engine_options
 from octavo.config import EngineOptions
 from octavo.errors import OctavoError, UsageError
 from octavo.files.base import ModelFiles

@@ -96,6 +96,16 @@ def collect_engine(args: argparse.Namespace) -> EngineOptions:
     return EngineOptions(**{name: collect(args, group) for name, group in EngineOptions.groups().items()})
 
 
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """Engine options with the model named by position or by ``--model``."""
+    named = getattr(args, "model", None)
+    if named and args.model_tag and named != args.model_tag:
+        raise UsageError(f"Two models were named: {args.model_tag} and --model {named}.", "Name one.")
+    if named or args.model_tag:
+        args.model = named or args.model_tag
+    return collect_engine(args)
+
+
 def _add(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     flags = ["--" + field.name.replace("_", "-")]
     if field.metadata.get("short"):

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from octavo import host
+from octavo.cli.flags import engine_options
 from octavo.cli.progress import Reporter
-from octavo.cli.talk import engine_options
 from octavo.config import EngineOptions
 from octavo.device.platform.gpus import GIB, GPU, GPUS, find_gpu
-from octavo.engine.cache.spec import KVSpec, StateKV
+from octavo.engine.cache.spec import StateKV, label
 from octavo.errors import UsageError
 from octavo.files.dummy import open_dummy
 from octavo.host.plan import LENGTHS, SIZES, Case, Planner, cards
@@ -77,9 +77,12 @@ def describe_model(planner: Planner) -> dict[str, Any]:
     resolved = planner.resolved(GPUS[-1])
     layout = planner.layout(planner.spec, resolved)
     groups: dict[str, dict[str, int]] = {}
+    layers: dict[str, set[int]] = {}
     for group in layout.groups:
-        found = groups.setdefault(kind_of(group.spec), {"layers": 0, "bytes_per_token": 0, "state_bytes": 0})
-        found["layers"] += len(group.layers)
+        kind = label(group.spec)
+        found = groups.setdefault(kind, {"layers": 0, "bytes_per_token": 0, "state_bytes": 0})
+        layers.setdefault(kind, set()).update(group.layers)  # a layer may keep two of one kind
+        found["layers"] = len(layers[kind])
         if isinstance(group.spec, StateKV):
             found["state_bytes"] += len(group.layers) * group.spec.state_bytes
         else:
@@ -98,12 +101,6 @@ def describe_model(planner: Planner) -> dict[str, Any]:
             if length <= arch.max_position
         },
     }
-
-
-def kind_of(spec: KVSpec) -> str:
-    """A cache kind for people."""
-    size = getattr(spec, "window", 0) or getattr(spec, "chunk", 0)
-    return f"{spec.kind} {size}" if size else spec.kind
 
 
 def record(case: Case) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from octavo.api.server.app import build_app
 from octavo.api.server.batch import Batch, Progress
 from octavo.api.server.local import call
 from octavo.api.server.options import ServerSettings
+from octavo.cli.flags import engine_options
 from octavo.cli.progress import Reporter
-from octavo.cli.talk import engine_options
 from octavo.config import EngineOptions
 from octavo.errors import EngineDeadError, UsageError
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from octavo import host
 from octavo.bench import soak as soaking
+from octavo.cli.flags import engine_options
 from octavo.cli.progress import Reporter
-from octavo.cli.talk import engine_options
 from octavo.config import EngineOptions
 from octavo.engine.client.base import EngineClient
 from octavo.engine.client.socket import SocketClient

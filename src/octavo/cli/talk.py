@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
-from octavo.cli.flags import collect_engine
-from octavo.cli.remote import RemoteServer
-from octavo.config import EngineOptions
+from octavo.cli.flags import engine_options
 from octavo.errors import OctavoError, UsageError
 
 SAMPLING = (
@@ -58,7 +56,7 @@ class Source(Protocol):
 class RemoteSource:
     """A running server."""
 
-    def __init__(self, server: RemoteServer, model: str, sampling: dict[str, Any]) -> None:
+    def __init__(self, server: Any, model: str, sampling: dict[str, Any]) -> None:
         self.server = server
         self.model = model
         self.sampling = sampling
@@ -94,23 +92,14 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
 
 
-def engine_options(args: argparse.Namespace) -> EngineOptions:
-    """Engine options with the model named by position or by ``--model``."""
-    named = getattr(args, "model", None)
-    if named and args.model_tag and named != args.model_tag:
-        raise UsageError(f"Two models were named: {args.model_tag} and --model {named}.", "Name one.")
-    if named or args.model_tag:
-        args.model = named or args.model_tag
-    return collect_engine(args)
-
-
 def open_source(args: argparse.Namespace) -> Source:
     """The server of ``--url``, or the model, loaded with a progress bar."""
     sampling = sampling_of(args)
     if getattr(args, "url", None):
         if args.model_tag:
             raise UsageError(f"Both a model ({args.model_tag}) and --url were given.", "Give one of them.")
-        server = RemoteServer(args.url, args.api_key)
+        # The HTTP client takes longer to import than the engine's loop: only where it is needed.
+        server = import_module("octavo.cli.remote").RemoteServer(args.url, args.api_key)
         names = [args.model_name] if args.model_name else server.models()
         if not names:
             raise OctavoError(f"{args.url} serves no model.")

@@ -1,9 +1,11 @@
 """The engine's loop: requests in, tokens out. Everything it does happens in ``step``.
 
-    depth 0   schedule N   forward N                sample N   collect N   apply N
-    depth 1   schedule N   forward N   collect N-1  apply N-1  sample N           (host work hides under forward N)
+    depth 0    schedule N   forward N                          sample N   collect N    apply N
+    depth 1    schedule N   forward N   collect N-1 apply N-1  sample N                (host work hides under forward N)
+    pipeline   schedule N   forward N                          sample N   collect N-k  apply N-k
 
-Both are the same lines; only the place of ``collect`` differs.
+All are the same lines; only the place of ``collect`` differs. In a pipeline k more steps are under way, one for each
+further stage, none of which draws for a sequence of another.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 
 from octavo.engine.cache.layout import CacheLayout
+from octavo.engine.cache.watch import PageWatch
 from octavo.engine.executor.base import Executor
 from octavo.engine.relief import Relief
 from octavo.engine.scheduler.expiry import Expiry
@@ -27,6 +30,7 @@ from octavo.engine.scheduler.sequence import Constraint, Sequence
 from octavo.engine.scheduler.siblings import Siblings
 from octavo.engine.settings import EngineSettings
 from octavo.engine.structured.compiler import GrammarCompiler
+from octavo.engine.structured.dry import DryPenalty
 from octavo.engine.structured.grammar import GrammarError
 from octavo.engine.structured.lobby import Lobby
 from octavo.engine.structured.rules import TokenRules
@@ -34,9 +38,11 @@ from octavo.engine.structured.thinking import ThinkingConstraint
 from octavo.engine.validate import check_request
 from octavo.errors import OutOfMemoryError, QueueFullError, RequestError
 from octavo.protocol.control import (
+    FRONT_SHIFT,
     CheckPool,
     Control,
     ControlReply,
+    DropFront,
     EngineInfo,
     EngineStats,
     GetInfo,
@@ -72,13 +78,15 @@ class EngineCore:
             executor.num_pages,
             root_key=secrets.token_bytes(32),
             prefix_caching=settings.enable_prefix_caching,
+            watch=PageWatch(settings.watched_pages, clock) if settings.watched_pages else None,
         )
-        self.pace = Pace(settings.max_step_ms / 1e3, settings.max_num_batched_tokens)
+        self.pace = _pace_of(settings)
         self.scheduler = Scheduler(
             [Slots(min(settings.max_num_seqs, executor.num_slots)), self.pages],
             max_num_batched_tokens=settings.max_num_batched_tokens,
             pace=self.pace,
             waiting=make_queue(settings.scheduling_policy),
+            parts=settings.max_concurrent_batches,
         )
         self._clock = clock
         self.expiry = Expiry()
@@ -86,7 +94,8 @@ class EngineCore:
         self._num_rejected = self._num_deadlines = 0
         self._last_done_s = 0.0
         self.stopping = False
-        self._depth = 1 if settings.overlap else 0
+        self._most_in_flight = settings.max_concurrent_batches
+        self._overlaps = settings.overlap and self._most_in_flight == 1
         self.lobby = None if grammars is None else Lobby(grammars)
         self.relief: Relief | None = None
         self._failed: list[TokenDelta] = []  # told by the next step
@@ -165,6 +174,8 @@ class EngineCore:
         allowed = seq.sampling.allowed_token_ids
         if allowed is not None or request.bad_words:
             grammar = TokenRules(allowed, request.bad_words, grammar, vocab_size=self.info.vocab_size)
+        if request.dry is not None:
+            grammar = DryPenalty(request.dry, seq.tokens, grammar)
         seq.constraint = grammar
         seq.is_simple = grammar is None and seq.is_simple
 
@@ -218,11 +229,11 @@ class EngineCore:
         if step is not None:
             step.launched_s = self._clock()
             self.executor.forward(step.plan)
-        deltas = self._collect() if self._depth else []
+        deltas = self._collect() if self._overlaps else []
         if step is not None:
             self.executor.sample(self._masks(step))
             self._in_flight.append(step)
-        if not self._depth:
+        if not self._overlaps and (step is None or len(self._in_flight) >= self._most_in_flight):
             deltas = self._collect()
         if self._failed:
             deltas, self._failed = deltas + self._failed, []
@@ -242,9 +253,7 @@ class EngineCore:
         self.pages.forget_unused()
         self.executor.close()
         self.executor, self.settings, self.relief = successor.executor, successor.settings, None
-        self.pace = self.scheduler.pace = Pace(
-            self.settings.max_step_ms / 1e3, self.settings.max_num_batched_tokens
-        )
+        self.pace = self.scheduler.pace = _pace_of(self.settings)
         self.info = self._describe()
         return False
 
@@ -300,14 +309,16 @@ class EngineCore:
                 continue
             drafts = seq.drafts[: step.plan.num_drafts[row]]
             try:
-                words = _words(constraint, drafts)
+                words, penalties = _words(constraint, drafts)
             except GrammarError as error:
-                self._failed.append(self.scheduler.fail(seq, str(error)))
+                self._failed.append(self.scheduler.fail(seq, str(error), "unsatisfiable"))
                 self._forget(seq.id)
                 continue
             # Positions behind a forbidden draft are never reached; the runner still expects a mask for each.
-            words += [words[-1]] * (1 + step.plan.num_drafts[row] - len(words))
-            masks.append(GrammarMask(row, b"".join(words)))
+            unreached = 1 + step.plan.num_drafts[row] - len(words)
+            words += [words[-1]] * unreached
+            penalties += [{}] * unreached
+            masks.append(GrammarMask(row, b"".join(words), penalties if any(penalties) else []))
         return masks
 
     # -- everything else ----------------------------------------------------------------------------------------
@@ -322,6 +333,8 @@ class EngineCore:
             self.pages.forget_unused()
         elif isinstance(command, CheckPool):
             self.check()
+        elif isinstance(command, DropFront):
+            self.abort([id for id in self._live if id >> FRONT_SHIFT == command.front])
         elif isinstance(command, Shutdown):
             self.stopping = True
             if not command.drain:
@@ -331,6 +344,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Gauges now and counters since the start."""
         counters, pool = self.scheduler.counters, self.pages.pool
+        watch = pool.watch
         return EngineStats(
             num_running=self.scheduler.num_running,
             num_waiting=self.num_waiting,
@@ -353,6 +367,9 @@ class EngineCore:
             num_step_tokens=counters.num_step_tokens,
             accepted_at=counters.accepted_at,
             iteration_tokens=counters.iteration_tokens,
+            page_lifetimes=[] if watch is None else watch.lifetimes,
+            page_idles=[] if watch is None else watch.idles,
+            page_gaps=[] if watch is None else watch.gaps,
         )
 
     def check(self) -> None:
@@ -375,9 +392,16 @@ class EngineCore:
         return max(0, self.info.max_num_seqs - self.scheduler.num_running)
 
 
-def _words(constraint: Constraint, drafts: list[int]) -> list[bytes]:
-    """The mask of the next token and of the one after each draft, up to the first draft that is forbidden or the last."""
+def _pace_of(settings: EngineSettings) -> Pace:
+    return Pace(settings.max_step_ms / 1e3, settings.max_num_batched_tokens, settings.free_tokens)
+
+
+def _words(constraint: Constraint, drafts: list[int]) -> tuple[list[bytes], list[dict[int, float]]]:
+    """Masks and penalties of the next token and of the one after each draft, up to the first draft that is forbidden or
+    the last."""
+    dry = constraint if isinstance(constraint, DryPenalty) else None
     words = [constraint.mask()]
+    penalties = [{} if dry is None else dry.penalties()]
     accepted = 0
     for draft in drafts:
         if not constraint.accept(draft):
@@ -386,8 +410,9 @@ def _words(constraint: Constraint, drafts: list[int]) -> list[bytes]:
         if constraint.ended:  # what is drawn behind the end is thrown away
             break
         words.append(constraint.mask())
+        penalties.append({} if dry is None else dry.penalties())
     constraint.rewind(accepted)
-    return words
+    return words, penalties
 
 
 def _fitting_length(layout: CacheLayout, num_pages: int, asked: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import threading
 
 import msgspec
@@ -42,6 +43,17 @@ class Failed(msgspec.Struct, tag="failed"):
         ):  # takes other arguments, and is no reason for a process to end
             kind = OctavoError
         return kind(self.cause, self.cure)
+
+
+def end_child(process: subprocess.Popen[bytes], wait_s: float) -> None:
+    """Wait for a child of ``live_with_parent``, kill it where it takes longer, and let go of its standard input."""
+    try:
+        process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def live_with_parent(folder: str | None = None) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from octavo.config import Resolved
+from octavo.engine.scheduler.pace import ALMOST_FREE
 from octavo.errors import UsageError
 from octavo.protocol.control import ModelFacts
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Limits in tokens and sequences; the rest is passed on in ``EngineInfo``."""
+    """Limits in tokens and sequences; the rest is passed on in ``EngineInfo``. Ages of the share ``watched_pages`` are measured."""
 
     max_model_len: int
     max_num_seqs: int
@@ -21,7 +22,10 @@ class EngineSettings:
     scheduling_policy: str = "fcfs"
     max_queue_len: int = 4096
     overlap: bool = False
+    max_concurrent_batches: int = 1  # steps of different sequences under way, in a pipeline
     max_step_ms: float = 0.0
+    watched_pages: float = 0.0
+    free_tokens: int = ALMOST_FREE
     seed: int = 0
     model: str = ""
     architecture: str = ""
@@ -65,6 +69,7 @@ class EngineSettings:
             max_queue_len=resolved.max_queue_len,
             overlap=resolved.overlap,
             max_step_ms=resolved.max_step_ms,
+            watched_pages=resolved.watched_pages,
             seed=resolved.seed,
             model=model,
             architecture=architecture,

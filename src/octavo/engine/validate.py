@@ -34,6 +34,10 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
             )
     for word in request.bad_words:
         _check_ids("bad_words", word, vocab)
+    if request.dry is not None:
+        _check_ids("dry_sequence_breakers", request.dry.breakers, vocab)
+    if bool(sampling.dry_multiplier) != (request.dry is not None):
+        raise RequestError("DRY must reach the engine with its breakers as tokens.", "dry_multiplier")
     if sampling.bad_words and not request.bad_words:
         raise RequestError("bad_words must reach the engine as tokens.", "bad_words")
     if request.thinking is not None:
@@ -67,6 +71,14 @@ def _check_kind(request: GenerateRequest, info: EngineInfo) -> None:
             "model",
             "Start the server with --runner pooling to get embeddings.",
         )
+    if request.pooling == "classify" and not info.facts.labels:
+        raise RequestError(f"{info.model} has no classification head.", "model")
+    if request.pooling == "tokens" and not info.facts.is_encoder:
+        raise RequestError(
+            f"{info.model} is no encoder: it gives one vector a text, not one a token.", "task"
+        )
+    if not 0 <= request.second_at < len(request.prompt_token_ids):
+        raise RequestError("second_at must be a place in the prompt.", "second_at")
 
 
 def _check_ids(name: str, ids: list[int], vocab_size: int) -> None:

@@ -1,20 +1,50 @@
-"""The engine's own process: ``python -m octavo.host ADDRESS``."""
+"""The engine's own process: ``python -m octavo.host [LIKELY_BACKEND] ADDRESS``."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from functools import partial
+from importlib import import_module
 
-from octavo import host
 from octavo.engine.client.serve import run_engine
 from octavo.engine.core import EngineCore
-from octavo.host.built import Progress
+from octavo.host.ahead import open_gpu_ahead
+from octavo.host.built import Progress, Timeline
+from octavo.host.engine import BACKENDS, build_core
+from octavo.host.launch import decode_options
+from octavo.host.opening import open_files
+
+log = logging.getLogger("octavo.engine")
 
 
-def build(raw: bytes, progress: Progress) -> EngineCore:
+def build(timeline: Timeline, raw: bytes, progress: Progress) -> EngineCore:
     """An engine from encoded options."""
-    options = host.decode_options(raw)
-    return host.build_core(options, host.open_files(options, progress), progress)
+    timeline.skip()  # the wait for the options is nobody's work
+    options = decode_options(raw)
+    return build_core(options, open_files(options, progress), progress, timeline)
+
+
+def prepare(backend: str, timeline: Timeline) -> None:
+    """Import what a backend needs; where that fails, the one that is chosen in the end says so."""
+    if backend == "cuda":
+        open_gpu_ahead()
+    name = "torch" if backend == "cuda" else backend
+    if name in BACKENDS:
+        try:
+            module = import_module(BACKENDS[name].partition(":")[0])
+            if name == "compiled":
+                module.load_ahead()
+        except Exception as problem:  # noqa: BLE001  a guess must not end a start
+            log.debug("Getting ready for %s failed: %s", name, problem)
+    timeline.end("imports")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status."""
+    timeline, backend = Timeline.start(), arguments[0] if len(arguments) > 1 else ""
+    return run_engine(arguments[-1], partial(build, timeline), partial(prepare, backend, timeline))
 
 
 if __name__ == "__main__":
-    sys.exit(run_engine(sys.argv[1], build))
+    sys.exit(main(sys.argv[1:]))

@@ -36,6 +36,10 @@ class Timeline:
         """Begin now."""
         return cls({}, time.perf_counter())
 
+    def skip(self) -> None:
+        """What has passed since the last mark belongs to no phase."""
+        self.mark = time.perf_counter()
+
     def end(self, phase: str) -> None:
         """The phase that began at the last mark is over."""
         now = time.perf_counter()

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from importlib import import_module
 
-from octavo.config import ON_LOAD, EngineOptions
+from octavo.config import ON_LOAD, ON_LOAD_CPU, EngineOptions
+from octavo.device.platform.machine import gpu_in_sight
 from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
 from octavo.model.arch import ArchConfig
+from octavo.model.classes import has_classes
 from octavo.model.describe import describe, is_encoder
-from octavo.runner.cpu.support import QUANTIZATIONS, supports
 
-CPU_FORMATS = tuple(name.lower() for name in QUANTIZATIONS)  # by --quantization
 PLAIN = {"F32", "F16", "BF16"}
-NVIDIA_SIGNS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
 
 
 def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) -> str:
     """ "compiled" where the device is a CPU, the user did not ask for torch, and the kernels cover the model."""
     if is_encoder(arch):
         return "encoder"
-    if options.model.quantization in CPU_FORMATS:
+    if options.model.quantization in ON_LOAD_CPU:
         return require_compiled(options, files, arch)
     device = options.device
     if arch.implementation != "octavo":  # transformers' modules
@@ -32,12 +30,14 @@ def choose_backend(options: EngineOptions, files: ModelFiles, arch: ArchConfig) 
         return "torch"
     if device.cpu_backend == "torch" or options.model.dtype not in ("auto",):
         return "torch"
-    if options.model.runner == "pooling":  # the compiled kernels give tokens, not hidden states
+    if options.model.runner == "pooling" or has_classes(
+        arch
+    ):  # the compiled kernels give tokens, not hidden states
         return "torch"
     # None of these types is one of the compiled kernels'.
     if options.model.quantization in ON_LOAD or options.cache.kv_cache_dtype != "auto":
         return "torch"
-    return "torch" if supports(describe(arch), files) else "compiled"
+    return "torch" if unsupported(arch, files) else "compiled"
 
 
 def require_compiled(options: EngineOptions, files: ModelFiles, arch: ArchConfig) -> str:
@@ -50,7 +50,7 @@ def require_compiled(options: EngineOptions, files: ModelFiles, arch: ArchConfig
     elif arch.implementation != "octavo" or options.parallel.ranks > 1:
         reason = "transformers' modules and several ranks run on the torch path"
     else:
-        reason = supports(describe(arch), files)
+        reason = unsupported(arch, files)
     if reason:
         raise UsageError(
             f"{asked} is a format of the compiled CPU path alone: {reason.rstrip('.')}.",
@@ -65,8 +65,7 @@ def require_compiled(options: EngineOptions, files: ModelFiles, arch: ArchConfig
     return "compiled"
 
 
-def gpu_in_sight() -> bool:
-    """Whether a CUDA device may be there; asked before torch is imported, so it only looks at files."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return False
-    return any(Path(sign).exists() for sign in NVIDIA_SIGNS) or os.name == "nt"
+def unsupported(arch: ArchConfig, files: ModelFiles) -> str | None:
+    """Why the compiled kernels do not cover a model; None where they do. Only now are they imported."""
+    reason: str | None = import_module("octavo.runner.cpu.support").supports(describe(arch), files)
+    return reason

@@ -117,6 +117,14 @@ def warmed(plan: Plan, progress: Progress) -> KernelLibrary:
     return library
 
 
+def load_ahead() -> None:
+    """Load what every model runs, where it is compiled already: the first kernel of a process costs a quarter of a second,
+    because Numba gets ready for it."""
+    library = KernelLibrary()
+    if not library.missing([]):
+        library.execute()
+
+
 def prepare(options: EngineOptions, files: ModelFiles, arch: ArchConfig, progress: Progress) -> None:
     """Compile what a start would have to."""
     warmed(make_plan(options, files, arch), progress)

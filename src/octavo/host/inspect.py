@@ -13,7 +13,7 @@ from octavo.device.ops.bind import Binder
 from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.layout import plan_layout
-from octavo.engine.cache.spec import StateKV
+from octavo.engine.cache.spec import CompressedKV, StateKV, kinds_of, label
 from octavo.errors import OctavoError
 from octavo.files.base import ModelFiles
 from octavo.host.built import limits_of
@@ -22,6 +22,7 @@ from octavo.host.torch_engine import DTYPES
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec, Layer, MoE
 from octavo.model.describe import cache_specs, describe
+from octavo.model.face import AnyNetwork
 from octavo.model.fallback.network import TransformersNetwork
 from octavo.model.footprint import num_parameters
 from octavo.model.load import match, renaming
@@ -81,9 +82,12 @@ def runs(kinds: list[str]) -> str:
 
 def layer_kind(layer: Layer) -> str:
     """A layer in a few words."""
-    spec = layer.attention.cache(1, 1)
-    size = getattr(spec, "window", 0) or getattr(spec, "chunk", 0)
+    first, *more = kinds_of(layer.attention.cache(1, 1))
+    size = getattr(first, "window", 0) or getattr(first, "chunk", 0)
     mixer = f"{type(layer.attention).__name__}{f' window {size}' if size else ''}"
+    entries = [label(kind) for kind in more if isinstance(kind, CompressedKV)]
+    if entries:
+        mixer += f", {entries[0]}{' and chosen' if len(entries) > 1 else ''}"
     if isinstance(layer.mlp, MoE):
         shared = " + shared" if layer.mlp.shared is not None else ""
         return f"{mixer} + {layer.mlp.experts.num} experts, {layer.mlp.router.top_k} at a time{shared}"
@@ -97,14 +101,12 @@ def cache_groups(
     layout = plan_layout(cache_specs(spec, page_size, element_bytes, kv_bytes))
     for index, group in enumerate(layout.groups):
         kind = group.spec
-        size = getattr(kind, "window", 0) or getattr(kind, "chunk", 0)
-        name = f"{kind.kind}{f' {size}' if size else ''}"
         layers = f"{len(group.layers)} layers ({spans(group.layers)})"
         if isinstance(kind, StateKV):
             amount = f"{kind.state_bytes * len(group.layers)} bytes of state a checkpoint of {kind.page_size} tokens"
         else:
             amount = f"{kind.token_bytes * len(group.layers)} bytes a token, pages of {kind.page_size} tokens"
-        yield Finding(f"cache group {index}", f"{name}: {layers}; {amount}")
+        yield Finding(f"cache group {index}", f"{label(kind)}: {layers}; {amount}")
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -126,7 +128,7 @@ def bare_network(
     platform: Platform,
     binder: Binder,
     dtype: torch.dtype,
-) -> Network:
+) -> AnyNetwork:
     """The network with its kernels bound and no memory behind its parameters."""
     op_spec, nowhere = platform.op_spec(dtype), torch.device("meta")
     if arch.implementation != "octavo":
@@ -142,7 +144,7 @@ def bare_network(
     )
 
 
-def check_tensors(network: Network, files: ModelFiles) -> Finding:
+def check_tensors(network: AnyNetwork, files: ModelFiles) -> Finding:
     """Whether every tensor is there, has its shape, and is used."""
     if files.format == "dummy":
         return Finding("tensors", "none here, only the configuration", "note")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform as system
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,21 +19,24 @@ from octavo.model.network import NO_PIPE, Pipe
 
 @dataclass(frozen=True)
 class Place:
-    """The defaults are those of a model on one device. ``agree`` makes rank 0's tokens everybody's; ``least`` takes the
-    smallest of each number over all ranks."""
+    """The defaults are those of a model on one device. ``agree`` makes rank 0's tokens everybody's (see
+    ``Group.broadcast``); ``least`` takes the smallest of each number over all ranks; ``tells``: somebody reads this rank's
+    results."""
 
     ranks: Ranks = ALONE
     pipe: Pipe = NO_PIPE
     stage: int = 0
     num_stages: int = 1
-    agree: Callable[[Tensor], Tensor] | None = None
+    agree: Callable[[Tensor], Callable[[], object]] | None = None
     least: Callable[[list[int]], list[int]] = list
+    tells: bool = True
 
 
 def take_place(world: World, parallel: ParallelOptions, dtype: torch.dtype) -> Place:
     """This rank's place in a world; a collective call."""
     group, everyone = world.tensor, world.everyone
-    within_machine = (parallel.ranks // parallel.nnodes) % group.size == 0
+    hosts = world.exchange("host", system.node().encode())
+    within_machine = len({hosts[member] for member in group.members}) == 1
     one_shot = within_machine and not parallel.disable_custom_all_reduce
     ranks = ALONE
     if group.size > 1:
@@ -49,4 +53,5 @@ def take_place(world: World, parallel: ParallelOptions, dtype: torch.dtype) -> P
         num_stages=world.num_stages,
         agree=everyone.broadcast,
         least=partial(everyone.least, device=world.device),
+        tells=behind is None or parallel.is_rank,
     )

@@ -19,15 +19,16 @@ from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.engine.cache.spec import ceil_div
 from octavo.errors import OutOfMemoryError, UnsupportedModelError, UsageError
 from octavo.files.base import ModelFiles, TensorInfo
+from octavo.files.dtypes import BLOCK_TYPES
 from octavo.host.built import limits_of
 from octavo.host.implementation import architecture
 from octavo.host.spread import part_of
 from octavo.model import footprint
 from octavo.model.arch import ArchConfig
-from octavo.model.blocks import DecoderSpec
+from octavo.model.blocks import DecoderSpec, MoE
 from octavo.model.describe import cache_specs, describe
 from octavo.model.footprint import DENSE, FP8, INT4, INT8, Footprint, Scheme
-from octavo.model.quantization.describe import describe_quantization
+from octavo.model.quantization.describe import Quantization, describe_quantization
 from octavo.model.stage import cut
 from octavo.runner.memory import MemoryPlan, plan_pages
 from octavo.runner.sizes import recorded_sizes, rows_of
@@ -38,7 +39,6 @@ SIZES = (1, 2, 4, 8)  # tensor parallel
 LENGTHS = (4096, 32768, 131072)
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SCHEMES: dict[str | None, Scheme] = {None: DENSE, "fp8": FP8, "int8": INT8, "int4": INT4}  # by --quantization
-KEPT_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # of GGUF files, on a GPU
 USEFUL = 4096  # tokens of context below which nobody would say that a model fits
 FP8_CAPABILITY = 89
 
@@ -52,16 +52,35 @@ def held_scheme(files: ModelFiles, spec: DecoderSpec) -> Scheme | None:
     matrices = [tensor for tensor in files.tensors.values() if _is_matrix(tensor, spec)]
     stored = sum(_kept_bytes(tensor) if quantization is None else tensor.nbytes for tensor in matrices)
     if not stored and quantization is not None:  # a configuration alone
-        scheme = quantization.scheme
-        return Scheme(name, bits=scheme.bits_per_weight(spec.embedding.hidden)) if scheme else DENSE
+        return _configured(quantization, spec)
     kinds = ("matrix", "experts", "head")
     elements = sum(held.elements for held in footprint.held_by(spec) if held.kind in kinds)
     return Scheme(name, bits=8 * stored / elements, head=True)
 
 
+def _configured(quantization: Quantization, spec: DecoderSpec) -> Scheme:
+    """What config.json says of the matrices, on average; experts may be stored otherwise than the rest."""
+    hidden = spec.embedding.hidden
+    bits = quantization.scheme.bits_per_weight(hidden) if quantization.scheme else 16
+    expert_bits = bits
+    for i, layer in enumerate(spec.layers):
+        if isinstance(layer.mlp, MoE):
+            block = layer.mlp.experts
+            first = f"{spec.hf_layer_prefix.format(i)}{block.hf}.0.{block.hf_each[0]}"
+            found = quantization.of(first)
+            expert_bits = found.bits_per_weight(hidden) if found else 16
+    counts = {"matrix": 0, "experts": 0}
+    for held in footprint.held_by(spec):
+        if held.kind in counts:
+            counts[held.kind] += held.elements
+    total = sum(counts.values())
+    average = (counts["matrix"] * bits + counts["experts"] * expert_bits) / total if total else bits
+    return DENSE if average == 16 else Scheme(quantization.method, bits=average)
+
+
 def _kept_bytes(tensor: TensorInfo) -> int:
     """Bytes on a GPU: types of GGUF files without kernels are decoded into the run type."""
-    return tensor.nbytes if tensor.dtype in KEPT_BLOCKS else 2 * math.prod(tensor.shape)
+    return tensor.nbytes if tensor.dtype in BLOCK_TYPES else 2 * math.prod(tensor.shape)
 
 
 def _is_matrix(tensor: TensorInfo, spec: DecoderSpec) -> bool:

@@ -12,6 +12,7 @@ from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
 from octavo.files.pooler import PoolerAdvice, read_pooler
 from octavo.model.arch import ArchConfig
+from octavo.model.classes import has_classes
 from octavo.model.describe import is_encoder
 from octavo.protocol.generate import Pooling
 
@@ -38,8 +39,10 @@ def choose_pooler(model: ModelOptions, files: ModelFiles, arch: ArchConfig) -> P
     encoder = is_encoder(arch)
     if model.runner == "generate" and encoder:
         raise UsageError(f"{model.model} is an encoder: it cannot generate.", "Use --runner pooling.")
-    pools = encoder or model.runner == "pooling"
-    if pools and not encoder and model.convert == "none":
+    if model.runner == "generate" and has_classes(arch):
+        raise UsageError(f"{model.model} tells classes apart: it cannot generate.", "Use --runner pooling.")
+    pools = encoder or model.runner == "pooling" or has_classes(arch)
+    if pools and not encoder and not has_classes(arch) and model.convert == "none":
         raise UsageError(
             f"{model.model} is a generative model: it pools only when it is converted.",
             "Use --convert embed.",

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 from octavo.config import EngineOptions
-from octavo.device.platform.machine import usable_cores
+from octavo.device.platform.machine import gpu_in_sight, usable_cores
+from octavo.engine.client.messages import ProgressCall
 from octavo.engine.client.replicas import ReplicaClient
 from octavo.engine.client.socket import SocketClient
 from octavo.errors import UsageError
-from octavo.host.built import Progress, quiet
-from octavo.host.choose import gpu_in_sight
-
-ENGINE = (sys.executable, "-m", "octavo.host")
+from octavo.host.launch import ENGINE, likely_backend
 
 
 def launch_replicas(
-    options: EngineOptions, encode: Callable[[EngineOptions], bytes], progress: Progress | None = None
+    options: EngineOptions,
+    encode: Callable[[EngineOptions], bytes],
+    progress: ProgressCall | None = None,
+    cancel: threading.Event | None = None,
 ) -> ReplicaClient:
-    """All engines at once; where one cannot start, the others are stopped and its error is raised."""
+    """All engines at once; where one cannot start (or ``cancel`` is set), the others are stopped and its error is raised."""
     count = options.parallel.data_parallel_size
     one = replace(options, parallel=replace(options.parallel, data_parallel_size=1))
     device = options.device
     on_gpu = device.device == "cuda" or (device.device == "auto" and gpu_in_sight())
-    if on_gpu:
+    if (
+        options.parallel.distributed_executor_backend == "ray"
+    ):  # which finds a place for every rank of every copy
+        environments: list[dict[str, str]] = [{}] * count
+    elif on_gpu:
         devices = deal_devices(options.parallel.ranks, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
         environments = [{"CUDA_VISIBLE_DEVICES": names} for names in devices]
         one = replace(one, device=replace(device, device="cuda"))  # never a CPU where a GPU was meant
@@ -36,13 +40,14 @@ def launch_replicas(
         environments = [{}] * count
         threads = device.threads or max(1, usable_cores() // count)
         one = replace(one, device=replace(device, threads=threads))
-    cancel = threading.Event()
+    cancel = cancel or threading.Event()
     encoded = encode(one)
+    command = [*ENGINE, likely_backend(one)]
 
     def launch(index: int) -> SocketClient:
-        report = progress if progress is not None and index == 0 else quiet
+        report = progress if index == 0 else None
         return SocketClient.launch(
-            ENGINE, encoded, report, environment={**os.environ, **environments[index]}, cancel=cancel
+            command, encoded, report, environment={**os.environ, **environments[index]}, cancel=cancel
         )
 
     with ThreadPoolExecutor(count) as pool:

@@ -1,19 +1,11 @@
-"""One model over several workers: checks what can be known before any process starts, then launches them. No torch.
-
-engine's process: scheduler, MultiprocExecutor ──plans──> worker 0 (host/worker.py), worker 1, ...
-"""
+"""One model over several workers: what can be known before any process starts. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
 from octavo.config import EngineOptions, Resolved
-from octavo.engine.executor.multiproc import LOOPBACK, MultiprocExecutor, Node
 from octavo.errors import UsageError
-from octavo.host.built import Progress
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec, MoE
 from octavo.model.describe import describe
@@ -33,6 +25,7 @@ class Facts:
     kernels: dict[str, str]
     phases: dict[str, float]
     memory_use: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kind: str = "cpu"
 
 
 def part_of(spec: DecoderSpec, options: EngineOptions) -> DecoderSpec:
@@ -45,28 +38,10 @@ def part_of(spec: DecoderSpec, options: EngineOptions) -> DecoderSpec:
     return shard(spec, parallel.tensor_parallel_size, expert_parallel=parallel.enable_expert_parallel)
 
 
-def launch(
-    options: EngineOptions,
-    arch: ArchConfig,
-    progress: Progress | None = None,
-    nodes: Callable[[Callable[[], None]], Sequence[Node]] | None = None,
-) -> tuple[MultiprocExecutor, Facts]:
-    """Start one worker a rank and wait until all are ready, those of other machines too; raises what the first of them
-    has to complain of."""
-    parallel = options.parallel
+def check_split(options: EngineOptions, arch: ArchConfig) -> None:
+    """Raise where the model cannot be split as asked, before any process is started."""
     if arch.implementation != "octavo":
         raise UsageError(
             "Models that transformers computes run on one device.", "Leave out the parallel sizes."
         )
-    cut(part_of(describe(arch), options), 0, parallel.pipeline_parallel_size)
-    executor = MultiprocExecutor(
-        FACTORY,
-        {"options": msgspec.to_builtins(options)},
-        num_workers=parallel.ranks // parallel.nnodes,
-        num_ranks=parallel.ranks,
-        nodes=nodes,
-        environment=LOOPBACK if parallel.nnodes == 1 else None,
-        silence_s=parallel.distributed_timeout_seconds,
-        progress=progress,
-    )
-    return executor, msgspec.json.decode(executor.facts, type=Facts)
+    cut(part_of(describe(arch), options), 0, options.parallel.pipeline_parallel_size)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from octavo.config import EngineOptions, Resolved, resolve
 from octavo.device.distributed.world import World
@@ -20,11 +19,13 @@ from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
 from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
+from octavo.host.measured import proven
 from octavo.host.place import Place, take_place
 from octavo.host.spread import part_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec, LatentAttention
 from octavo.model.describe import cache_specs, describe
+from octavo.model.face import AnyNetwork
 from octavo.model.fallback.network import TransformersNetwork
 from octavo.model.layers.build import CacheType
 from octavo.model.layers.cache_scales import calibrated
@@ -61,7 +62,7 @@ def build(
     place = Place() if world is None else take_place(world, options.parallel, dtype)
     whole = part_of(describe(arch), options) if world is not None else describe(arch)
     spec = cut(whole, place.stage, place.num_stages)
-    binder = Binder()
+    binder = Binder(proven=proven(hardware.name) if platform.kind == "cuda" else frozenset())
     op_spec = platform.op_spec(dtype)
     weight_format = choose_format(options.model.quantization, spec, op_spec, files, renaming(files, spec))
     kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
@@ -76,7 +77,7 @@ def build(
     budget.weights_loaded()
     timeline.end("weights")
     graphs_wanted = platform.kind == "cuda" and not options.device.enforce_eager and network.recordable
-    make = partial(torch_runner, network, layout, platform, binder, place.agree)
+    make = partial(torch_runner, network, layout, platform, binder, place)
     progress("measuring the largest step", 0, 1)
     peak = measure_peak(make, platform, resolved, graphs_wanted)
     budget.step_measured(peak.step_bytes)
@@ -164,7 +165,7 @@ def make_network(
     resolved: Resolved,
     weight_format: WeightFormat,
     place: Place,
-) -> Network:
+) -> AnyNetwork:
     """The model's modules on the device, not loaded yet: ours, or those of transformers."""
     dtype, device = DTYPES[resolved.dtype], platform.device
     kept = cache_type(arch, spec, files, op_spec, resolved)
@@ -185,11 +186,11 @@ def make_network(
 
 
 def torch_runner(
-    network: Network,
+    network: AnyNetwork,
     layout: CacheLayout,
     platform: Platform,
     binder: Binder,
-    agree: Callable[[Tensor], Tensor] | None,
+    place: Place,
     resolved: Resolved,
     num_pages: int,
 ) -> TorchRunner:
@@ -203,7 +204,8 @@ def torch_runner(
         num_slots=resolved.max_num_seqs,
         max_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
-        agree=agree,
+        agree=place.agree,
+        tells=place.tells,
     )
 
 

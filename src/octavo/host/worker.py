@@ -18,7 +18,7 @@ from octavo.device.platform.base import Platform
 from octavo.device.platform.machine import usable_cores
 from octavo.device.platform.select import open_platform
 from octavo.engine.executor.base import Seat, Started
-from octavo.host.built import Built, Progress, Timeline
+from octavo.host.built import Built, Timeline
 from octavo.host.implementation import architecture
 from octavo.host.spread import Facts
 from octavo.host.torch_engine import build as build_torch
@@ -29,43 +29,49 @@ def build(arguments: dict[str, Any], seat: Seat) -> Started:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     options = msgspec.convert(arguments["options"], EngineOptions)
     timeline = Timeline.start()
-    built, cards = build_rank(options, seat.rank, seat.index, seat.folder, timeline, seat.report)
+    built, cards = build_rank(options, seat, timeline)
     device = cards or f"{options.parallel.ranks} x {built.device}"
-    facts = Facts(built.resolved, device, built.kernels, timeline.phases, built.memory_use)
+    facts = Facts(built.resolved, device, built.kernels, timeline.phases, built.memory_use, built.kind)
     return Started(built.runner, msgspec.json.encode(facts))
 
 
-def build_rank(
-    options: EngineOptions, rank: int, index: int, folder: str, timeline: Timeline, progress: Progress
-) -> tuple[Built, str]:
-    """Join, compare, load; returns the runner with its decisions, and one line about the devices.
-
-    ``index`` is the rank's number on its machine, ``folder`` where ranks of one machine meet.
-    """
+def build_rank(options: EngineOptions, seat: Seat, timeline: Timeline) -> tuple[Built, str]:
+    """Join, compare, load; returns the runner with its decisions, and one line about the devices."""
     parallel = options.parallel
-    num_local = parallel.ranks // parallel.nnodes
-    threads = options.device.threads or max(1, usable_cores() // num_local)
-    if options.device.device != "cpu" and torch.cuda.is_available():
-        check_count(num_local)
-    platform = open_platform(options.device.device, threads=threads, index=index)
+    options, platform = take_device(options, seat)
     timeline.end("imports")
-    progress("joining the other ranks", 0, 1)
+    seat.report("joining the other ranks", 0, 1)
     meeting = Meeting(
-        rank=rank,
+        rank=seat.rank,
         size=parallel.ranks,
         tensor_size=parallel.tensor_parallel_size,
         timeout_s=parallel.distributed_timeout_seconds,
-        path=f"{folder}/meeting" if parallel.nnodes == 1 else "",
+        path=f"{seat.folder}/meeting" if seat.folder and parallel.nnodes == 1 else "",
         address=parallel.master_addr,
         port=parallel.master_port,
     )
     world = join(meeting, platform.device)
-    cards = compare(world, platform, index, num_local)
+    return build_part(options, world, platform, seat, timeline)
+
+
+def take_device(options: EngineOptions, seat: Seat) -> tuple[EngineOptions, Platform]:
+    """The rank's device, and its share of the machine's cores."""
+    threads = options.device.threads or max(1, usable_cores() // seat.num_local)
+    if options.device.device != "cpu" and torch.cuda.is_available():
+        check_count(seat.num_local)
+    platform = open_platform(options.device.device, threads=threads, index=seat.index)
+    return replace(options, device=replace(options.device, threads=threads)), platform
+
+
+def build_part(
+    options: EngineOptions, world: World, platform: Platform, seat: Seat, timeline: Timeline
+) -> tuple[Built, str]:
+    """Compare and load, among ranks that have met."""
+    cards = compare(world, platform, seat.index, seat.num_local)
     timeline.end("joining")
-    options = replace(options, device=replace(options.device, threads=threads))
     files = host.open_files(options)
     arch = architecture(options.model, files)
-    return build_torch(options, files, arch, timeline, progress, platform, world), cards
+    return build_torch(options, files, arch, timeline, seat.report, platform, world), cards
 
 
 def compare(world: World, platform: Platform, index: int, num_local: int) -> str:

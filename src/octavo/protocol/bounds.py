@@ -45,9 +45,18 @@ Choices = Annotated[
     list[Annotated[str, Meta(min_length=1, max_length=4096)]], Meta(min_length=1, max_length=4096)
 ]
 WhitespacePattern = Annotated[str, Meta(min_length=1, max_length=256)]
+DryMultiplier = Annotated[float, Meta(ge=0.0, le=100.0)]
+DryBase = Annotated[float, Meta(ge=1.0, le=8.0)]
+DryLength = Annotated[int, Meta(ge=1, le=64)]
+DryBreakers = Annotated[list[Annotated[str, Meta(min_length=1, max_length=40)]], Meta(max_length=16)]
+PatternSize = Annotated[int, Meta(ge=0, le=256)]  # tokens; 0 means "not given"
+PatternCount = Annotated[int, Meta(ge=2, le=64)]
 Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]  # deadlines: at most a day
 TenantName = Annotated[str, Meta(max_length=256)]
 Weight = Annotated[float, Meta(gt=0.0, le=1000.0)]  # share of a tenant under fair scheduling
 BeamWidth = Annotated[int, Meta(ge=1, le=64)]
+Dimensions = Annotated[int, Meta(ge=1, le=65536)]
+Truncate = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # keep so many tokens; -1: as many as fit
+TemplateSource = Annotated[str, Meta(min_length=1, max_length=65_536)]  # a chat template of a request
 LengthPenalty = Annotated[float, Meta(ge=-10.0, le=10.0)]  # exponent of the length in a beam's score
 ThinkingBudget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # tokens; -1 = no bound

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from octavo.protocol.generate import Pooling
 
+FRONT_SHIFT = 40  # request ids and order numbers of front process K lie in [K << 40, (K + 1) << 40)
+
+Activation = Literal["sigmoid", "softmax", "identity"]
+
 
 class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
     """What a model is and can do. ``pooling`` is how a sequence becomes one vector ("last", "mean" or "cls") and
-    ``normalize`` whether that vector gets length 1, where a request does not say."""
+    ``normalize`` whether that vector gets length 1, where a request does not say. A model with a classification head has
+    ``labels``, and ``activation`` makes its numbers probabilities."""
 
     weights_bytes: int = 0
     num_parameters: int = 0
@@ -20,6 +27,9 @@ class ModelFacts(msgspec.Struct, kw_only=True, frozen=True):
     pooling: Pooling = "last"
     normalize: bool = True
     hidden_size: int = 0
+    is_encoder: bool = False
+    labels: tuple[str, ...] = ()
+    activation: Activation = "softmax"
 
 
 class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
@@ -51,7 +61,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     ``num_deferred`` of the ``num_waiting`` wait for a grammar or for the prompt of another choice, not for room.
     ``num_rejected`` were given up before they began, ``num_deadlines`` ended by their deadline, ``num_failed`` by an
     error of their own. ``accepted_at[i]`` counts drafts accepted at position i. ``iteration_tokens[i]`` counts steps
-    with less than 2**i tokens that i - 1 does not count.
+    with less than 2**i tokens that i - 1 does not count. ``page_lifetimes``, ``page_idles`` and ``page_gaps`` count ages of cached
+    pages (``engine.cache.watch.AGES``; their sum in seconds at the end), where they are measured.
     """
 
     num_running: int = 0
@@ -75,6 +86,9 @@ class EngineStats(msgspec.Struct, kw_only=True):
     num_step_tokens: int = 0
     accepted_at: list[int] = []
     iteration_tokens: list[int] = []
+    page_lifetimes: list[float] = []
+    page_idles: list[float] = []
+    page_gaps: list[float] = []
 
 
 class GetInfo(msgspec.Struct, tag="info"):
@@ -93,11 +107,17 @@ class CheckPool(msgspec.Struct, tag="check_pool"):
     """Run the page pool's proof (``Pool.check``); the reply is empty or an error."""
 
 
+class DropFront(msgspec.Struct, tag="drop_front"):
+    """A front process is gone: end its requests."""
+
+    front: int
+
+
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """Stop the loop; with ``drain`` after the running requests have ended."""
 
     drain: bool = False
 
 
-Control = GetInfo | GetStats | ResetPrefixCache | CheckPool | Shutdown
+Control = GetInfo | GetStats | ResetPrefixCache | CheckPool | DropFront | Shutdown
 ControlReply = EngineInfo | EngineStats | None

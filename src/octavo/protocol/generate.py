@@ -11,7 +11,11 @@ from octavo.errors import RequestError
 from octavo.protocol import bounds
 
 # "deadline": its time was over, what was generated is valid. "rejected": given up before it began; try again later.
-FinishReason = Literal["stop", "length", "abort", "error", "deadline", "rejected"]
+# "repetition": see ``RepetitionDetectionParams``.
+# "unsatisfiable": what the request allows leaves no token.
+FinishReason = Literal[
+    "stop", "length", "repetition", "abort", "error", "deadline", "rejected", "unsatisfiable"
+]
 
 
 class StructuredOutputsParams(
@@ -52,12 +56,35 @@ class StructuredOutputsParams(
 CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
+class RepetitionDetectionParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Ends an answer that has got stuck: its last tokens are one pattern, at least ``min_count`` times in a row.
+
+    Patterns have ``min_pattern_size`` (0: 1) to ``max_pattern_size`` (0: none is looked for) tokens.
+    """
+
+    max_pattern_size: bounds.PatternSize = 0
+    min_pattern_size: bounds.PatternSize = 0
+    min_count: bounds.PatternCount = 2
+
+    def __post_init__(self) -> None:
+        if self.max_pattern_size < self.min_pattern_size:
+            raise RequestError(
+                f"repetition_detection: max_pattern_size ({self.max_pattern_size}) is less than min_pattern_size "
+                f"({self.min_pattern_size}).",
+                param="repetition_detection",
+            )
+
+
+DRY_BREAKERS = ("\n", ":", '"', "*")  # where ``dry_sequence_breakers`` says nothing
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to draw tokens; names, meanings and defaults are vLLM's.
 
     Construction checks every range (``RequestError`` names the field), so an instance is always valid.
     ``stop`` strings are matched by the front half, which has the text; the engine knows only tokens. ``bad_words`` are
-    texts whose last token is not drawn where the ones before it stand; the front half tokenizes them.
+    texts whose last token is not drawn where the ones before it stand; the front half tokenizes them. ``dry_multiplier``
+    above 0 turns DRY on (see ``engine/structured/dry.py``), whose other fields are named and preset as in llama.cpp.
     """
 
     n: bounds.Count = 1
@@ -79,6 +106,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logit_bias: bounds.LogitBias | None = None
     allowed_token_ids: bounds.AllowedTokenIds | None = None
     bad_words: bounds.BadWords = []
+    dry_multiplier: bounds.DryMultiplier = 0.0
+    dry_base: bounds.DryBase = 1.75
+    dry_allowed_length: bounds.DryLength = 2
+    dry_sequence_breakers: bounds.DryBreakers | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -162,7 +194,18 @@ class Terms(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     max_queue_ms: bounds.Milliseconds | None = None
 
 
-Pooling = Literal["last", "mean", "cls"]  # the last token's hidden state, the mean of all, the first token's
+# The last token's hidden state, the mean of all, the first token's; what the model's classification head makes of it; all
+# hidden states, one after the other (encoders).
+Pooling = Literal["last", "mean", "cls", "classify", "tokens"]
+
+
+class Dry(msgspec.Struct, array_like=True, frozen=True):
+    """``SamplingParams``' DRY as the engine needs it: breakers are tokens."""
+
+    multiplier: float
+    base: float
+    allowed_length: int
+    breakers: list[int]
 
 
 class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -174,7 +217,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     ``grammar`` constrains the answer: a grammar in llguidance's form (Lark text, or its JSON), which the front half
     makes of ``sampling.structured_outputs`` and checks; the engine only compiles it. With ``thinking`` it begins behind
     the thoughts. ``bad_words`` are token sequences (see ``SamplingParams.bad_words``). ``leader`` is the id of a request
-    with the same prompt: this one waits until that has computed it, then shares its pages.
+    with the same prompt: this one waits until that has computed it, then shares its pages. ``second_at`` is the place at
+    which the second text of a pair begins, for models that are told so (0: there is none).
     """
 
     id: int
@@ -187,9 +231,23 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     grammar: str | None = None
     thinking: Thinking | None = None
     bad_words: list[list[int]] = []
+    dry: Dry | None = None
     leader: int | None = None
     terms: Terms = Terms()
     pooling: Pooling | None = None
+    second_at: int = 0
+
+
+class PoolingParams(msgspec.Struct, kw_only=True):
+    """What ``LLM.embed``, ``classify``, ``score`` and ``encode`` may be asked for; None: as the model has it.
+
+    ``dimensions``: only so many numbers of a vector. ``use_activation``: vectors of length 1, scores as probabilities.
+    ``truncate_prompt_tokens``: longer texts are cut (-1: to what the model holds).
+    """
+
+    dimensions: bounds.Dimensions | None = None
+    use_activation: bool | None = None
+    truncate_prompt_tokens: bounds.Truncate | None = None
 
 
 class Times(msgspec.Struct, array_like=True, gc=False, frozen=True):

@@ -23,7 +23,7 @@ class SlotInit(msgspec.Struct, array_like=True):
 
     ``token_ids`` are all tokens known now: the prompt, and after a preemption what was generated so far
     (from ``num_prompt`` on). ``stop_token_ids`` (eos included) are what ``min_tokens`` forbids. With ``pooling`` no row
-    of the sequence samples; the one that ends its prompt brings a vector instead.
+    of the sequence samples; the one that ends its prompt brings a vector instead. ``second_at``: see ``GenerateRequest``.
     """
 
     slot: int
@@ -33,6 +33,7 @@ class SlotInit(msgspec.Struct, array_like=True):
     seed: int
     stop_token_ids: list[int]
     pooling: Pooling | None = None
+    second_at: int = 0
 
 
 class PageWrite(msgspec.Struct, array_like=True, gc=False):
@@ -86,11 +87,14 @@ class StepPlan(msgspec.Struct, array_like=True):
 class GrammarMask(msgspec.Struct, array_like=True):
     """Allowed tokens of one row: a bit mask of ceil(vocabulary / 32) little-endian int32 words per position.
 
-    ``words`` holds (1 + num_drafts) masks one after the other: position i is valid if drafts 0..i-1 are accepted.
+    ``words`` holds (1 + num_drafts) masks one after the other: position i is valid if drafts 0..i-1 are accepted. It is
+    empty where all tokens are allowed. ``penalties`` (empty: none) are taken from logits, token by token, likewise for
+    each position.
     """
 
     row: int
     words: bytes
+    penalties: list[dict[int, float]] = []
 
 
 class StepResult(msgspec.Struct, array_like=True):

@@ -13,18 +13,27 @@ gives the kind with fewer bytes a token a larger page size, so that pages come o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
 
-from octavo.engine.cache.spec import KVSpec, StateKV, ceil_div, with_page_size
+from octavo.engine.cache.spec import KVSpec, LayerKV, StateKV, ceil_div, kinds_of, with_page_size
 
 
 @dataclass(frozen=True)
 class CacheGroup:
-    """Layers (model layer indices) that share one page table and one cache kind."""
+    """Layers (model layer indices) that share one page table and one cache kind.
+
+    Of a layer that keeps several kinds, ``parts`` says which one this is, counted from 0 (() = every layer's first).
+    """
 
     spec: KVSpec
     layers: tuple[int, ...]
+    parts: tuple[int, ...] = ()
+
+    def members(self) -> list[tuple[int, int]]:
+        """(layer, part) by position in the group."""
+        return list(zip(self.layers, self.parts or (0,) * len(self.layers)))
 
 
 @dataclass(frozen=True)
@@ -62,38 +71,47 @@ class CacheLayout:
     def part(self, layers: range) -> CacheLayout:
         """The same groups with only these layers in them: what one stage of a pipeline holds."""
         groups = tuple(
-            CacheGroup(group.spec, tuple(layer for layer in group.layers if layer in layers))
+            _group(group.spec, [member for member in group.members() if member[0] in layers])
             for group in self.groups
         )
         longest = max((len(group.layers) for group in groups), default=0)
         return CacheLayout(groups, self.page_bytes, max(1, longest) if groups else 0)
 
 
-MAX_GROUPS = 16
+MAX_GROUPS = 20
 MAX_EMPTY = 0.05  # places of groups without a layer, as a share of all layers
 
 
-def plan_layout(specs: dict[int, KVSpec]) -> CacheLayout:
+def _group(spec: KVSpec, members: list[tuple[int, int]]) -> CacheGroup:
+    """A group of (layer, part)."""
+    parts = tuple(part for _, part in members)
+    return CacheGroup(spec, tuple(layer for layer, _ in members), parts if any(parts) else ())
+
+
+def plan_layout(specs: Mapping[int, LayerKV]) -> CacheLayout:
     """Deal layers into groups with equal page bytes.
 
-    ``specs`` maps layer index to its kind (layers without a cache are absent). The group length divides the count of
+    ``specs`` maps layer index to its kind or kinds (layers without a cache are absent). The group length divides the count of
     the rarest kind, so that kind (usually full attention, the one that grows) wastes nothing: the longest that leaves
     few places empty in the other kinds' last groups, or else the one that leaves fewest. A longer one is taken only
     where there would be more than ``MAX_GROUPS`` page tables.
     """
     if not specs:
         return CacheLayout((), 0, 0)
-    largest = max(spec.page_bytes for spec in specs.values())
-    others = {_equalize(spec, largest).page_size for spec in specs.values() if not isinstance(spec, StateKV)}
+    kept = {
+        (layer, part): spec for layer in sorted(specs) for part, spec in enumerate(kinds_of(specs[layer]))
+    }
+    largest = max(spec.page_bytes for spec in kept.values())
+    others = {_equalize(spec, largest).page_size for spec in kept.values() if not isinstance(spec, StateKV)}
     step = lcm(*others)
-    by_kind: dict[KVSpec, list[int]] = {}
-    for layer in sorted(specs):
-        by_kind.setdefault(_aligned(_equalize(specs[layer], largest), step), []).append(layer)
-    size = _group_length([len(layers) for layers in by_kind.values()])
+    by_kind: dict[KVSpec, list[tuple[int, int]]] = {}
+    for member, spec in kept.items():
+        by_kind.setdefault(_aligned(_equalize(spec, largest), step), []).append(member)
+    size = _group_length([len(members) for members in by_kind.values()])
     groups = []
-    for spec, layers in by_kind.items():
-        for start in range(0, len(layers), size):
-            groups.append(CacheGroup(spec, tuple(layers[start : start + size])))
+    for spec, members in by_kind.items():
+        for start in range(0, len(members), size):
+            groups.append(_group(spec, members[start : start + size]))
     return CacheLayout(tuple(groups), largest, size)
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
+from octavo.engine.cache.watch import PageWatch
+
 
 class PoolError(RuntimeError):
     """The pool's books do not balance: a bug in the engine, never a user's mistake."""
@@ -20,13 +22,17 @@ class PoolError(RuntimeError):
 class Pool:
     """Reference counts over pages 0..num_pages-1.
 
-    ``evicted(page)`` is called when a kept page is given to somebody else, so that the index forgets it.
+    ``evicted(page)`` is called when a kept page is given to somebody else, so that the index forgets it. ``watch``
+    measures what becomes of pages.
     """
 
-    __slots__ = ("_evicted", "_free", "_indexed", "_kept", "_ref", "num_pages")
+    __slots__ = ("_evicted", "_free", "_indexed", "_kept", "_ref", "num_pages", "watch")
 
-    def __init__(self, num_pages: int, evicted: Callable[[int], None]) -> None:
+    def __init__(
+        self, num_pages: int, evicted: Callable[[int], None], watch: PageWatch | None = None
+    ) -> None:
         self.num_pages = num_pages
+        self.watch = watch
         self._evicted = evicted
         self._free = list(range(num_pages - 1, -1, -1))  # page 0 is taken first
         # An OrderedDict, not a dict: taking from the front of a dict gets slower with every page taken.
@@ -56,6 +62,10 @@ class Pool:
                 page, _ = self._kept.popitem(last=False)
                 self._indexed[page] = False
                 self._evicted(page)
+                if self.watch is not None:
+                    self.watch.evicted(page)
+            if self.watch is not None:
+                self.watch.taken(page)
             ref[page] = 1
             pages.append(page)
         return pages
@@ -65,6 +75,8 @@ class Pool:
         if self._ref[page] == 0:
             del self._kept[page]
         self._ref[page] += 1
+        if self.watch is not None:
+            self.watch.used(page)
 
     def drop(self, pages: Iterable[int]) -> None:
         """One holder less of each; of pages dropped together the first is given away first."""

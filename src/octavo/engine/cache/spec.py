@@ -6,6 +6,7 @@ A logical page k of a sequence covers the tokens [k*P, (k+1)*P).
     WindowKV (w=5), n=10     pages   1 2          |    |4567|89..|   the next token sees positions 6..10
     ChunkedKV (c=8), n=10    pages     2          |    |    |89..|   attention never leaves the current chunk
     StateKV (P=8), n=10      page    1            |        |89......|  one page holds the whole state
+    CompressedKV (P=8), n=10 pages 0 1            |01234567|89......|  an entry for every ``rate`` tokens: 0-3, 4-7
 
 Everything else is derived: pages for a step from n to m = hull(live(n), live(m)) minus those held; pages to free
 after it = held minus live(m); a cached prefix of length n is a hit when every page of live(n), in every group,
@@ -129,7 +130,50 @@ class StateKV:
         return self.state_bytes
 
 
-KVSpec: TypeAlias = FullKV | WindowKV | ChunkedKV | StateKV
+@dataclass(frozen=True)
+class CompressedKV:
+    """One entry of ``entry_bytes`` for every ``rate`` tokens, kept for good; ``page_size`` is a multiple of ``rate``.
+
+    An entry is written by the step that computes the last of its tokens.
+    """
+
+    page_size: int
+    entry_bytes: int
+    rate: int
+    kind: ClassVar[str] = "compressed"
+
+    def live(self, n: int) -> range:
+        """Pages needed after n computed tokens: all."""
+        return range(ceil_div(n, self.page_size))
+
+    def peak(self, n: int, step: int) -> int:
+        """Most pages of hull(live(m - step), live(m)) over all m <= n."""
+        return ceil_div(n, self.page_size)
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token adds, rounded up."""
+        return ceil_div(self.entry_bytes, self.rate)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of one layer."""
+        return self.page_size // self.rate * self.entry_bytes
+
+
+KVSpec: TypeAlias = FullKV | WindowKV | ChunkedKV | StateKV | CompressedKV
+LayerKV: TypeAlias = KVSpec | tuple[KVSpec, ...]  # what one layer keeps: one kind of cache, or several
+
+
+def kinds_of(kept: LayerKV) -> tuple[KVSpec, ...]:
+    """The kinds that a layer keeps, in its own order."""
+    return kept if isinstance(kept, tuple) else (kept,)
+
+
+def label(spec: KVSpec) -> str:
+    """A cache kind for people: its name, and how far it looks or how many tokens an entry stands for."""
+    size = getattr(spec, "window", 0) or getattr(spec, "chunk", 0) or getattr(spec, "rate", 0)
+    return f"{spec.kind} {size}" if size else spec.kind
 
 
 def with_page_size(spec: KVSpec, page_size: int) -> KVSpec:

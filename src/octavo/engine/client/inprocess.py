@@ -24,6 +24,8 @@ from octavo.protocol.generate import FinishReason, GenerateRequest
 
 log = logging.getLogger("octavo.engine")
 
+WATCH_S = 1.0
+
 
 class InProcessClient:
     """Implements ``EngineClient`` over a core that from now on only this client's thread touches."""
@@ -96,14 +98,15 @@ class InProcessClient:
         self._on_loop(partial(self._sinks.end_all, reason, message))
 
     def _drain(self, block: bool) -> None:
-        """Run what the event loop asked for; an idle engine sleeps here."""
+        """Run what the event loop asked for; an idle engine sleeps here, and looks after its workers."""
         try:
             if block:
-                self._inbox.get()()
+                self._inbox.get(timeout=WATCH_S)()
             while True:
                 self._inbox.get_nowait()()
         except Empty:
-            return
+            if block:
+                self._core.executor.watch()
 
     def _on_loop(self, call: Callable[[], None]) -> None:
         if self._loop is None:

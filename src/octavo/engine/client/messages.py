@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from octavo.engine.process import Failed
 from octavo.protocol.control import Control, ControlReply, EngineInfo, EngineStats
 from octavo.protocol.generate import GenerateRequest, TokenDelta
+
+ProgressCall = Callable[[str, int, int], None]  # phase, done, total
 
 
 class Start(msgspec.Struct, tag="start"):
@@ -34,7 +38,13 @@ class Order(msgspec.Struct, tag="order"):
     command: Control
 
 
-ToEngine = Start | Submit | Abort | Order
+class Join(msgspec.Struct, tag="join"):
+    """Another front process, whose ids and orders begin at ``front << FRONT_SHIFT``; it gets ``Ready`` at its own socket."""
+
+    front: int
+
+
+ToEngine = Start | Submit | Abort | Order | Join
 
 
 class Progress(msgspec.Struct, tag="progress"):

@@ -36,12 +36,14 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Seat:
-    """A worker's place: ``rank`` of ``num_ranks`` in all, ``index`` on its machine, whose workers share a private
-    ``folder``. ``report(phase, done, total)`` tells how far the start is, and that it still goes on."""
+    """A worker's place: ``rank`` of ``num_ranks`` in all, ``index`` of ``num_local`` on its machine; workers that one
+    process started share a private ``folder``. ``report(phase, done, total)`` tells how far the start is, and that it still
+    goes on."""
 
     rank: int
     num_ranks: int
     index: int
+    num_local: int
     folder: str
     report: Callable[[str, int, int], None]
 
@@ -73,6 +75,9 @@ class Executor(Protocol):
 
     def collect(self) -> StepResult:
         """See ``Runner.collect``; raises ``EngineDeadError`` when a worker has died."""
+
+    def watch(self) -> None:
+        """Raise ``EngineDeadError`` where a worker has died or hangs; for those who have no step to wait for."""
 
     def close(self) -> None:
         """Stop the workers."""

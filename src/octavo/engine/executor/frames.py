@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import msgspec
 
 from octavo.engine.cache.layout import CacheGroup, CacheLayout
-from octavo.engine.cache.spec import ChunkedKV, FullKV, KVSpec, StateKV, WindowKV
+from octavo.engine.cache.spec import ChunkedKV, CompressedKV, FullKV, KVSpec, StateKV, WindowKV
 from octavo.engine.process import Failed
 from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
 
 MAX_FRAME_BYTES = 1 << 30
-KINDS: tuple[type[KVSpec], ...] = (FullKV, WindowKV, ChunkedKV, StateKV)
+KINDS: tuple[type[KVSpec], ...] = (FullKV, WindowKV, ChunkedKV, StateKV, CompressedKV)
 
 
 class Readable(Protocol):
@@ -46,6 +46,7 @@ class PackedGroup(msgspec.Struct, array_like=True):
     kind: str
     fields: dict[str, int]
     layers: list[int]
+    parts: list[int]
 
 
 class PackedLayout(msgspec.Struct, array_like=True):
@@ -59,7 +60,8 @@ class PackedLayout(msgspec.Struct, array_like=True):
 class Build(msgspec.Struct, tag="build"):
     """First frame: which runner. ``arguments`` is a JSON object.
 
-    ``rank`` of ``num_ranks`` in all; ``index`` of ``num_workers`` on this machine is the worker's place in the ring.
+    ``rank`` of ``num_ranks`` in all; ``index`` of ``num_workers`` is the worker's place in the ring, ``local_index`` of
+    ``num_local`` its place on its machine.
     """
 
     factory: str
@@ -69,6 +71,8 @@ class Build(msgspec.Struct, tag="build"):
     index: int
     num_workers: int
     spin_s: float
+    local_index: int
+    num_local: int
 
 
 class Forward(msgspec.Struct, tag="forward"):
@@ -117,7 +121,11 @@ class Result(msgspec.Struct, tag="result"):
     result: StepResult
 
 
-FromWorker = Hello | Progress | Result | Failed
+class Alive(msgspec.Struct, tag="alive"):
+    """Another machine's agent and all its workers run."""
+
+
+FromWorker = Hello | Progress | Result | Failed | Alive
 
 
 def frame(payload: bytes) -> bytes:
@@ -142,7 +150,7 @@ def read_frame(stream: Readable) -> bytes:
 def pack_layout(layout: CacheLayout) -> PackedLayout:
     """Plain values of a layout."""
     groups = [
-        PackedGroup(group.spec.kind, msgspec.to_builtins(group.spec), list(group.layers))
+        PackedGroup(group.spec.kind, msgspec.to_builtins(group.spec), list(group.layers), list(group.parts))
         for group in layout.groups
     ]
     return PackedLayout(groups, layout.page_bytes, layout.layers_per_group)
@@ -152,6 +160,7 @@ def unpack_layout(packed: PackedLayout) -> CacheLayout:
     """The layout from its plain values."""
     classes: dict[str, Any] = {kind.kind: kind for kind in KINDS}
     groups = tuple(
-        CacheGroup(classes[group.kind](**group.fields), tuple(group.layers)) for group in packed.groups
+        CacheGroup(classes[group.kind](**group.fields), tuple(group.layers), tuple(group.parts))
+        for group in packed.groups
     )
     return CacheLayout(groups, packed.page_bytes, packed.layers_per_group)

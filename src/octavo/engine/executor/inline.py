@@ -18,3 +18,6 @@ class InlineExecutor:
         self.sample = runner.sample
         self.collect = runner.collect
         self.close = runner.close
+
+    def watch(self) -> None:
+        """See ``Executor.watch``: who asks is who computes."""

@@ -8,29 +8,24 @@
 
 A worker that ends or fails is seen at the next call as the end of its socket, also while another worker waits for
 it in vain, and becomes ``EngineDeadError`` (or the worker's own error while it starts); the others are killed at once,
-since they may wait for the dead one on their devices for ever. Further machines speak through a ``Node`` each.
+since they may wait for the dead one on their devices for ever. One that hangs is seen by its missing beats (pulse.py).
+Further machines speak through a ``Node`` each.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import select
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from octavo.engine.cache.layout import CacheLayout
+from octavo.engine.executor.crew import STOP_S, Crew, Node, Speaker
 from octavo.engine.executor.frames import (
-    Build,
+    Alive,
     Collect,
     Forward,
     FromWorker,
@@ -40,177 +35,45 @@ from octavo.engine.executor.frames import (
     Sample,
     Stop,
     ToWorker,
-    Unbuffered,
     frame,
-    read_frame,
     unpack_layout,
 )
-from octavo.engine.executor.ring import RingWriter, open_memory
+from octavo.engine.executor.pulse import SLICE_S, START_FACTOR, Allowance, Vigil
 from octavo.engine.process import Failed
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.protocol.plan import GrammarMask, StepPlan, StepResult
 
-STOP_S = 5.0  # how long a worker may take to stop before it is killed
 SILENCE_S = 300.0
+STEP_S = 20.0
 LAST_WORDS_S = 0.3
-SPIN_S, SHORT_SPIN_S = 0.002, 0.00005  # how long workers look for the next plan before they sleep
-# What sums over devices use must not depend on multicast, which not every machine with NVLink grants.
-NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 ProgressCall = Callable[[str, int, int], None]  # phase, done, in all
-
-
-class Speaker(Protocol):
-    """One or several ranks behind one socket."""
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        """Which."""
-
-    @property
-    def socket(self) -> socket.socket:
-        """What to wait for."""
-
-    def read(self) -> tuple[int, FromWorker | None]:
-        """A rank's next message; None where it is gone."""
-
-    def status(self) -> str:
-        """How it ended."""
-
-    def kill(self) -> None:
-        """End it now; does not wait."""
-
-    def stop(self, wait_s: float) -> None:
-        """Wait for its end, at most so long, then bring it about; frees everything."""
-
-
-class Node(Speaker, Protocol):
-    """Ranks of another machine."""
-
-    def write(self, payload: bytes) -> None:
-        """Pass a frame on to its workers."""
-
-
-class Worker:
-    """A child process and our end of its socket."""
-
-    def __init__(self, rank: int, memory: int, folder: str, environment: Mapping[str, str]) -> None:
-        self.ranks = (rank,)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            fds = [theirs.fileno(), memory]
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "octavo.engine.executor.worker", *map(str, fds), folder],
-                pass_fds=fds,
-                stdin=subprocess.PIPE,
-                env=dict(environment),
-            )
-        self.socket = ours
-        self.stream = Unbuffered(ours)
-        self._decode = msgspec.msgpack.Decoder(FromWorker).decode
-
-    def read(self) -> tuple[int, FromWorker | None]:
-        """See ``Speaker``."""
-        try:
-            payload = read_frame(self.stream)
-        except (EOFError, OSError):
-            return self.ranks[0], None
-        return self.ranks[0], self._decode(payload)
-
-    def send(self, payload: bytes) -> None:
-        """A frame or a wake-up; a worker that is gone is noticed when it is listened to."""
-        try:
-            self.socket.sendall(payload)
-        except OSError:
-            return
-
-    def status(self) -> str:
-        """See ``Speaker``."""
-        try:
-            return str(self.process.wait(1))
-        except subprocess.TimeoutExpired:
-            return "unknown"
-
-    def kill(self) -> None:
-        """See ``Speaker``."""
-        self.process.kill()
-
-    def stop(self, wait_s: float) -> None:
-        """See ``Speaker``."""
-        try:
-            self.process.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        self.socket.close()
-
-
-class Crew:
-    """The workers of one machine: ranks ``first`` and up, and the ring that they read."""
-
-    def __init__(
-        self, num_workers: int, first: int = 0, environment: Mapping[str, str] | None = None
-    ) -> None:
-        self.workers: list[Worker] = []
-        self.folder = tempfile.mkdtemp(prefix="octavo-")  # mode 0700
-        self.cleanup = weakref.finalize(self, shutil.rmtree, self.folder, True)
-        self.memory = open_memory(num_workers)
-        self.ring = RingWriter(self.memory, num_workers, self._wake, self._nothing)
-        whole = {**NO_MULTICAST, **os.environ, **(environment or {})}
-        try:
-            for index in range(num_workers):
-                self.workers.append(Worker(first + index, self.memory, self.folder, whole))
-        except BaseException:
-            self.close(0)
-            raise
-
-    def build(self, factory: str, arguments: Mapping[str, Any], num_ranks: int) -> None:
-        """Tell every worker what to make."""
-        encode = msgspec.msgpack.Encoder().encode
-        packed = json.dumps(arguments).encode()
-        count = len(self.workers)
-        spin_s = SPIN_S if (os.cpu_count() or 1) > 2 * count else SHORT_SPIN_S
-        for index, worker in enumerate(self.workers):
-            build = Build(factory, packed, worker.ranks[0], num_ranks, index, count, spin_s)
-            worker.send(frame(encode(build)))
-
-    def close(self, wait_s: float) -> None:
-        """Wait for the workers' ends, or bring them about."""
-        for worker in self.workers:
-            worker.stop(wait_s)
-        self.ring.close()
-        os.close(self.memory)
-        self.cleanup()
-
-    def _wake(self, index: int) -> None:
-        self.workers[index].send(b"\0")
-
-    def _nothing(self) -> None:
-        """Replaced by whoever listens to the workers."""
+Nodes = Callable[[Callable[[], None]], Sequence[Node]]
 
 
 class MultiprocExecutor:
     """Implements ``Executor`` over worker processes.
 
     ``factory`` is ``module:function`` of an ``executor.base.Factory``; ``arguments`` must be JSON. The cache has as many
-    pages as the worker with the fewest. ``nodes`` waits for other machines, whose ranks follow this one's; it calls what it
-    is given, which raises where a worker here has failed meanwhile. ``silence_s``: a rank that says nothing for so long
-    while it starts, or while a step is waited for, has failed.
+    pages as the worker with the fewest. ``nodes`` waits for ranks that others start, which follow those of ``crew``; it
+    calls what it is given, which raises where a worker here has failed meanwhile. ``silence_s``: a rank that reports
+    nothing for so long while it starts has failed; ``step_s``: so has one without a beat for so long (three times that
+    at start), or a step that takes longer than this and than steps took so far. ``collects_early`` may be set where several
+    steps are under way: each result is asked for at once, for rank 0 gives it before it begins with the next step.
     """
+
+    collects_early = False
 
     def __init__(
         self,
         factory: str,
         arguments: dict[str, Any],
         *,
-        num_workers: int = 1,
-        environment: Mapping[str, str] | None = None,
+        crew: Crew,
         num_ranks: int | None = None,
-        nodes: Callable[[Callable[[], None]], Sequence[Node]] | None = None,
+        nodes: Nodes | None = None,
         silence_s: float = SILENCE_S,
+        step_s: float = STEP_S,
         progress: ProgressCall | None = None,
     ) -> None:
         self._encode = msgspec.msgpack.Encoder().encode
@@ -218,13 +81,21 @@ class MultiprocExecutor:
         self._started = False
         self._silence_s = silence_s
         self._progress = progress
+        self._crew = crew
+        self._crew.ring.check = self.watch
+        self._speakers: list[Speaker] = [*crew.workers]
         self._nodes: list[Node] = []
-        self._crew = Crew(num_workers, environment=environment)
-        self._crew.ring.check = self._check_others
+        self._vigil = Vigil(START_FACTOR * step_s)
+        self._allowance = Allowance(step_s, silence_s)
+        self._news: deque[tuple[int, Hello | Progress]] = deque()
+        self._results: deque[StepResult] = deque()
+        self._steps: deque[tuple[int, float]] = deque()  # tokens of those in flight, and when they were sent
+        self._last_s = 0.0  # when the last result came
         try:
-            self._crew.build(factory, arguments, num_ranks or num_workers)
+            crew.build(factory, arguments, num_ranks or len(crew.workers))
             if nodes is not None:
-                self._nodes.extend(nodes(self._check_start))
+                self._nodes.extend(nodes(self.watch))
+                self._speakers.extend(self._nodes)
             hellos = self._greetings()
         except BaseException:
             self._kill()
@@ -236,6 +107,7 @@ class MultiprocExecutor:
         self.num_slots = min(hello.num_slots for hello in hellos.values())
         self.facts = first.facts
         self._started = True
+        self._vigil = Vigil(step_s)
 
     @property
     def pids(self) -> list[int]:
@@ -244,19 +116,37 @@ class MultiprocExecutor:
 
     def forward(self, plan: StepPlan) -> None:
         """See ``Executor.forward``."""
+        self._steps.append((sum(plan.num_tokens), time.monotonic()))
         self._broadcast(Forward(plan))
 
     def sample(self, masks: list[GrammarMask]) -> None:
         """See ``Executor.sample``."""
         self._broadcast(Sample(masks))
+        if self.collects_early:
+            self._broadcast(Collect())
 
     def collect(self) -> StepResult:
         """See ``Executor.collect``."""
-        self._broadcast(Collect())
-        rank, message = self._next_speaker(self._speakers, self._silence_s)
-        if rank != 0 or not isinstance(message, Result):
-            raise self._dead(rank, message)
-        return message.result
+        if not self.collects_early:
+            self._broadcast(Collect())
+        tokens, sent_s = self._steps.popleft()
+        # Two looks more: where a process is stopped that is to be said, not that the step took too long.
+        allowed_s = self._allowance.seconds(tokens) + 2 * SLICE_S
+        self._vigil.begin()
+        while not self._results:
+            self._listen(SLICE_S)
+            if not self._results and self._look() > allowed_s:
+                raise self._stuck(allowed_s)
+        now = time.monotonic()
+        self._allowance.observe(tokens, now - max(sent_s, self._last_s))
+        self._last_s = now
+        return self._results.popleft()
+
+    def watch(self) -> None:
+        """See ``Executor.watch``."""
+        if not self._closed:
+            self._listen(0.0)
+            self._look()
 
     def close(self) -> None:
         """See ``Executor.close``."""
@@ -268,35 +158,31 @@ class MultiprocExecutor:
             self._kill()
         self._release(STOP_S)
 
-    @property
-    def _speakers(self) -> list[Speaker]:
-        return [*self._crew.workers, *self._nodes]
-
     def _greetings(self) -> dict[int, Hello]:
         """Every rank's first message, in whatever order they come: a failed start must not wait for its turn."""
         waiting = {rank: "the start" for speaker in self._speakers for rank in speaker.ranks}
         heard = dict.fromkeys(waiting, time.monotonic())
         hellos: dict[int, Hello] = {}
         while waiting:
-            left = min(heard[rank] for rank in waiting) + self._silence_s - time.monotonic()
-            try:
-                rank, message = self._next_speaker(self._speakers, max(0.0, left))
-            except EngineDeadError:
+            if not self._news:
+                self._listen(min(SLICE_S, self._silence_s))
+                self._look(waiting)
+            while self._news:
+                rank, message = self._news.popleft()
+                heard[rank] = time.monotonic()
+                if isinstance(message, Hello):
+                    hellos[rank] = message
+                    waiting.pop(rank, None)
+                    continue
+                waiting[rank] = message.phase
+                if rank == 0 and self._progress is not None:
+                    self._progress(message.phase, message.done, message.total)
+            if waiting and time.monotonic() - min(heard[rank] for rank in waiting) > self._silence_s:
                 silent = ", ".join(f"rank {rank} since {phase}" for rank, phase in waiting.items())
                 raise EngineDeadError(
                     f"The start hangs: nothing was heard for {self._silence_s:g} s ({silent}).",
                     "Look at that rank's messages above, or raise --distributed-timeout-seconds.",
-                ) from None
-            heard[rank] = time.monotonic()
-            if isinstance(message, Progress):
-                waiting[rank] = message.phase
-                if rank == 0 and self._progress is not None:
-                    self._progress(message.phase, message.done, message.total)
-            elif isinstance(message, Hello):
-                hellos[rank] = message
-                waiting.pop(rank, None)
-            else:
-                raise self._dead(rank, message)
+                )
         return hellos
 
     def _broadcast(self, message: ToWorker) -> None:
@@ -307,42 +193,57 @@ class MultiprocExecutor:
         for node in self._nodes:
             node.write(payload)
 
-    def _next_speaker(self, speakers: Sequence[Speaker], wait_s: float) -> tuple[int, FromWorker | None]:
-        """The next message; of several, that of the rank that may explain most: the highest, which speaks only to say
-        that it failed. Raises where nobody says anything for so long."""
+    def _listen(self, wait_s: float) -> None:
+        """Take what ranks have said, after waiting so long for the first word; raises where one failed or is gone.
+
+        The highest rank first: but for rank 0 they speak in service only to say that they failed.
+        """
         poll = select.poll()
-        for speaker in speakers:
+        for speaker in self._speakers:
             poll.register(speaker.socket, select.POLLIN)
         ready = {fd for fd, _ in poll.poll(wait_s * 1e3)}
         if not ready:
-            self._kill()
-            raise EngineDeadError(f"No worker has answered for {wait_s:.0f} s.")
-        found = [speaker for speaker in speakers if speaker.socket.fileno() in ready]
-        return max(found, key=lambda each: each.ranks[0]).read()
-
-    def _check_others(self) -> None:
-        """Raise where a rank other than 0 (which may have a result waiting) has spoken, or rank 0's process is gone."""
-        if self._crew.workers[0].process.poll() is not None:
-            raise self._dead(0, None)
-        poll = select.poll()
-        others = self._speakers[1:]
-        for speaker in others:
-            poll.register(speaker.socket, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(0)}
-        for speaker in others:
+            return
+        for speaker in reversed(self._speakers):
             if speaker.socket.fileno() in ready:
-                raise self._dead(*speaker.read())
+                rank, message = speaker.read()
+                if isinstance(message, Result) and rank == 0:
+                    self._results.append(message.result)
+                elif isinstance(message, Hello | Progress) and not self._started:
+                    self._news.append((rank, message))
+                elif not isinstance(message, Alive):
+                    raise self._dead(rank, message)
 
-    def _check_start(self) -> None:
-        """Raise where a worker of this machine has failed while others are waited for."""
-        poll = select.poll()
-        for worker in self._crew.workers:
-            poll.register(worker.socket, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(0)}
-        for worker in [each for each in self._crew.workers if each.socket.fileno() in ready]:
-            rank, message = worker.read()
-            if not isinstance(message, Progress):  # nobody can be ready yet
-                raise self._dead(rank, message)
+    def _look(self, phases: Mapping[int, str] | None = None) -> float:
+        """Raise where ranks have given no beat for too long; returns how long this wait has been."""
+        beats = self._crew.beats() | {node.ranks[0]: node.heard for node in self._nodes}
+        silent = self._vigil.look(beats)
+        if silent:
+            names = " and ".join(self._name(rank, phases or {}) for rank in silent)
+            self._kill()
+            raise EngineDeadError(
+                f"{names}: no sign of life for {self._vigil.limit_s:g} s. The process is stopped, or its machine hangs or "
+                "cannot be reached.",
+                "Look at it there; where it is only slow raise --execute-model-timeout-seconds.",
+            )
+        return self._vigil.waited_s
+
+    def _name(self, rank: int, phases: Mapping[int, str]) -> str:
+        """Who is silent; of another machine nobody else is known to live."""
+        node = next((node for node in self._nodes if rank == node.ranks[0]), None)
+        phase = f" in phase {phases[rank]!r}" if rank in phases else ""
+        if node is None:
+            return f"Worker {rank}{phase}"
+        return f"The machine of worker {', '.join(map(str, node.ranks))}{phase}"
+
+    def _stuck(self, waited_s: float) -> OctavoError:
+        """The error for a step that does not end although all workers run."""
+        self._kill()
+        return EngineDeadError(
+            f"No worker has answered for {waited_s:.0f} s, though all run: they wait for each other or for their devices.",
+            "Their messages, or NCCL_DEBUG=INFO, may say why; for steps that take so long raise "
+            "--execute-model-timeout-seconds.",
+        )
 
     def _dead(self, rank: int, message: FromWorker | None) -> OctavoError:
         """The error for a rank that failed or vanished; what is left of the others is killed."""

@@ -1,6 +1,6 @@
 """Plans for many workers through shared memory: one writer, N readers, a stream of bytes that goes round.
 
-    head: bytes written │ reader 0: bytes read, asleep? │ reader 1 ... │ data, used as a circle
+    head: bytes written │ reader 0: bytes read, asleep?, beats │ reader 1 ... │ data, used as a circle
                           ▲ a line of 64 bytes each, so that no two processes share one
 
 A reader that is up to date looks again and again for a short while, then sleeps on its socket until the writer, who
@@ -20,8 +20,14 @@ from collections.abc import Callable
 
 CAPACITY = 4 << 20
 LINE = 64
+ASLEEP, BEATS = 1, 2  # words of a reader's line behind the bytes it has read; see pulse.py for the last
 SLEEP_MS = 50  # a wake-up cannot be missed; looking again now and then costs nothing
 WRITER_NAP_S = 0.0002
+
+
+def line_of(reader: int) -> int:
+    """The first word of a reader's line."""
+    return (1 + reader) * LINE // 8
 
 
 def open_memory(num_readers: int, capacity: int = CAPACITY) -> int:
@@ -78,9 +84,9 @@ class RingWriter(_Ring):
 
     def write(self, data: bytes) -> None:
         """All of it, waiting for the slowest reader where the circle is full."""
-        rest = memoryview(data)
+        rest = memoryview(data if self.num_readers else b"")
         while rest:
-            slowest = min(self.words[(1 + reader) * LINE // 8] for reader in range(self.num_readers))
+            slowest = min(self.words[line_of(reader)] for reader in range(self.num_readers))
             free = self.capacity - (self.written - slowest)
             if not free:
                 self.check()
@@ -94,9 +100,13 @@ class RingWriter(_Ring):
             rest = rest[size:]
             self.fence()
             for reader in range(self.num_readers):
-                if self.words[(1 + reader) * LINE // 8 + 1]:
-                    self.words[(1 + reader) * LINE // 8 + 1] = 0
+                if self.words[line_of(reader) + ASLEEP]:
+                    self.words[line_of(reader) + ASLEEP] = 0
                     self.wake(reader)
+
+    def beats(self, reader: int) -> int:
+        """How often a reader's process has shown that it runs."""
+        return self.words[line_of(reader) + BEATS]
 
 
 class RingReader(_Ring):
@@ -104,7 +114,7 @@ class RingReader(_Ring):
 
     def __init__(self, fd: int, num_readers: int, index: int, bell: socket.socket, spin_s: float) -> None:
         super().__init__(fd, num_readers)
-        self.line = (1 + index) * LINE // 8
+        self.line = line_of(index)
         self.bell = bell
         self.spin_s = spin_s
         self.done = 0
@@ -137,10 +147,10 @@ class RingReader(_Ring):
         poll = select.poll()
         poll.register(self.bell, select.POLLIN)
         while self.words[0] == self.done:
-            self.words[self.line + 1] = 1
+            self.words[self.line + ASLEEP] = 1
             self.fence()
             if self.words[0] != self.done:
                 break
             if poll.poll(SLEEP_MS) and not self.bell.recv(4096):
                 raise EOFError
-        self.words[self.line + 1] = 0
+        self.words[self.line + ASLEEP] = 0

@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import time
+from typing import NoReturn
 
 import msgspec
 
@@ -34,6 +35,7 @@ from octavo.engine.executor.frames import (
     pack_layout,
     read_frame,
 )
+from octavo.engine.executor.pulse import Pulse
 from octavo.engine.executor.ring import RingReader
 from octavo.engine.process import Failed, live_with_parent
 from octavo.errors import OctavoError
@@ -72,7 +74,8 @@ def run_worker(connection: socket.socket, memory: int, folder: str) -> int:
         build = decode(read_frame(Unbuffered(connection)))  # what follows are wake-ups, for the ring's reader
         if not isinstance(build, Build):
             raise OctavoError(f"The first frame was {type(build).__name__}, not Build.")
-        seat = Seat(build.rank, build.num_ranks, build.index, folder, home.report)
+        Pulse(memory, build.index)
+        seat = Seat(build.rank, build.num_ranks, build.local_index, build.num_local, folder, home.report)
         started = load_factory(build.factory)(msgspec.json.decode(build.arguments), seat)
         runner = started.runner
         ring = RingReader(memory, build.num_workers, build.index, connection, build.spin_s)
@@ -114,11 +117,16 @@ def load_factory(name: str) -> Factory:
     return factory
 
 
-if __name__ == "__main__":
-    live_with_parent(sys.argv[3])
-    with socket.socket(fileno=int(sys.argv[1])) as parent:
-        status = run_worker(parent, int(sys.argv[2]), sys.argv[3])
+def main(connection: int, memory: int, folder: str) -> NoReturn:
+    """The whole life of a worker's process."""
+    live_with_parent(folder)
+    with socket.socket(fileno=connection) as parent:
+        status = run_worker(parent, memory, folder)
         sys.stdout.flush()
         sys.stderr.flush()
         # Other ranks may be gone: whoever took leave of them in order could wait for ever.
         os._exit(status)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -14,7 +14,10 @@ That is the bound of any step. Within it a step takes only its share of the prom
 over the steps in which answers go on anyway. A step that decodes waits for the weights to be read; the first few hundred
 tokens beside it cost almost nothing, while a step full of prompts makes every answer wait:
 
-    share = max(ALMOST_FREE, waiting tokens / horizon)        horizon = HORIZON steps, fewer beyond FEW answers
+    share = max(free, waiting tokens / horizon)        horizon = HORIZON steps, fewer beyond FEW answers
+
+``free`` is what the host measured to be the cheapest (``host/rhythm.py``): about 256 tokens for a model whose steps wait
+for its weights, more for a small one, whose steps wait for the launches of its kernels.
 
 Under steady load that settles where as much is computed as arrives, so many steps later; a burst gets larger steps, up to
 the bound. The more answers go on, the less of a step is free beside them, and a prompt that waits keeps a row empty all
@@ -28,7 +31,7 @@ SMOOTH = 0.2  # weight of a new observation
 SMALL, LARGE = 0.125, 0.5  # of the present budget: what counts as a small and as a large step
 LEAST = 64  # tokens: below this prompts would starve
 HORIZON = 16  # steps over which waiting prompts are spread
-ALMOST_FREE = 256  # tokens: about where a step stops waiting for memory on GPUs of the last generations
+ALMOST_FREE = 256  # tokens, where nothing is measured: about where a step stops waiting for memory
 FEW = 32  # answers beside which prompts are spread over the whole horizon
 ROUND = 128  # tokens: rows of a matrix tile, and the grain of recorded steps
 
@@ -36,10 +39,11 @@ ROUND = 128  # tokens: rows of a matrix tile, and the grain of recorded steps
 class Pace:
     """Learns from ``observe`` and answers with ``budget``; the first answer is ``most``."""
 
-    __slots__ = ("base_s", "most", "per_token_s", "target_s")
+    __slots__ = ("base_s", "free", "most", "per_token_s", "target_s")
 
-    def __init__(self, target_s: float, most: int) -> None:
-        """``target_s`` 0 = no limit; ``most`` tokens is the hard bound of a step."""
+    def __init__(self, target_s: float, most: int, free: int = ALMOST_FREE) -> None:
+        """``target_s`` 0 = no limit; ``most`` tokens is the hard bound of a step; ``free`` prompt tokens are taken at once."""
+        self.free = free
         self.target_s = target_s
         self.most = most
         self.base_s = 0.0
@@ -64,7 +68,7 @@ class Pace:
         if answers == 0 or self.target_s <= 0:
             return most
         share = waiting * max(FEW, answers) // (HORIZON * FEW)
-        whole = (answers + max(ALMOST_FREE, share)) // ROUND * ROUND
+        whole = (answers + max(self.free, share)) // ROUND * ROUND
         return max(min(most, whole) - answers, LEAST)
 
     def budget(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from octavo.engine.scheduler.sequence import Sequence
 from octavo.errors import UsageError
@@ -20,6 +21,8 @@ from octavo.protocol.generate import GenerateRequest
 POLICIES = ("fcfs", "priority", "fair")
 MAX_IDLE_TENANTS = 4096
 CREDIT = 8192  # tokens / weight that a tenant may have saved up when it comes back
+LATELY = 1 << 17  # tokens charged to all: a tenant that left no longer ago is expected back
+NUM_EXPECTED = 8  # of those, the latest that are looked at
 
 
 def order_key(policy: str, request: GenerateRequest, number: int) -> tuple[float, ...]:
@@ -39,12 +42,13 @@ def make_queue(policy: str) -> Queue:
 class Queue:
     """Sequences by key; removal from the middle is lazy (the entry is skipped when it comes up)."""
 
-    __slots__ = ("_heap", "_present")
-    charges = False  # whether ``charge`` wants to hear of every row
+    __slots__ = ("_heap", "_present", "num_tokens")
+    charges = False  # whether ``charge`` wants to hear of every row, and the order depends on it
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[float, ...], Sequence]] = []
         self._present: dict[int, Sequence] = {}
+        self.num_tokens = 0  # of all waiting sequences, as long as they were when they were pushed
 
     def __len__(self) -> int:
         return len(self._present)
@@ -57,6 +61,8 @@ class Queue:
         """Put a sequence in line."""
         heapq.heappush(self._heap, (seq.key, seq))
         self._present[seq.id] = seq
+        seq.num_in_line = len(seq.tokens)
+        self.num_tokens += seq.num_in_line
 
     def peek(self) -> Sequence | None:
         """Who is next (None: nobody waits)."""
@@ -74,7 +80,7 @@ class Queue:
         if seq is None:
             raise IndexError("pop from an empty queue")
         heapq.heappop(self._heap)
-        del self._present[seq.id]
+        self._forget(seq)
         return seq
 
     def take(self, seq: Sequence) -> None:
@@ -86,11 +92,15 @@ class Queue:
 
     def remove(self, seq: Sequence) -> None:
         """Take a waiting sequence out of the line."""
-        del self._present[seq.id]
+        self._forget(seq)
         if len(self._heap) > 64 and len(self._heap) > 4 * len(self._present):
             # Many were aborted: do not let their entries pile up behind a long-waiting head.
             self._heap = [(other.key, other) for other in self._present.values()]
             heapq.heapify(self._heap)
+
+    def _forget(self, seq: Sequence) -> None:
+        del self._present[seq.id]
+        self.num_tokens -= seq.num_in_line
 
     # -- what a policy may say about those who run; the plain line says nothing ----------------------------------
 
@@ -106,6 +116,10 @@ class Queue:
 
     def precedes(self, waiting: Sequence, running: Sequence) -> bool:
         """Whether ``waiting`` is let in before the prompt of ``running`` goes on."""
+        return False
+
+    def yields(self, seq: Sequence, most: int) -> bool:
+        """Whether steps with the prompt of ``seq`` stay short, so that somebody else need not wait for their end."""
         return False
 
     def victim(self, waiting: Sequence, running: Iterable[Sequence]) -> Sequence | None:
@@ -134,16 +148,21 @@ class FairQueue(Queue):
     served at once, too little to starve others. Where there is no room for a tenant that runs less than
     its share of the sequences, the latest sequence of the one that is furthest above its own share is preempted: its
     pages stay in the prefix cache. A tenant never gets above its share that way, so places do not go to and fro.
+
+    A step under way cannot be called back. So a tenant with more prompts than a step holds takes short steps while
+    somebody who was served far less is here, or was here lately and may come back (``yields``).
     """
 
-    __slots__ = ("_credit", "_idle", "_num_waiting", "_tenants")
+    __slots__ = ("_charged", "_credit", "_idle", "_num_waiting", "_tenants")
     charges = True
 
     def __init__(self, credit: float = CREDIT) -> None:
         super().__init__()
         self._credit = credit
         self._tenants: dict[str, _Tenant] = {}  # those that wait or run
-        self._idle: dict[str, float] = {}  # counters of the others
+        # The others, those who left last at the end: their counters, and what all had been charged then.
+        self._idle: dict[str, tuple[float, int]] = {}
+        self._charged = 0
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -159,11 +178,13 @@ class FairQueue(Queue):
         tenant = self._tenants.get(seq.tenant)
         if tenant is None:
             level = min((other.served for other in self._tenants.values()), default=0.0)
-            tenant = _Tenant(max(self._idle.pop(seq.tenant, -math.inf), level - self._credit))
+            saved, _ = self._idle.pop(seq.tenant, (-math.inf, 0))
+            tenant = _Tenant(max(saved, level - self._credit))
             self._tenants[seq.tenant] = tenant
         tenant.weight = seq.weight
         tenant.line.push(seq)
         self._num_waiting += 1
+        self.num_tokens += seq.num_in_line
 
     def peek(self) -> Sequence | None:
         """See ``Queue.peek``."""
@@ -184,16 +205,19 @@ class FairQueue(Queue):
         tenant.line.take(seq)
         tenant.num_running += 1
         self._num_waiting -= 1
+        self.num_tokens -= seq.num_in_line
 
     def remove(self, seq: Sequence) -> None:
         """See ``Queue.remove``."""
         self._tenants[seq.tenant].line.remove(seq)
         self._num_waiting -= 1
+        self.num_tokens -= seq.num_in_line
         self._rest(seq.tenant)
 
     def charge(self, seq: Sequence, tokens: int) -> None:
         """See ``Queue.charge``."""
         self._tenants[seq.tenant].served += tokens / seq.weight
+        self._charged += tokens
 
     def leave(self, seq: Sequence) -> None:
         """See ``Queue.leave``."""
@@ -208,6 +232,21 @@ class FairQueue(Queue):
     def precedes(self, waiting: Sequence, running: Sequence) -> bool:
         """See ``Queue.precedes``."""
         return waiting.tenant != running.tenant and self.rank(waiting) < self.rank(running)
+
+    def yields(self, seq: Sequence, most: int) -> bool:
+        """See ``Queue.yields``."""
+        mine = self._tenants[seq.tenant]
+        running = len(seq.tokens) - seq.num_queued if seq.slot >= 0 else 0
+        if mine.line.num_tokens + running <= most:
+            return False
+        level = mine.served - self._credit / 4  # those a little below are about even
+        if any(other.served < level for other in self._tenants.values()):
+            return True
+        for served, left in islice(reversed(self._idle.values()), NUM_EXPECTED):
+            since = self._charged - left
+            if since < LATELY and served < level - since / mine.weight:  # it left so far behind
+                return True
+        return False
 
     def victim(self, waiting: Sequence, running: Iterable[Sequence]) -> Sequence | None:
         """See ``Queue.victim``."""
@@ -227,6 +266,6 @@ class FairQueue(Queue):
         if tenant.num_running or len(tenant.line):
             return
         del self._tenants[name]
-        self._idle[name] = tenant.served
+        self._idle[name] = tenant.served, self._charged
         if len(self._idle) > MAX_IDLE_TENANTS:
             del self._idle[next(iter(self._idle))]

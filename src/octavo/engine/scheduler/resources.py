@@ -13,6 +13,7 @@ from octavo.engine.cache.pool import Pool
 from octavo.engine.cache.prefix import PrefixIndex
 from octavo.engine.cache.spec import StateKV
 from octavo.engine.cache.table import PageTable
+from octavo.engine.cache.watch import PageWatch
 from octavo.engine.scheduler.sequence import Sequence
 from octavo.protocol.plan import PageWrite, SlotInit, StepPlan, ZeroPage
 
@@ -86,6 +87,7 @@ class Slots:
                     seed=seq.seed,
                     stop_token_ids=sorted(seq.stop_ids),
                     pooling=seq.pooling,
+                    second_at=seq.second_at,
                 )
             )
         self._admitted.clear()
@@ -99,10 +101,18 @@ class Pages:
     rejected, and a row may fail (NaN) after others had already shared its pages. The price is one step of delay.
     """
 
-    def __init__(self, layout: CacheLayout, num_pages: int, *, root_key: bytes, prefix_caching: bool) -> None:
+    def __init__(
+        self,
+        layout: CacheLayout,
+        num_pages: int,
+        *,
+        root_key: bytes,
+        prefix_caching: bool,
+        watch: PageWatch | None = None,
+    ) -> None:
         self.layout = layout
         self.index = PrefixIndex(layout, root_key)
-        self.pool = Pool(num_pages, self.index.forget)
+        self.pool = Pool(num_pages, self.index.forget, watch)
         self.prefix_caching = prefix_caching and bool(layout.groups)
         self.num_queries = 0
         self.num_hits = 0

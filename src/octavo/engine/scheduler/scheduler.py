@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 
 from octavo.engine.scheduler import stop
-from octavo.engine.scheduler.pace import HORIZON, Pace
+from octavo.engine.scheduler.pace import LEAST, Pace
 from octavo.engine.scheduler.queue import Queue
 from octavo.engine.scheduler.resources import Resource
 from octavo.engine.scheduler.sequence import Sequence
 from octavo.protocol.generate import FinishReason, Times, TokenDelta
 from octavo.protocol.plan import StepPlan, StepResult
+
+SHORT = 4  # a step with prompts that yield holds at most this part of what it may hold
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Scheduler:
 
     ``max_num_batched_tokens`` bounds the rows' tokens of one step and may be changed at any time; ``pace`` says how many
     of them prompts may take (rows of one token always go first). ``now_s`` is the time at which sequences of this step
-    are said to begin.
+    are said to begin. With ``parts`` above 1 so many steps are under way at once, in which different sequences draw.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         pace: Pace | None = None,
         waiting: Queue | None = None,
+        parts: int = 1,
     ) -> None:
         self.resources = resources
+        self.parts = parts
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pace = pace or Pace(0.0, max_num_batched_tokens)
         self.now_s = 0.0
@@ -75,6 +78,10 @@ class Scheduler:
         self.prefilling: list[Sequence] = []
         self.counters = Counters()
         self._preempted = False
+        self._kept_free = 0  # of the prompt tokens of the step being planned: not for prompts that yield
+        self._answers_waited = False
+        self._applied = -1  # the last step whose results are known
+        self._returning: dict[int, int] = {}  # preempted: the step whose results they wait for
 
     def running(self) -> Iterator[Sequence]:
         """All sequences that hold resources."""
@@ -92,11 +99,12 @@ class Scheduler:
         """The next step, or None where nothing can run now."""
         step = Step(StepPlan(self.counters.num_steps, [], [], [], [], [], [], [], []), [])
         self._preempted = False
-        budget = self._decode_rows(step, self.max_num_batched_tokens)
-        answers = self.max_num_batched_tokens - budget
-        budget = min(budget, self.pace.prompts(answers, self._num_waiting_tokens()))
-        budget = self._prefill_rows(step, budget)
-        self._admit_waiting(step, budget)
+        most = self.max_num_batched_tokens
+        first = self._tokens_before_answers() if self.waiting.charges else 0
+        budget = self._decode_rows(step, most - first) + first
+        self._fill_with_prompts(step, budget)
+        if first and not step.rows:  # the prompt that answers waited for found no room
+            self._fill_with_prompts(step, self._decode_rows(step, most))
         if self.waiting.charges:
             for seq, n, sample in zip(step.rows, step.plan.num_tokens, step.plan.sample):
                 self.waiting.charge(seq, n + sample)
@@ -118,7 +126,8 @@ class Scheduler:
         """
         plan, rows = step.plan, step.rows
         starts, counts = plan.starts, plan.num_tokens
-        decoding = self.decoding[:]  # a preemption changes the list
+        # A copy, since a preemption changes the list.
+        decoding = self.decoding[:] if self.parts == 1 else self._part()
         for place, seq in enumerate(decoding):
             n = 1 + seq.num_drafts
             if n > seq.room or n > budget:
@@ -143,15 +152,54 @@ class Scheduler:
         plan.sample.extend([True] * len(rows))
         return budget
 
-    def _num_waiting_tokens(self) -> int:
-        """Prompt tokens not yet queued, of all sequences; counted up to what makes a difference."""
-        enough = HORIZON * self.max_num_batched_tokens
-        total = 0
-        for seq in chain(self.prefilling, self.waiting):
-            total += len(seq.tokens) - seq.num_queued
-            if total >= enough:
-                break
-        return total
+    def _tokens_before_answers(self) -> int:
+        """Tokens kept for the prompt of somebody whom the policy puts before others, if their answers would split it.
+
+        Answers then wait for one step, never for two in a row.
+        """
+        if self._answers_waited:
+            self._answers_waited = False
+            return 0
+        most = min(self.max_num_batched_tokens, self.pace.budget())
+        beside = most - len(self.decoding)
+        waiting = self.waiting.peek()
+        prompts = self.prefilling if waiting is None else [*self.prefilling, waiting]
+        first = min(prompts, key=self.waiting.rank, default=None)
+        if first is None or len(first.tokens) <= beside:
+            return 0
+        if first is waiting:
+            for resource in self.resources:
+                resource.prepare(first)
+        n = len(first.tokens) - first.num_queued
+        if not beside < n <= most:
+            return 0
+        others = [seq for seq in self.decoding if self.waiting.precedes(first, seq)]
+        if not others:
+            return 0
+        self._answers_waited = True
+        self.decoding = [seq for seq in self.decoding if seq not in others] + others
+        return n
+
+    def _fill_with_prompts(self, step: Step, budget: int) -> None:
+        """Rows of prompts beside those of answers; ``budget`` tokens are left in the step."""
+        answers = self.max_num_batched_tokens - budget
+        unqueued = sum([len(seq.tokens) - seq.num_queued for seq in self.prefilling])
+        budget = min(budget, self.pace.prompts(answers, unqueued + self.waiting.num_tokens))
+        short = min(self.max_num_batched_tokens, self.pace.budget()) // SHORT
+        self._kept_free = budget - max(short - answers, LEAST)
+        budget = self._prefill_rows(step, budget)
+        self._admit_waiting(step, budget)
+
+    def _allowed(self, seq: Sequence, budget: int) -> int:
+        """How many of the ``budget`` tokens left in the step the prompt of ``seq`` may take."""
+        if self._kept_free > 0 and self.waiting.yields(seq, self.max_num_batched_tokens):
+            budget -= self._kept_free
+        return min(len(seq.tokens) - seq.num_queued, budget)
+
+    def _part(self) -> list[Sequence]:
+        """This step's share of the sequences that decode, of those whose last token is known."""
+        known = [seq for seq in self.decoding if seq.num_queued < len(seq.tokens)]
+        return known[: -(-len(self.decoding) // self.parts)]
 
     def _prefill_rows(self, step: Step, budget: int) -> int:
         """Chunks of the sequences that have known tokens left to compute, oldest first (see ``Queue.rank``)."""
@@ -159,8 +207,8 @@ class Scheduler:
             budget = self._admit_waiting(step, budget, before=seq)
             if budget <= 0:
                 break
-            n = self._ask(seq, min(len(seq.tokens) - seq.num_queued, budget), step)
-            if n:
+            allowed = self._allowed(seq, budget)
+            if allowed > 0 and (n := self._ask(seq, allowed, step)):
                 budget -= n
                 self._add_chunk(seq, n, step)
         return budget
@@ -173,16 +221,17 @@ class Scheduler:
         """
         while budget > 0 and not self._preempted:
             seq = self.waiting.peek()
-            if seq is None or seq.id in step.swapped:
+            if seq is None or seq.id in step.swapped or self._returning.get(seq.id, -1) > self._applied:
                 break
             if before is not None and not self.waiting.precedes(seq, before):
                 break
             for resource in self.resources:
                 resource.prepare(seq)
-            n = self._admit_or_swap(seq, min(len(seq.tokens) - seq.num_queued, budget), step)
-            if n == 0:
+            allowed = self._allowed(seq, budget)
+            if allowed <= 0 or not (n := self._admit_or_swap(seq, allowed, step)):
                 break
             self.waiting.take(seq)
+            self._returning.pop(seq.id, None)
             step.admitted.add(seq.id)
             self.prefilling.append(seq)
             seq.commit_at = 0
@@ -275,8 +324,10 @@ class Scheduler:
     def _preempt(self, seq: Sequence, step: Step) -> None:
         """Take everything from a sequence and put it back in line; its tokens are kept, the rest is recomputed.
 
-        A row of it in this very plan is taken out again. A row in flight stays valid: ``apply`` appends its tokens.
+        A row of it in this very plan is taken out again. A row in flight stays valid: ``apply`` appends its tokens, and
+        only then it may come back.
         """
+        self._returning[seq.id] = self.counters.num_steps - 1
         if seq in step.rows:
             self._take_back(step, step.rows.index(seq))
         self._put_back(seq)
@@ -321,6 +372,7 @@ class Scheduler:
         second hot path; everything else goes through ``_settle``.
         """
         plan = step.plan
+        self._applied = plan.step
         deltas: list[TokenDelta] = []
         plain = not (
             result.errors or result.num_drafts or result.logprobs or result.prompt_logprobs or result.pooled
@@ -427,9 +479,8 @@ class Scheduler:
     def _times(self, seq: Sequence) -> Times:
         return Times(seq.admitted_s - seq.arrived_s, self.now_s - seq.admitted_s)
 
-    def fail(self, seq: Sequence, message: str) -> TokenDelta:
+    def fail(self, seq: Sequence, message: str, reason: FinishReason = "error") -> TokenDelta:
         """End a sequence that cannot go on; returns what to tell its client."""
-        reason: FinishReason = "error"
         seq.failed = True
         self.counters.num_failed += 1
         self.finish(seq)
@@ -438,6 +489,7 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """End a sequence at any point: running, waiting, or with rows in flight (their results are ignored)."""
         seq.finished = True
+        self._returning.pop(seq.id, None)
         if seq.slot >= 0:
             self._release(seq)
         else:

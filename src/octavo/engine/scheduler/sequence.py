@@ -60,12 +60,14 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_drafts",
+        "num_in_line",
         "num_prompt",
         "num_queued",
         "pooling",
         "prompt_logprobs",
         "room",
         "sampling",
+        "second_at",
         "seed",
         "slot",
         "stop_ids",
@@ -107,18 +109,25 @@ class Sequence:
         wanted = max_model_len if sampling.max_tokens is None else self.num_prompt + sampling.max_tokens
         self.max_len = min(wanted, max_model_len)
         self.pooling = request.pooling
+        self.second_at = request.second_at
         if request.pooling is not None:  # every token is computed, none is drawn
             self.max_len = self.num_prompt + 1
         self.min_len = self.num_prompt + sampling.min_tokens
         eos = [] if sampling.ignore_eos else request.eos_token_ids
         # Nothing but stop tokens and lengths to look at when a token comes.
-        self.is_simple = constraint is None and sampling.prompt_logprobs is None and request.pooling is None
+        self.is_simple = (
+            constraint is None
+            and sampling.prompt_logprobs is None
+            and sampling.repetition_detection is None
+            and request.pooling is None
+        )
         self.stop_ids = frozenset([*eos, *sampling.stop_token_ids])
         self.slot = -1
         self.num_computed = 0
         self.num_queued = 0
         self.num_cached = -1  # not admitted yet
         self.num_drafts = 0  # drafts the runner has ready for the next row
+        self.num_in_line = 0  # tokens that the waiting line counts for it
         self.drafts: list[int] = []  # the same as tokens, where a constraint must see them
         self.room = 0  # tokens that may be queued without asking any resource
         self.commit_at = 0  # confirmed count at which the pages must be looked at again

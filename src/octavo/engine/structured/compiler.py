@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from octavo.engine.structured.grammar import GrammarError, TokenGrammar
 from octavo.engine.structured.vocabulary import Vocabulary, build_tables
+from octavo.errors import is_panic
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -41,12 +42,13 @@ class Compiled:
 class GrammarCompiler:
     """``load`` reads the model's vocabulary; it is called once, in the thread, for the first grammar.
 
-    ``vocab_size`` is the number of logits. ``on_done`` is called in the thread after every compilation.
-    One thread calls ``compile``.
+    ``vocab_size`` is the number of logits. One thread calls ``compile``. ``at_once``: there is no thread, and whoever
+    asks waits; several engines that must schedule alike cannot depend on when another thread is done.
     """
 
-    def __init__(self, load: Callable[[], Vocabulary], vocab_size: int) -> None:
+    def __init__(self, load: Callable[[], Vocabulary], vocab_size: int, *, at_once: bool = False) -> None:
         self._load = load
+        self._at_once = at_once
         self._vocab_size = vocab_size
         self._tables: tuple[LLTokenizer, tuple[int, ...]] | None = None
         self._kept: OrderedDict[str, Future[Compiled]] = OrderedDict()
@@ -58,9 +60,17 @@ class GrammarCompiler:
         if future is not None:
             self._kept.move_to_end(grammar)
             return future
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="octavo-grammar")
-        future = self._kept[grammar] = self._thread.submit(self._compile, grammar)
+        if self._at_once:
+            future = Future()
+            try:
+                future.set_result(self._try(grammar))
+            except Exception as error:  # noqa: BLE001  (as a thread would keep it)
+                future.set_exception(error)
+        else:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="octavo-grammar")
+            future = self._thread.submit(self._try, grammar)
+        self._kept[grammar] = future
         while len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
         return future
@@ -70,6 +80,14 @@ class GrammarCompiler:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._kept.clear()
+
+    def _try(self, grammar: str) -> Compiled:
+        try:
+            return self._compile(grammar)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise GrammarError(f"The grammar cannot be used: {error}") from None
 
     def _compile(self, grammar: str) -> Compiled:
         from llguidance import LLMatcher, LLParserLimits  # see ``build_tables``

@@ -6,15 +6,10 @@ The engine runs in the caller's own thread: ``generate`` submits, then steps ``E
 from __future__ import annotations
 
 import itertools
-import signal
-import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, TypedDict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Self, TypedDict
 
 import msgspec
 
@@ -25,10 +20,29 @@ from octavo.api.frontend import Frontend
 from octavo.api.generation import Choice, TextDelta
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.config import EngineOptions
-from octavo.engine.client.base import Sink
-from octavo.errors import EngineDeadError, OctavoError, QueueFullError, RequestError, UsageError
-from octavo.protocol.control import Control, ControlReply, EngineInfo, ResetPrefixCache
-from octavo.protocol.generate import BeamSearchParams, GenerateRequest, SamplingParams, TokenDelta
+from octavo.errors import OctavoError, QueueFullError, RequestError, UsageError
+from octavo.llm.client import DirectClient as DirectClient
+from octavo.llm.outputs import BeamSearchOutput as BeamSearchOutput
+from octavo.llm.outputs import BeamSearchSequence as BeamSearchSequence
+from octavo.llm.outputs import ClassificationRequestOutput as ClassificationRequestOutput
+from octavo.llm.outputs import CompletionOutput as CompletionOutput
+from octavo.llm.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
+from octavo.llm.outputs import Logprob as Logprob
+from octavo.llm.outputs import PoolingRequestOutput as PoolingRequestOutput
+from octavo.llm.outputs import RequestOutput as RequestOutput
+from octavo.llm.outputs import ScoringRequestOutput as ScoringRequestOutput
+from octavo.llm.outputs import StreamPiece as StreamPiece
+from octavo.llm.pooling import PoolingRuns, Task, Text
+from octavo.llm.running import deferred_interrupt as deferred_interrupt
+from octavo.llm.running import progress
+from octavo.protocol.control import EngineInfo, ResetPrefixCache
+from octavo.protocol.generate import (
+    BeamSearchParams,
+    GenerateRequest,
+    PoolingParams,
+    SamplingParams,
+    TokenDelta,
+)
 from octavo.protocol.generate import Logprob as DrawnLogprob
 
 
@@ -48,152 +62,6 @@ Prompt = str | list[int] | TokensPrompt | TextPrompt
 Message = Mapping[str, Any]
 
 
-@dataclass
-class Logprob:
-    """One candidate token: log probability, rank (1 = most likely), its text."""
-
-    logprob: float
-    rank: int | None = None
-    decoded_token: str | None = None
-
-
-@dataclass
-class CompletionOutput:
-    """One answer. ``finish_reason`` is stop, length or abort; ``stop_reason`` the stop string or token id, if any.
-
-    ``logprobs`` has for each token a dictionary from token id to ``Logprob``, the drawn token first.
-    """
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-    def finished(self) -> bool:
-        """True once nothing more will be added."""
-        return self.finish_reason is not None
-
-
-@dataclass
-class RequestOutput:
-    """One prompt with its ``n`` answers. ``prompt_logprobs`` begins with None: nothing precedes the first token."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool = False
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    num_cached_tokens: int = 0
-
-
-@dataclass
-class BeamSearchSequence:
-    """One beam: ``tokens`` and ``text`` begin with the prompt, ``cum_logprob`` counts what was generated."""
-
-    tokens: list[int]
-    cum_logprob: float
-    text: str
-    finish_reason: str | None = None
-
-
-@dataclass
-class BeamSearchOutput:
-    """The beams of one prompt, best first."""
-
-    sequences: list[BeamSearchSequence]
-
-
-@dataclass(frozen=True)
-class StreamPiece:
-    """What one step added to a streamed answer; the last piece carries the whole ``output``."""
-
-    text: str
-    num_tokens: int
-    output: RequestOutput | None = None
-
-
-class Core(Protocol):
-    """What ``LLM`` needs of ``engine.core.EngineCore``."""
-
-    info: EngineInfo
-
-    def submit(self, request: GenerateRequest) -> None:
-        """Queue a request."""
-
-    def abort(self, ids: list[int]) -> None:
-        """Stop requests."""
-
-    def step(self) -> list[TokenDelta]:
-        """Run one step."""
-
-    def control(self, command: Control) -> ControlReply:
-        """Ask or order something."""
-
-    def close(self) -> None:
-        """Free the device."""
-
-
-class DirectClient:
-    """An ``EngineClient`` without thread or process: whoever holds it calls ``pump`` to make the engine go on."""
-
-    def __init__(self, core: Core) -> None:
-        self.core = core
-        self.info = core.info
-        self.alive = True
-        self._sinks: dict[int, Sink] = {}
-
-    @property
-    def busy(self) -> bool:
-        """True while a request is open."""
-        return bool(self._sinks)
-
-    def submit(self, request: GenerateRequest, sink: Sink) -> None:
-        """Queue a request; ``pump`` feeds its sink."""
-        self.core.submit(request)
-        self._sinks[request.id] = sink
-
-    def abort(self, ids: list[int]) -> None:
-        """Stop requests; they get no further delta."""
-        known = [i for i in ids if self._sinks.pop(i, None) is not None]
-        if known:
-            self.core.abort(known)
-
-    def pump(self) -> None:
-        """Run one step and deliver what it brought; an engine that fails ends everything open."""
-        try:
-            deltas = self.core.step()
-        except EngineDeadError:
-            self.alive = False
-            self._sinks.clear()
-            raise
-        for delta in deltas:
-            sink = self._sinks.get(delta.id)
-            if sink is None:
-                continue
-            if delta.finish_reason is not None:
-                del self._sinks[delta.id]
-            sink(delta)
-
-    async def control(self, command: Control) -> ControlReply:
-        """Ask or order something that is not a request."""
-        return self.core.control(command)
-
-    async def close(self) -> None:
-        """Free the device."""
-        self.shutdown()
-
-    def shutdown(self) -> None:
-        """``close`` for callers without an event loop; a second call does nothing."""
-        if self.alive:
-            self.alive = False
-            self._sinks.clear()
-            self.core.close()
-
-
 class _Request:
     """One prompt on its way: collects the deltas of its choices into a ``RequestOutput``."""
 
@@ -210,7 +78,7 @@ class _Request:
         self.keeps_rows = False  # as the engine gives them, without texts
         self.rows: list[list[DrawnLogprob]] = []
         self.leader: int | None = None  # the id of the choice that computes the prompt for all
-        self.bad_words = llm.frontend.bad_words(sampling)
+        self.bad_words, self.dry = llm.frontend.bad_words(sampling), llm.frontend.dry(sampling)
         self.error: str | None = None
         self.num_submitted = 0
 
@@ -227,6 +95,7 @@ class _Request:
                 sampling=sampling,
                 grammar=grammar,
                 bad_words=self.bad_words,
+                dry=self.dry,
                 leader=self.leader,
                 eos_token_ids=list(self.llm.frontend.tokenizer.eos_token_ids),
                 arrival_s=time.time(),
@@ -259,7 +128,7 @@ class _Request:
             self.output.prompt_logprobs = [None, *(self._logprobs(row) for row in delta.prompt_logprobs)]
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, made.num_cached_tokens)
         self.fresh.append(made)
-        if delta.finish_reason == "error":
+        if delta.finish_reason in ("error", "unsatisfiable"):
             self.error = delta.error or "the engine gave no reason"
             answer.finish_reason = "abort"
             del self.open[delta.id]
@@ -315,6 +184,7 @@ class LLM:
         tokenizer = host.tokenizer_ahead(self.options, files)
         self.client = DirectClient(host.build_core(self.options, files, progress))
         self.frontend: Frontend = host.build_frontend(self.options, files, self.client, tokenizer)
+        self._pooling = PoolingRuns(self.client, self.frontend, self._ids, self._request_id)
 
     @property
     def info(self) -> EngineInfo:
@@ -425,6 +295,52 @@ class LLM:
             for p, search in zip(prepared, searches)
         ]
 
+    def embed(
+        self,
+        prompts: Text | Sequence[Text],
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of every text; the model must be an encoder or loaded with ``runner="pooling"``."""
+        return self._pooling.embed(prompts, pooling_params or PoolingParams(), use_tqdm)
+
+    def classify(
+        self,
+        prompts: Text | Sequence[Text],
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ClassificationRequestOutput]:
+        """How likely each of the model's labels is for every text; the model must have a classification head."""
+        return self._pooling.classify(prompts, pooling_params or PoolingParams(), use_tqdm)
+
+    def encode(
+        self,
+        prompts: Text | Sequence[Text],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        pooling_task: Task | None = None,
+    ) -> list[PoolingRequestOutput]:
+        """What the task ("embed", "classify"; None: what the model is made for) makes of every text."""
+        return self._pooling.encode(prompts, pooling_task, pooling_params or PoolingParams(), use_tqdm)
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        /,
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well pairs of texts fit; a single first text is paired with all second ones.
+
+        A cross-encoder reads each pair together; of any other model the cosine of both vectors is taken.
+        """
+        return self._pooling.score(data_1, data_2, pooling_params or PoolingParams(), use_tqdm)
+
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[StreamPiece, None, None]:
@@ -487,7 +403,12 @@ class LLM:
 
     def _run(self, requests: list[_Request], use_tqdm: bool) -> list[RequestOutput]:
         waiting = deque(requests)
-        with deferred_interrupt() as interrupted, _progress(len(requests), use_tqdm) as tick:
+
+        def count() -> tuple[int, int]:
+            tokens = sum(len(answer.token_ids) for request in requests for answer in request.output.outputs)
+            return sum(request.output.finished for request in requests), tokens
+
+        with deferred_interrupt() as interrupted, progress(len(requests), use_tqdm) as tick:
             try:
                 while waiting or self.client.busy:
                     while waiting and waiting[0].submit():
@@ -495,7 +416,7 @@ class LLM:
                     self.client.pump()
                     if interrupted():
                         raise KeyboardInterrupt
-                    tick(requests)
+                    tick(count)
             except BaseException:
                 for request in requests:
                     request.abort()
@@ -519,55 +440,3 @@ def _is_single(prompts: Any) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
     return bool(prompts) and all(isinstance(item, int) for item in prompts)
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C back: yields a function that says whether it was pressed. A second one interrupts at once.
-
-    An interrupt in the middle of a step would leave pages half booked; between steps it is harmless.
-    """
-    pressed = False
-
-    def handle(number: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _progress(total: int, wanted: bool) -> Iterator[Callable[[list[_Request]], None]]:
-    """A progress bar on a terminal; otherwise a function that does nothing."""
-    if not wanted or not sys.stderr.isatty():
-        yield lambda requests: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
-        task = bar.add_task("Processed prompts", total=total)
-        shown = time.monotonic()
-
-        def tick(requests: list[_Request]) -> None:
-            nonlocal shown
-            now = time.monotonic()
-            done = all(request.output.finished for request in requests)
-            if now - shown < 0.1 and not done:
-                return
-            shown = now
-            tokens = sum(len(answer.token_ids) for request in requests for answer in request.output.outputs)
-            finished = sum(request.output.finished for request in requests)
-            bar.update(task, completed=finished, description=f"{tokens} tokens")
-
-        yield tick
