@@ -31,7 +31,7 @@ from octavo.api.structured import make_grammar
 from octavo.api.text.detokenizer import Detokenizer
 from octavo.api.text.stop_strings import StopMatcher
 from octavo.engine.client import messages
-from octavo.engine.client.socket import Channel
+from octavo.engine.client.channel import Channel
 from octavo.engine.structured.compiler import MAX_KEPT, GrammarCompiler
 from octavo.engine.structured.grammar import GrammarError
 from octavo.engine.structured.rules import TokenRules
@@ -119,6 +119,19 @@ def test_25_cve_2025_48942_random_schemas_and_expressions(record_property: Any) 
     client = make_client(FakeEngine(rule=says("ab")))
     _fuzz_schemas(client)
     record_property("inputs", 400)
+    assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_25_cve_2025_48942_a_panic_of_the_checker_is_a_bad_request() -> None:
+    """llguidance cuts its own message at a byte, in the middle of a character, and panics: no ``Exception``."""
+    client = make_client(FakeEngine(rule=says("ab")))
+    answers = []
+    for length in range(80, 90):
+        schema = {"type": "object", "required": {"a" * length + "¸" * 20: 1}}
+        body = {**CHAT, "structured_outputs": {"json": schema}}
+        answers.append(client.post("/v1/chat/completions", json=body))
+    assert {answer.status_code for answer in answers} == {400}
+    assert any("cannot be read" in answer.text for answer in answers)
     assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 

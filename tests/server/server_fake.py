@@ -18,8 +18,9 @@ from tokenizers import AddedToken
 
 from octavo.api.frontend import Frontend
 from octavo.api.server.app import build_app
+from octavo.api.server.listen import bind, url
 from octavo.api.server.options import ServerOptions, ServerSettings
-from octavo.api.server.serve import bind, serve, url
+from octavo.api.server.serve import serve
 from octavo.api.text.byte_tokenizer import build_byte_tokenizer
 from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
@@ -128,6 +129,10 @@ class FakeEngine:
             if request.pooling is not None:
                 del self.running[request.id]
                 vector = fake_vector(request.prompt_token_ids)
+                if request.pooling == "tokens":
+                    vector = np.concatenate([fake_vector([i]) for i in request.prompt_token_ids])
+                if request.pooling == "classify":
+                    vector = fake_classes(request.prompt_token_ids, request.second_at, len(self.facts.labels))
                 running.sink(TokenDelta(request.id, [], "stop", embedding=vector.tobytes()))
                 continue
             tokens = self.rule(request, running.num_tokens)
@@ -165,6 +170,14 @@ class FakeEngine:
 def fake_vector(token_ids: list[int]) -> NDArray[np.float32]:
     """How often each of eight letters stands in a text: texts with the same letters are alike."""
     return np.array([1 + token_ids.count(ord(letter)) for letter in "abcdefgh"], "<f4")
+
+
+def fake_classes(token_ids: list[int], second_at: int, count: int) -> NDArray[np.float32]:
+    """A label for each of the first letters: how often it stands in the text, or in both texts of a pair."""
+    parts = (token_ids[:second_at], token_ids[second_at:]) if second_at else (token_ids, token_ids)
+    return np.array(
+        [min(part.count(ord(letter)) for part in parts) - 1 for letter in "abcdefgh"[:count]], "<f4"
+    )
 
 
 def _candidates(token: int, num_top: int) -> list[Logprob]:

@@ -72,7 +72,7 @@ class Obedient(NullRunner):
 def masked_core(tokenizer: Tokenizer, *, num_drafts: int, overlap: bool) -> EngineCore:
     """An engine of its own over ``tokenizer``."""
     runner = Obedient(
-        plan_layout({0: FullKV(4, 64)}), num_pages=400, num_slots=4, vocab_size=VOCAB, num_drafts=num_drafts
+        plan_layout({0: FullKV(4, 64)}), num_pages=1000, num_slots=4, vocab_size=VOCAB, num_drafts=num_drafts
     )
     runner.offered: dict[int, list[int]] = {}  # type: ignore[misc]
     vocabulary = Vocabulary(
@@ -82,7 +82,7 @@ def masked_core(tokenizer: Tokenizer, *, num_drafts: int, overlap: bool) -> Engi
         encode=lambda text: list(text.encode()),
     )
     facts: dict[str, Any] = {
-        "max_model_len": 640,
+        "max_model_len": 3000,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 64,
         "vocab_size": VOCAB,

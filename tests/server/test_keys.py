@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from pathlib import Path
@@ -130,19 +131,24 @@ def test_rate(client: TestClient) -> None:
 def test_caps_against_a_clock() -> None:
     now = [0.0]
     caps = Caps(max_concurrent=2, requests_per_minute=60, clock=lambda: now[0])
-    with caps.one(), caps.one(), pytest.raises(QueueFullError, match="under way"), caps.one():
-        pass
-    for _ in range(58):
-        with caps.one():
+
+    async def main() -> None:
+        async with caps.one(), caps.one():
+            with pytest.raises(QueueFullError, match="under way"):
+                caps.take()
+        for _ in range(58):
+            async with caps.one():
+                pass
+        with pytest.raises(QueueFullError, match="a minute") as caught:
+            caps.take()
+        assert caught.value.retry_after_s == 1
+        now[0] += 1.0
+        async with caps.one():
             pass
-    with pytest.raises(QueueFullError, match="a minute") as caught, caps.one():
-        pass
-    assert caught.value.retry_after_s == 1
-    now[0] += 1.0
-    with caps.one():
-        pass
-    with pytest.raises(QueueFullError), caps.one():
-        pass
+        with pytest.raises(QueueFullError):
+            caps.take()
+
+    asyncio.run(main())
 
 
 def test_admin_routes_are_closed_without_an_admin_key() -> None:

@@ -18,8 +18,15 @@ from starlette.testclient import TestClient
 
 from octavo.api.caller import Caller
 from octavo.api.server import tracing
-from octavo.api.server.metrics import RequestMetrics
+from octavo.api.server.metrics import PAGE_AGES, RequestMetrics
+from octavo.engine.cache.layout import plan_layout
+from octavo.engine.cache.spec import FullKV
+from octavo.engine.cache.watch import AGES
 from octavo.engine.client.base import Sink
+from octavo.engine.core import EngineCore
+from octavo.engine.executor.inline import InlineExecutor
+from octavo.engine.executor.null import NullRunner
+from octavo.engine.settings import EngineSettings
 from octavo.errors import UsageError
 from octavo.protocol.control import EngineStats
 from octavo.protocol.generate import GenerateRequest, SamplingParams, Times, TokenDelta
@@ -304,3 +311,87 @@ def test_spans_arrive_at_a_collector() -> None:
     assert span.name == "llm_request" and span.trace_id.hex() == TRACE and span.parent_span_id.hex() == SPAN
     told = {attribute.key: attribute.value for attribute in span.attributes}
     assert told["gen_ai.request.id"].string_value == "cmpl-7"
+
+
+# Names of vLLM 0.21 that stand for what is not here.
+NOT_HERE = {
+    "engine_sleep_state": "there is no sleep mode",
+    "lora_requests_info": "there are no adapters",
+    "external_prefix_cache_queries_total": "there are no connectors",
+    "external_prefix_cache_hits_total": "there are no connectors",
+    "mm_cache_queries_total": "there are no media",
+    "mm_cache_hits_total": "there are no media",
+    "estimated_flops_per_gpu_total": "--enable-mfu-metrics is not served",
+    "estimated_read_bytes_per_gpu_total": "--enable-mfu-metrics is not served",
+    "estimated_write_bytes_per_gpu_total": "--enable-mfu-metrics is not served",
+}
+VLLM_NAMES = """
+num_requests_running num_requests_waiting num_requests_waiting_by_reason kv_cache_usage_perc engine_sleep_state
+lora_requests_info cache_config_info estimated_flops_per_gpu_total estimated_read_bytes_per_gpu_total
+estimated_write_bytes_per_gpu_total prefix_cache_queries_total prefix_cache_hits_total
+external_prefix_cache_queries_total external_prefix_cache_hits_total mm_cache_queries_total mm_cache_hits_total
+num_preemptions_total prompt_tokens_total prompt_tokens_by_source_total prompt_tokens_cached_total
+generation_tokens_total request_success_total corrupted_requests_total spec_decode_num_drafts_total
+spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
+spec_decode_num_accepted_tokens_per_pos_total request_prompt_tokens request_generation_tokens iteration_tokens_total
+request_max_num_generation_tokens request_params_n request_params_max_tokens time_to_first_token_seconds
+inter_token_latency_seconds request_time_per_output_token_seconds e2e_request_latency_seconds
+request_queue_time_seconds request_inference_time_seconds request_prefill_time_seconds request_decode_time_seconds
+request_prefill_kv_computed_tokens kv_block_lifetime_seconds kv_block_idle_before_evict_seconds
+kv_block_reuse_gap_seconds
+"""
+
+
+def test_vllms_names_are_all_there_or_stand_for_what_is_not_here() -> None:
+    engine = FakeEngine()
+    ages = [1.0] * (len(AGES) + 2)
+    engine.stats = EngineStats(
+        accepted_at=[1], iteration_tokens=[1], page_lifetimes=ages, page_idles=ages, page_gaps=ages
+    )
+    client = make_client(engine, metrics_prefix="vllm")
+    text = client.get("/metrics").text
+    shown = set(re.findall(r"^vllm:(\w+?)(?:_bucket|_sum|_count)?(?:\{| )", text, re.MULTILINE))
+    assert set(VLLM_NAMES.split()) - shown == set(NOT_HERE)
+    assert PAGE_AGES == AGES
+    assert metrics_of(client, "vllm:")["kv_block_lifetime_seconds_count"] == len(AGES) + 1
+
+
+def test_http_requests_are_timed() -> None:
+    client = make_client()
+    client.get("/v1/models")
+    client.get("/v1/models/other")
+    found = metrics_of(client)
+    labels = "[('handler', '/v1/models'), ('method', 'GET')]"
+    assert found[f"http_request_duration_seconds_count{labels}"] == 1
+    assert 0 < found[f"http_request_duration_seconds_sum{labels}"] < 10
+
+
+def test_ages_of_pages_are_measured_where_asked() -> None:
+    now = 0.0
+    settings = {"max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 64, "vocab_size": 100}
+    runner = NullRunner(plan_layout({0: FullKV(16, 1)}), num_pages=4, num_slots=4, vocab_size=100)
+    core = EngineCore(
+        InlineExecutor(runner), EngineSettings(**settings, watched_pages=1.0), clock=lambda: now
+    )
+
+    def ask(prompt: list[int]) -> None:
+        request = GenerateRequest(
+            id=len(asked), prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=1, ignore_eos=True)
+        )
+        asked.append(prompt)
+        core.submit(request)
+        while core.has_work:
+            core.step()
+
+    asked: list[list[int]] = []
+    first, other = list(range(33)), list(range(50, 99))
+    ask(first)
+    now = 3.0
+    ask(first)  # finds two pages again
+    now = 10.0
+    ask(other)  # needs all four
+    stats = core.stats()
+    assert stats.page_gaps[-1] == 6.0 and sum(stats.page_gaps[:-1]) == 2
+    assert stats.page_lifetimes[-1] == 20.0 and stats.page_idles[-1] == 14.0
+    assert stats.page_lifetimes[AGES.index(10.0)] == 2 and stats.page_idles[AGES.index(10.0)] == 2
+    assert EngineCore(InlineExecutor(runner), EngineSettings(**settings)).stats().page_gaps == []

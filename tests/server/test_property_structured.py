@@ -1,7 +1,9 @@
-"""Random schemas x thinking budgets x stop strings x drafts, through HTTP and the real engine loop.
+"""Random schemas x thinking budgets x stop strings x bad words x drafts, through HTTP and the real engine loop; then the
+same with strict tools in place of a schema.
 
 The runner draws pseudo-random tokens among those that the masks allow. For every case: an answer that ends by itself fits its
-schema, a stream says what the whole reply says, and the usage counts the tokens there were.
+schema, a stream says what the whole reply says, and the usage counts the tokens there were. 4 configurations (drafts or none,
+overlap or none) x (150 + 40) cases x (whole reply + stream) = 1,520 answers.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.inprocess import InProcessClient
 
-CASES = 150  # a configuration; each is one whole reply and one stream
+CASES, TOOL_CASES = 150, 40  # a configuration; each is one whole reply and one stream
+NEEDLESS = [*"ghijkmopvwyzGHIJKLMNOPQRSTUVWXYZ"]  # letters that every schema here can do without
 CONFIGURATIONS = [(0, False), (0, True), (3, False), (3, True)]  # drafts, overlap
 
 
@@ -70,7 +73,9 @@ def client(request: pytest.FixtureRequest) -> Iterator[TestClient]:
     engine = InProcessClient(masked_core(tokenizer, num_drafts=num_drafts, overlap=overlap))
     template = ChatTemplate(TEMPLATE + "{# <think> </think> #}")
     frontend = Frontend(engine, tokenizer, template, model_name="masked")
-    with TestClient(build_app(frontend, engine, ServerSettings(("masked",)))) as made:  # one event loop for all
+    with TestClient(
+        build_app(frontend, engine, ServerSettings(("masked",)))
+    ) as made:  # one event loop for all
         yield made
     asyncio.run(engine.close())
 
@@ -80,6 +85,7 @@ def folded(events: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "content": "",
         "reasoning": "",
+        "calls": [],
         "token_ids": [],
         "finish_reason": None,
         "stop_reason": None,
@@ -88,6 +94,10 @@ def folded(events: list[dict[str, Any]]) -> dict[str, Any]:
         for choice in event["choices"]:
             found["content"] += choice["delta"].get("content") or ""
             found["reasoning"] += choice["delta"].get("reasoning") or ""
+            for call in choice["delta"].get("tool_calls") or []:
+                if call.get("id"):
+                    found["calls"].append([call["function"]["name"], ""])
+                found["calls"][call["index"]][1] += call["function"].get("arguments", "")
             found["token_ids"] += choice.get("token_ids") or []
             if choice.get("finish_reason"):
                 found["finish_reason"], found["stop_reason"] = (
@@ -103,11 +113,30 @@ def whole(reply: dict[str, Any]) -> dict[str, Any]:
     return {
         "content": choice["message"]["content"] or "",
         "reasoning": choice["message"].get("reasoning") or "",
+        "calls": [
+            [call["function"]["name"], call["function"]["arguments"]]
+            for call in choice["message"].get("tool_calls") or []
+        ],
         "token_ids": choice["token_ids"],
         "finish_reason": choice["finish_reason"],
         "stop_reason": choice["stop_reason"],
         "usage": reply["usage"],
     }
+
+
+def both_ways(client: TestClient, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer, which is the same whole and streamed, and counted right."""
+    reply = client.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 200, (body, reply.text)
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = client.post("/v1/chat/completions", json={**body, **stream})
+    one, other = whole(reply.json()), folded(events_of(streamed.text))
+    for cached in (one, other):
+        cached["usage"].pop("prompt_tokens_details")
+    assert one == other, body
+    assert one["usage"]["completion_tokens"] == len(one["token_ids"]) <= body["max_tokens"]
+    assert one["usage"]["total_tokens"] == one["usage"]["prompt_tokens"] + len(one["token_ids"])
+    return one
 
 
 def test_answers_fit_streams_agree_and_tokens_are_counted(client: TestClient) -> None:
@@ -125,25 +154,20 @@ def test_answers_fit_streams_agree_and_tokens_are_counted(client: TestClient) ->
             "return_token_ids": True,
             "stop": stops,
             "thinking_token_budget": budget,
+            "bad_words": rng.choice([None, None, NEEDLESS]),
         }
-        reply = client.post("/v1/chat/completions", json=body)
-        assert reply.status_code == 200, (body, reply.text)
-        stream = {"stream": True, "stream_options": {"include_usage": True}}
-        streamed = client.post("/v1/chat/completions", json={**body, **stream})
-        one, other = whole(reply.json()), folded(events_of(streamed.text))
-        for cached in (one, other):
-            cached["usage"].pop("prompt_tokens_details")
-        assert one == other, body
-        assert one["usage"]["completion_tokens"] == len(one["token_ids"]) <= body["max_tokens"]
-        assert one["usage"]["total_tokens"] == one["usage"]["prompt_tokens"] + len(one["token_ids"])
+        one = both_ways(client, body)
+        if body["bad_words"]:
+            assert not set(NEEDLESS) & set(one["content"] + one["reasoning"].replace("<think>", ""))
         if budget is not None and "<think>" not in one["content"]:
-            assert len(one["reasoning"].encode()) <= budget * 4
+            assert len(one["reasoning"].encode()) <= budget * len("<think>")  # the longest token there is
         if one["finish_reason"] == "stop" and one["stop_reason"] is None:
             value = json.loads(one["content"])
             assert jsonschema_rs.is_valid(wanted, value), (wanted, value)
             outcomes["whole"] += 1
         elif one["stop_reason"] is not None:
-            assert one["stop_reason"] in stops and one["stop_reason"] not in one["content"]
+            assert one["stop_reason"] in stops
+            assert body["min_tokens"] or one["stop_reason"] not in one["content"]
             outcomes["stop string"] += 1
         else:
             assert one["finish_reason"] == "length" and len(one["token_ids"]) == body["max_tokens"]
@@ -152,3 +176,59 @@ def test_answers_fit_streams_agree_and_tokens_are_counted(client: TestClient) ->
             outcomes["thoughts"] += 1
     # The cases must be of every kind, or agreement proves little.
     assert outcomes["whole"] > CASES // 3 and outcomes["stop string"] > CASES // 20, outcomes
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_rules_that_leave_no_token_are_the_client_s_error(client: TestClient, stream: bool) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "structured_outputs": {"choice": ["é"]},
+        "bad_words": ["é"],  # two bytes: nothing may follow the first
+        "stream": stream,
+    }
+    reply = client.post("/v1/chat/completions", json=body)
+    error = events_of(reply.text)[-1]["error"] if stream else reply.json()["error"]
+    assert reply.status_code == (200 if stream else 400)
+    assert error["type"] == "invalid_request_error" and "No token is left" in error["message"]
+
+
+def test_strict_tools_under_the_same_rules(client: TestClient) -> None:
+    rng, outcomes = random.Random(23), Counter[str]()
+    for case in range(TOOL_CASES):
+        wanted = {}
+        while len(wanted) < 2:
+            made = schema(rng)
+            if made.get("type") == "object":
+                wanted["fg"[len(wanted)]] = made
+        tools = [
+            {"type": "function", "function": {"name": name, "parameters": made, "strict": True}}
+            for name, made in wanted.items()
+        ]
+        choice = rng.choice(["auto", "required", {"type": "function", "function": {"name": "g"}}])
+        body: dict[str, Any] = {
+            "messages": [{"role": "user", "content": "x" * rng.randint(0, 20)}],
+            "seed": case,
+            "max_tokens": rng.choice([40, 400, 400]),
+            "tools": tools,
+            "tool_choice": choice,
+            "parallel_tool_calls": rng.choice([None, False]),
+            "return_token_ids": True,
+            "stop": rng.choice([None, None, ["end"]]),
+            "thinking_token_budget": rng.choice([None, 0, 3]),
+        }
+        one = both_ways(client, body)
+        if one["stop_reason"] is not None:  # wherever it appears, in arguments too
+            assert one["stop_reason"] in body["stop"]
+            outcomes["stop string"] += 1
+        elif one["finish_reason"] == "tool_calls":
+            for name, arguments in one["calls"]:
+                assert jsonschema_rs.is_valid(wanted[name], json.loads(arguments)), (wanted[name], arguments)
+            assert len(one["calls"]) == 1 or body["parallel_tool_calls"] is None
+            assert isinstance(choice, str) or {name for name, _ in one["calls"]} == {"g"}
+            outcomes["calls"] += 1
+        elif one["finish_reason"] == "stop":
+            assert choice == "auto" and not one["calls"]
+            outcomes["text"] += 1
+        else:
+            outcomes["length"] += 1
+    assert outcomes["calls"] > TOOL_CASES // 4 and len(outcomes) >= 3, outcomes

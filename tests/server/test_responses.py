@@ -268,7 +268,11 @@ def test_background_is_cancelled_deleted_and_fails_alone() -> None:
             client.responses.create(model="fake", input="Hi", previous_response_id=made.id)
         made = client.responses.create(model="fake", input="Hi", background=True)
         client.responses.delete(made.id)
-        assert len(live.engine.aborted) == 2 and not live.engine.running
+        engine, deadline = live.engine, time.monotonic() + 10
+        while len(engine.aborted) < len(engine.submitted) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # One that had not come to the engine never does.
+        assert len(engine.aborted) == len(engine.submitted) and not engine.running
         made = client.responses.create(model="fake", input="Hi", background=True)
 
         def fail() -> None:
@@ -333,7 +337,7 @@ def test_an_engine_that_dies_fails_the_stream() -> None:
         ({"background": True, "store": False}, "background"),
         ({"background": True, "stream": True}, "background"),
         ({"include": ["file_search_call.results"]}, "include"),
-        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 21}, "top_logprobs"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"metadata": {"a": 1}}, "metadata"),
@@ -387,3 +391,43 @@ def test_the_store_is_bounded_for_each_key() -> None:
     nothing = ResponseStore(StoreLimits(entries=0))
     nothing.put("a", response("a0"))
     assert len(nothing) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tools", [False, True])
+def test_log_probabilities_of_texts(stream: bool, tools: bool) -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    text = "So. "
+    engine = FakeEngine(rule=says(text + call if tools else text), max_model_len=4096)
+    body: dict[str, Any] = {"input": "Hi", "top_logprobs": 2, "stream": stream}
+    if tools:
+        body["tools"] = [{"type": "function", "name": "f"}]
+    reply = make_client(engine).post("/v1/responses", json=body)
+    assert reply.status_code == 200, reply.text
+    if stream:
+        told = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+        pieces = [piece for event in told for piece in event.get("logprobs", []) if "delta" in event]
+        made = told[-1]["response"]
+        done = next(event for event in told if event["type"] == "response.output_text.done")
+        assert done["logprobs"] == pieces == made["output"][0]["content"][0]["logprobs"]
+    else:
+        made = reply.json()
+    (part,) = made["output"][0]["content"]
+    rows = part["logprobs"]
+    assert "".join(row["token"] for row in rows).startswith(part["text"]) and made["top_logprobs"] == 2
+    assert all(len(row["top_logprobs"]) == 2 and row["logprob"] == -0.5 for row in rows)
+    plain = make_client(FakeEngine(rule=says(text))).post("/v1/responses", json={"input": "Hi"}).json()
+    assert plain["output"][0]["content"][0]["logprobs"] == []
+    asked = {"input": "Hi", "include": ["message.output_text.logprobs"]}
+    some = make_client(FakeEngine(rule=says(text))).post("/v1/responses", json=asked).json()
+    assert [row["top_logprobs"] for row in some["output"][0]["content"][0]["logprobs"]] == [[]] * 5
+
+
+def test_thoughts_have_no_log_probabilities() -> None:
+    tokens = [THINK, *b"hm", END_THINK, *b"42", EOS]
+    engine = FakeEngine(rule=lambda _, done: tokens[done : done + 1])
+    reply = make_client(engine, template=THINKS).post(
+        "/v1/responses", json={"input": "Hi", "top_logprobs": 1}
+    )
+    message = reply.json()["output"][-1]["content"][0]
+    assert message["text"] == "42" and [row["token"] for row in message["logprobs"]] == ["4", "2"]

@@ -16,6 +16,7 @@ from octavo.engine.cache.layout import CacheGroup, CacheLayout
 from octavo.engine.cache.spec import FullKV, WindowKV
 from octavo.engine.client.inprocess import InProcessClient
 from octavo.engine.core import EngineCore
+from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.executor.null import NullRunner
 from octavo.engine.settings import EngineSettings
 from octavo.protocol.control import CheckPool
@@ -40,7 +41,7 @@ def engine_server(num_pages: int = 200, max_num_seqs: int = 8, **settings: Any) 
         script=letter,
     )
     given = {"max_model_len": 512, "max_num_batched_tokens": 64, "vocab_size": VOCAB_SIZE, **settings}
-    core = EngineCore(runner, EngineSettings(max_num_seqs=max_num_seqs, **given))
+    core = EngineCore(InlineExecutor(runner), EngineSettings(max_num_seqs=max_num_seqs, **given))
     client: Any = InProcessClient(core)
     try:
         with live_server(client) as live:

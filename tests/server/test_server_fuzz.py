@@ -12,8 +12,9 @@ from server_fake import TEMPLATE, FakeEngine, make_client, says
 from starlette.testclient import TestClient
 
 from octavo.api.anthropic.schema import MessagesRequest
+from octavo.api.cohere import CohereRequest
 from octavo.api.ollama.schema import ChatRequest, GenerateRequest
-from octavo.api.openai.pooling_schema import EmbeddingRequest, RerankRequest, ScoreRequest
+from octavo.api.openai.pooling_schema import EmbeddingRequest, PoolingRequest, RerankRequest, ScoreRequest
 from octavo.api.openai.responses.schema import ResponsesRequest
 from octavo.api.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from octavo.api.openai.tokens import TokensRequest
@@ -28,6 +29,8 @@ ROUTES: dict[str, tuple[type, dict[str, Any]]] = {
     "/v1/embeddings": (EmbeddingRequest, {"input": "a"}),
     "/score": (ScoreRequest, {"text_1": "a", "text_2": "b"}),
     "/rerank": (RerankRequest, {"query": "a", "documents": ["b"]}),
+    "/pooling": (PoolingRequest, {"input": "a"}),
+    "/v2/embed": (CohereRequest, {"texts": ["a"]}),
     "/inference/v1/generate": (TokensRequest, {"token_ids": [72]}),
     "/api/chat": (ChatRequest, {"messages": [{"role": "user", "content": "Hi"}]}),
     "/api/generate": (GenerateRequest, {"prompt": "Hi"}),

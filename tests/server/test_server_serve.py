@@ -14,13 +14,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from server_fake import FakeEngine, Live, for_ever, live_server
 
+from octavo.api.server.listen import bind
 from octavo.api.server.options import ServerOptions
-from octavo.api.server.serve import bind, run_server
+from octavo.api.server.serve import run_server
+from octavo.engine.client.renewed import RenewedClient
 from octavo.errors import UsageError
 
 BODY = {"prompt": "a", "max_tokens": 400, "ignore_eos": True}
@@ -149,6 +152,47 @@ def test_death_of_the_engine_ends_the_server() -> None:
         asking.join(15)
         eventually(lambda: live.status is not None)
     assert answers[0].status_code == 503
+    assert live.status == 1
+
+
+def test_an_engine_that_died_is_started_anew_as_often_as_asked() -> None:
+    engines: list[FakeEngine] = []
+    start_may_end = threading.Event()
+
+    def make(cancel: threading.Event) -> FakeEngine:
+        assert not engines or start_may_end.wait(15)
+        engines.append(FakeEngine())
+        return engines[-1]
+
+    client: Any = RenewedClient(make)
+    ask = {"prompt": "a", "max_tokens": 2, "ignore_eos": True}
+    with live_server(client, options={"max_engine_restarts": 1}) as live:
+        assert httpx.post(live.url + "/completions", json=ask).status_code == 200
+        live.call(engines[0].die)
+        health = live.url.replace("/v1", "/health")
+        refused = httpx.post(live.url + "/completions", json=ask)
+        assert httpx.get(health).status_code == refused.status_code == 503
+        start_may_end.set()
+        eventually(lambda: httpx.get(health).status_code == 200)
+        assert httpx.post(live.url + "/completions", json=ask).status_code == 200
+        live.call(engines[1].die)
+        eventually(lambda: live.status is not None)
+    assert live.status == 1 and len(engines) == 2
+
+
+def test_an_engine_that_cannot_start_anew_ends_the_server() -> None:
+    engines: list[FakeEngine] = []
+
+    def make(cancel: threading.Event) -> FakeEngine:
+        if engines:
+            raise UsageError("No such model.")
+        engines.append(FakeEngine())
+        return engines[0]
+
+    client: Any = RenewedClient(make)
+    with live_server(client, options={"max_engine_restarts": 5}) as live:
+        live.call(engines[0].die)
+        eventually(lambda: live.status is not None)
     assert live.status == 1
 
 

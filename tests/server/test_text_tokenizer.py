@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from server_fake import make_tokenizer
 from text_helpers import (
     CORPUS,
     UNUSED,
@@ -294,3 +295,14 @@ def test_dummy_models_need_a_vocabulary_size() -> None:
         load_tokenizer(Files("dummy", {}))
     assert load_tokenizer(Files("dummy", {"text_config": {"vocab_size": 300}})).vocab_size == 300
     assert load_tokenizer(Files("dummy", {"llama.vocab_size": 300})).vocab_size == 300
+
+
+def test_tokens_with_a_text_in_them() -> None:
+    tokenizer = make_tokenizer()
+    for text in ("a", "think>", "</think>", "é", "\0", "<think></think>", "x\0y"):
+        part = text.encode()
+        known = {i for i in range(tokenizer.vocab_size) if part in tokenizer.token_bytes(i)}
+        assert tokenizer.tokens_with(text) == known, text
+    for n in range(100):
+        tokenizer.tokens_with(f"{n}")
+    assert len(tokenizer._with) <= 32

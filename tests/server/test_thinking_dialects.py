@@ -10,11 +10,13 @@ from test_dialects_agree import HI, THINKS
 
 TOKENS = [THINK, *b"hm", END_THINK, *b"42", EOS]
 CHAT, RESPONSES, MESSAGES, LOCAL = "/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/chat"
+PLAIN = "/v1/completions"
 FORMS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": HI},
     RESPONSES: {"input": "Hi"},
     MESSAGES: {"messages": HI, "max_tokens": 90},
     LOCAL: {"messages": HI, "stream": False},
+    PLAIN: {"prompt": "Hi"},
 }
 
 
@@ -43,6 +45,10 @@ def enabled(budget: int) -> dict[str, Any]:
         (MESSAGES, enabled(-1), None),
         (MESSAGES, {"thinking": {"type": "disabled"}}, 0),
         (MESSAGES, {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, 1024),
+        (PLAIN, {}, None),
+        (PLAIN, {"thinking_token_budget": -1}, None),
+        (PLAIN, {"thinking_token_budget": 0}, 0),
+        (PLAIN, {"thinking_token_budget": 9, "n": 2}, 9),
         (LOCAL, {"think": False}, 0),
         (LOCAL, {"think": True}, None),
         (LOCAL, {"think": "low"}, 1024),
@@ -54,6 +60,19 @@ def test_budgets(path: str, asked: dict[str, Any], budget: int | None) -> None:
     assert reply.status_code == 200, reply.text
     watched = engine.submitted[0].thinking
     assert (None if watched is None else watched.budget) == budget
+
+
+def test_thoughts_in_prompts_to_continue_count_each_for_itself() -> None:
+    engine = FakeEngine(rule=lambda _, done: TOKENS[done : done + 1])
+    client = make_client(engine, template=THINKS)
+    prompts = [[72], [72, THINK, 97, 98], [72, THINK, 97, END_THINK]]
+    asked = {"prompt": prompts, "thinking_token_budget": 5}
+    assert client.post(PLAIN, json=asked).status_code == 200
+    watched = [request.thinking for request in engine.submitted]
+    assert [one and one.num_prompt_tokens for one in watched] == [None, 2, None]
+    assert [one is None for one in watched] == [False, False, True]
+    reply = make_client(FakeEngine()).post(PLAIN, json=asked)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "thinking_token_budget"
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES, LOCAL])

@@ -162,7 +162,15 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 MEANINGLESS = (
     *("stop", "stop_token_ids", "min_tokens", "seed", "top_p", "top_k", "min_p", "presence_penalty"),
-    *("frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words"),
+    *(
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "allowed_token_ids",
+        "bad_words",
+        "dry_multiplier",
+        "repetition_detection",
+    ),
     *("prompt_logprobs", "structured_outputs", "response_format", "tools", "thinking_token_budget"),
 )
 

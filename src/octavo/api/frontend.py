@@ -22,7 +22,15 @@ from octavo.api.text.template import ChatTemplate
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.base import EngineClient
 from octavo.errors import EngineDeadError, ModelFileError, RequestError
-from octavo.protocol.generate import GenerateRequest, Pooling, SamplingParams, Terms, Thinking
+from octavo.protocol.generate import (
+    DRY_BREAKERS,
+    Dry,
+    GenerateRequest,
+    Pooling,
+    SamplingParams,
+    Terms,
+    Thinking,
+)
 
 __all__ = ["Frontend", "Generation", "TextDelta"]
 
@@ -51,6 +59,7 @@ class Frontend:
         model_name: str,
         defaults: Mapping[str, Any] | None = None,
         max_logprobs: int = MAX_LOGPROBS,
+        first_id: int = 1,
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
@@ -59,7 +68,7 @@ class Frontend:
         self.grammars = Grammars()
         self.model_name = model_name
         self.max_logprobs = max_logprobs
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(first_id)
         defaults = defaults or {}
         self._defaults = {key: defaults[key] for key in _DEFAULT_KEYS if defaults.get(key) is not None}
         self._max_new_tokens: int | None = defaults.get("max_new_tokens")
@@ -148,6 +157,7 @@ class Frontend:
         cache_salt: str | None = None,
         thinking: Thinking | None = None,
         pooling: Pooling | None = None,
+        second_at: int = 0,
         terms: Terms = ANY_TERMS,
     ) -> Generation:
         """Hand a prepared request to the engine at once and return its stream of ``TextDelta``.
@@ -160,7 +170,7 @@ class Frontend:
             raise EngineDeadError("The engine has stopped.", "Restart the server; its log names the cause.")
         ids = list(prompt_ids)
         sampling, grammar = self.grammars.split(sampling)
-        bad_words = self.bad_words(sampling)
+        bad_words, dry = self.bad_words(sampling), self.dry(sampling)
         leader: int | None = None
         generation = Generation(self.client, request_id)
         arrival_s = time.time()
@@ -180,7 +190,9 @@ class Frontend:
                     grammar=grammar,
                     thinking=thinking,
                     pooling=pooling,
+                    second_at=second_at,
                     bad_words=bad_words,
+                    dry=dry,
                     leader=leader,
                     terms=terms,
                 )
@@ -202,6 +214,16 @@ class Frontend:
         if sampling.bad_words and not found:
             raise RequestError("bad_words have no tokens.", param="bad_words")
         return found
+
+    def dry(self, sampling: SamplingParams) -> Dry | None:
+        """DRY with its breakers as tokens: all that have one of them in their text."""
+        if not sampling.dry_multiplier:
+            return None
+        breakers = set[int]()
+        asked = sampling.dry_sequence_breakers
+        for text in DRY_BREAKERS if asked is None else asked:
+            breakers |= self.tokenizer.tokens_with(text)
+        return Dry(sampling.dry_multiplier, sampling.dry_base, sampling.dry_allowed_length, sorted(breakers))
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # A text that cannot fit is not tokenized just to find out by how much.

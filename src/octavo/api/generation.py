@@ -12,7 +12,7 @@ from octavo.api.text.detokenizer import Detokenizer
 from octavo.api.text.stop_strings import StopMatcher
 from octavo.api.text.tokenizer import Tokenizer
 from octavo.engine.client.base import EngineClient
-from octavo.errors import EngineDeadError, OctavoError, QueueFullError
+from octavo.errors import EngineDeadError, OctavoError, QueueFullError, RequestError
 from octavo.protocol.generate import GenerateRequest, Logprob, Times, TokenDelta
 
 
@@ -27,7 +27,7 @@ class TextDelta(msgspec.Struct, gc=False):
 
     text: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort", "deadline"] | None = None
+    finish_reason: Literal["stop", "length", "repetition", "abort", "deadline"] | None = None
     stop_reason: str | int | None = None
     logprobs: list[list[Logprob]] | None = None
     prompt_logprobs: list[list[Logprob]] | None = None
@@ -66,7 +66,7 @@ class Choice:
         made = TextDelta(
             "",
             delta.tokens,
-            None if reason == "error" or reason == "rejected" else reason,
+            None if reason == "error" or reason == "rejected" or reason == "unsatisfiable" else reason,
             None,
             delta.logprobs,
             delta.prompt_logprobs,
@@ -78,6 +78,8 @@ class Choice:
         )
         if reason == "stop" and self._is_asked_stop(delta.stop_token):
             made.stop_reason = delta.stop_token
+        if reason == "repetition":
+            made.stop_reason = "repetition_detected"
         if self._detokenizer is not None:
             made.text, stop = self._text(self._detokenizer, delta)
             if stop is not None:
@@ -128,6 +130,10 @@ class _Mailbox:
             del self.open[delta.id]
             if delta.finish_reason == "error":
                 self.fail(delta.error or "The engine could not finish this request.")
+                return
+            if delta.finish_reason == "unsatisfiable":
+                self.error = RequestError(delta.error or "What the request allows leaves no token.")
+                self.abort()
                 return
             if delta.finish_reason == "rejected":
                 self.error = QueueFullError(delta.error or "The request waited too long.")

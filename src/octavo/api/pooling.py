@@ -1,32 +1,22 @@
-"""Texts to vectors: checked ids to the engine, float32 bytes back, then cut and scaled as asked."""
+"""Texts to vectors and classes: checked ids to the engine, float32 bytes back."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octavo.api.frontend import LARGE_TEXT, check_token_ids
 from octavo.api.openai.context import Context
 from octavo.api.openai.run import Run
 from octavo.api.openai.schema import SamplingFields
+from octavo.api.vectors import ONE_TOKEN, Cutting, Vectors, fitting, probabilities, unit
 from octavo.errors import RequestError
-from octavo.protocol.generate import SamplingParams
+from octavo.protocol.generate import Pooling
 
-Vectors = NDArray[np.float32]
-ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """Which texts are cut: to ``most`` tokens (None: none is, -1: to what the model holds), from which side."""
-
-    most: int | None = None
-    side: str = "right"
+MAX_NUMBERS = 1 << 23  # of one reply with vectors of all tokens
 
 
 async def token_ids(
@@ -50,33 +40,31 @@ async def token_ids(
         else:
             check_token_ids(text, context.info.vocab_size, name)
             ids = text
-        made.append(_fitting(context, ids, name, cutting))
+        made.append(fitting(context.frontend, ids, name, cutting))
     return made
 
 
-def _fitting(context: Context, ids: list[int], name: str, cutting: Cutting) -> list[int]:
-    longest = context.info.max_model_len
-    most = longest if cutting.most == -1 else cutting.most
-    if most is not None and most > longest:
-        raise RequestError(
-            f"truncate_prompt_tokens is {most}, but the model holds {longest}.",
-            param="truncate_prompt_tokens",
-        )
-    if most is not None and len(ids) > most:
-        if cutting.side == "left":
-            ids = ids[len(ids) - most :]
-        else:  # the token that ends a text stays its last
-            ends = context.frontend.tokenizer.special_ids
-            ids = [*ids[: most - 1], ids[-1]] if ids[-1] in ends and most else ids[:most]
-    if not ids:
-        raise RequestError(f"{name} is empty: it has no tokens.", param=name)
-    if len(ids) > longest:
-        raise RequestError(
-            f"{name} has {len(ids)} tokens, but the model holds {longest}.",
-            param=name,
-            cure="Shorten it, or send truncate_prompt_tokens: -1.",
-        )
-    return ids
+async def pair_ids(
+    context: Context,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    param: str,
+    cutting: Cutting,
+    most: tuple[int | None, int | None] = (None, None),
+) -> tuple[list[list[int]], list[int]]:
+    """Ids of pairs of texts, each pair one input, and where their second texts begin; ``most`` tokens of each text."""
+    tokenizer = context.frontend.tokenizer
+
+    def encode() -> list[tuple[list[int], int]]:
+        return [tokenizer.encode_pair(first, second, most) for first, second in pairs]
+
+    large = sum(len(first) + len(second) for first, second in pairs) > LARGE_TEXT
+    made = await asyncio.to_thread(encode) if large else encode()
+    ids = [
+        fitting(context.frontend, ids, param if len(pairs) == 1 else f"{param}[{i}]", cutting)
+        for i, (ids, _) in enumerate(made)
+    ]
+    return ids, [at if at < len(cut) else 0 for cut, (_, at) in zip(ids, made)]
 
 
 async def vectors(
@@ -92,6 +80,65 @@ async def vectors(
     Raises ``RequestError`` where the model gives none, and what ``Run`` raises.
     """
     facts = context.info.facts
+    made = _stacked(await _pooled(context, request, inputs, facts.pooling, (), request_id))
+    return unit(made) if (facts.normalize if normalize is None else normalize) else made
+
+
+async def classes(
+    context: Context,
+    request: SamplingFields,
+    inputs: Sequence[list[int]],
+    second_at: Sequence[int] = (),
+    *,
+    request_id: str,
+    use_activation: bool | None,
+) -> Vectors:
+    """What the model's head makes of token ids [N, labels]: probabilities, or with ``use_activation`` False its numbers.
+
+    Raises ``RequestError`` where the model has no head, and what ``Run`` raises.
+    """
+    facts = context.info.facts
+    if facts.can_pool and not facts.labels:
+        raise RequestError(f"{context.served_model_names[0]} has no classification head.", param="model")
+    made = _stacked(await _pooled(context, request, inputs, "classify", second_at, request_id))
+    return made if use_activation is False else probabilities(made, facts.activation)
+
+
+async def token_vectors(
+    context: Context,
+    request: SamplingFields,
+    inputs: Sequence[list[int]],
+    *,
+    request_id: str,
+    normalize: bool | None,
+) -> list[Vectors]:
+    """The vectors [n, E] of every token of each input; see ``vectors``."""
+    facts = context.info.facts
+    count = sum(map(len, inputs)) * facts.hidden_size
+    if count > MAX_NUMBERS:
+        raise RequestError(
+            f"The vectors of all tokens are {count} numbers; at most {MAX_NUMBERS} are given in one reply.",
+            param="input",
+            cure="Send fewer or shorter texts.",
+        )
+    found = await _pooled(context, request, inputs, "tokens", (), request_id)
+    made = [np.frombuffer(raw, "<f4").reshape(len(ids), -1) for raw, ids in zip(found, inputs)]
+    return [unit(rows) for rows in made] if (facts.normalize if normalize is None else normalize) else made
+
+
+def _stacked(found: list[bytes]) -> Vectors:
+    return np.frombuffer(b"".join(found), "<f4").reshape(len(found), -1)
+
+
+async def _pooled(
+    context: Context,
+    request: SamplingFields,
+    inputs: Sequence[list[int]],
+    pooling: Pooling,
+    second_at: Sequence[int],
+    request_id: str,
+) -> list[bytes]:
+    facts = context.info.facts
     if not facts.can_pool:
         raise RequestError(
             f"{context.served_model_names[0]} is served for generation alone.",
@@ -99,30 +146,19 @@ async def vectors(
             cure="Start the server with --runner pooling.",
         )
     prompts = [(ids, ONE_TOKEN) for ids in inputs]
-    run = Run(context, request, prompts, request_id=request_id, counts_output=False, pooling=facts.pooling)
+    run = Run(
+        context,
+        request,
+        prompts,
+        request_id=request_id,
+        counts_output=False,
+        pooling=pooling,
+        second_at=second_at,
+    )
     found: list[bytes] = [b""] * len(inputs)
     async with aclosing(run.deltas()) as deltas:
         async for batch in deltas:
             for choice, delta in batch:
                 if delta.embedding is not None:
                     found[choice] = delta.embedding
-    made = np.frombuffer(b"".join(found), "<f4").reshape(len(inputs), -1)
-    return unit(made) if (facts.normalize if normalize is None else normalize) else made
-
-
-def shortened(made: Vectors, dimensions: int | None, *, normalize: bool) -> Vectors:
-    """The first ``dimensions`` numbers of each vector, scaled again (Kusupati et al. 2022)."""
-    if dimensions is None:
-        return made
-    if dimensions > made.shape[1]:
-        raise RequestError(
-            f"dimensions is {dimensions}, but the model's vectors have {made.shape[1]}.", param="dimensions"
-        )
-    return unit(made[:, :dimensions]) if normalize else made[:, :dimensions]
-
-
-def unit(made: Vectors) -> Vectors:
-    """Each vector scaled to length 1 (zeros stay)."""
-    lengths = np.linalg.norm(made, axis=1, keepdims=True)
-    scaled: Vectors = made / np.maximum(lengths, 1e-12)
-    return scaled
+    return found

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from octavo.api.structural_tags import tag_grammar
-from octavo.errors import RequestError
+from octavo.errors import RequestError, is_panic
 from octavo.protocol.generate import SamplingParams, StructuredOutputsParams
 
 MAX_SCHEMA_CHARS = 262_144
@@ -64,7 +64,12 @@ class Grammars:
 
 def make_grammar(params: StructuredOutputsParams, param: str) -> str:
     """The checked grammar of ``params``; ``param`` names them in errors."""
-    return checked(_text(params, param), param)
+    try:
+        return checked(_text(params, param), param)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise RequestError(f"{param}: this grammar cannot be read.", param=param) from None
 
 
 def _text(params: StructuredOutputsParams, param: str) -> str:

@@ -46,7 +46,7 @@ class ToolArgs(msgspec.Struct, tag="tool_args", gc=False):
     text: str
 
 
-EndReason = Literal["stop", "length", "abort", "deadline", "tool_calls"]
+EndReason = Literal["stop", "length", "repetition", "abort", "deadline", "tool_calls"]
 
 
 class Finish(msgspec.Struct, tag="finish", gc=False):

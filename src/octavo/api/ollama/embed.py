@@ -9,7 +9,8 @@ from octavo.api.ollama.convert import served_name
 from octavo.api.ollama.schema import Embedded, EmbedRequest, OldEmbedded, OldEmbedRequest
 from octavo.api.openai.context import Context
 from octavo.api.openai.schema import SamplingFields
-from octavo.api.pooling import Cutting, shortened, token_ids, vectors
+from octavo.api.pooling import token_ids, vectors
+from octavo.api.vectors import Cutting, shortened
 
 
 async def embed(context: Context, body: EmbedRequest) -> Embedded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from octavo.api.chat.events import EndReason
 from octavo.api.chat.reader import MessageFold
@@ -13,6 +13,7 @@ from octavo.api.generation import TextDelta
 from octavo.api.openai.context import Context, Stream
 from octavo.api.openai.conversation import Conversation, start_chat
 from octavo.api.openai.folding import ChoiceFold, TextEvents, event
+from octavo.api.openai.functions import old_delta, old_message, old_reason
 from octavo.api.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from octavo.api.openai.schema import (
     ChatChoice,
@@ -24,6 +25,7 @@ from octavo.api.openai.schema import (
     ChatMessage,
 )
 from octavo.api.openai.tools import chat_deltas, chat_message
+from octavo.api.text.messages import content_text
 
 
 class _Reply(Conversation):
@@ -32,6 +34,22 @@ class _Reply(Conversation):
     @property
     def num_top(self) -> int:
         return self.request.top_logprobs or 0
+
+    @property
+    def echoed(self) -> str:
+        """With ``echo``: the text of a last message of the assistant, which the answer goes on from."""
+        last = self.request.messages[-1]
+        if not self.request.echo or last.get("role") != "assistant":
+            return ""
+        return content_text(last.get("content"), "messages[-1].content") or ""
+
+    @property
+    def prompt_text(self) -> str | UnsetType:
+        """The prompt as the model reads it, where it was asked for."""
+        if not self.request.return_prompt_text:
+            return UNSET
+        tokenizer = self.context.frontend.tokenizer
+        return tokenizer.decode(self.run.prompts[0][0], skip_special_tokens=False)
 
     @property
     def names(self) -> TokenNames:
@@ -64,6 +82,7 @@ async def _whole(reply: _Reply) -> ChatCompletion:
         choices=[_choice(reply, i, fold, message) for i, (fold, message) in enumerate(zip(folds, messages))],
         usage=reply.usage(),
         system_fingerprint=reply.context.fingerprint,
+        prompt_text=reply.prompt_text,
     )
     if request.return_token_ids:
         answer.prompt_token_ids = run.prompts[0][0]
@@ -78,11 +97,16 @@ def _choice(reply: _Reply, index: int, fold: ChoiceFold, message: MessageFold) -
     reason: EndReason | None = fold.finish_reason
     if reply.readers is not None and reason is not None:
         reason = reply.readers[index].finish_reason(reason)
+    said = ChatMessage(content=fold.text) if reply.readers is None else chat_message(message)
+    if echoed := reply.echoed:
+        said.content = echoed + (said.content or "")
+    if reply.request.functions:
+        old_message(said)
     return ChatChoice(
         index=index,
-        message=ChatMessage(content=fold.text) if reply.readers is None else chat_message(message),
+        message=said,
         logprobs=chat_logprobs(reply.names, fold.logprobs, reply.num_top) if reply.request.logprobs else None,
-        finish_reason=reason,
+        finish_reason=old_reason(reason) if reply.request.functions else reason,
         stop_reason=fold.stop_reason,
         token_ids=fold.token_ids if reply.request.return_token_ids else UNSET,
     )
@@ -95,6 +119,7 @@ async def _stream(reply: _Reply) -> AsyncGenerator[bytes, None]:
     continuous = bool(options and options.continuous_usage_stats)
     only_text = reply.readers is None and not (request.logprobs or request.return_token_ids or continuous)
     blank = _chunk(reply, [], with_usage=with_usage)
+    echoed = reply.echoed
 
     def text_chunk(index: int, text: str) -> ChatCompletionChunk:
         choice = ChatChunkChoice(index=index, delta=ChatDelta(content=text))
@@ -113,6 +138,8 @@ async def _stream(reply: _Reply) -> AsyncGenerator[bytes, None]:
                 if not begun[index]:
                     begun[index] = True
                     data += event(_first_chunk(reply, index, blank))
+                    if echoed:
+                        data += events.event(index, echoed)
                 if only_text and delta.finish_reason is None:
                     if delta.text:
                         data += events.event(index, delta.text)
@@ -146,6 +173,8 @@ def _first_chunk(reply: _Reply, index: int, blank: ChatCompletionChunk) -> ChatC
     chunk = _chunk(reply, [choice], with_usage=blank.usage is not UNSET)
     if reply.request.return_token_ids and index == 0:
         chunk.prompt_token_ids = reply.run.prompts[0][0]
+    if index == 0:
+        chunk.prompt_text = reply.prompt_text
     return chunk
 
 
@@ -160,6 +189,9 @@ def _chunk_choices(reply: _Reply, index: int, delta: TextDelta) -> list[ChatChun
         if not parts and (reason or (delta.token_ids and (request.logprobs or request.return_token_ids))):
             parts = [ChatDelta()]
         ending = None if reason is None else reply.readers[index].finish_reason(reason)
+    if request.functions:
+        for part in parts:
+            old_delta(part)
     choices = [ChatChunkChoice(index=index, delta=part) for part in parts]
     if not choices:
         return []
@@ -169,5 +201,6 @@ def _chunk_choices(reply: _Reply, index: int, delta: TextDelta) -> list[ChatChun
         for choice in choices:
             choice.token_ids = delta.token_ids if choice is choices[0] else []
     if reason is not None:
-        choices[-1].finish_reason, choices[-1].stop_reason = ending, delta.stop_reason
+        choices[-1].finish_reason = old_reason(ending) if request.functions else ending
+        choices[-1].stop_reason = delta.stop_reason
     return choices

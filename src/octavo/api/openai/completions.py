@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from msgspec import UNSET
 
+from octavo.api.chat.thinking import plan_thinking
 from octavo.api.generation import TextDelta
 from octavo.api.openai.context import Context, Stream, reply_id
 from octavo.api.openai.folding import ChoiceFold, TextEvents, event
@@ -23,7 +24,7 @@ from octavo.api.openai.schema import (
     CompletionRequest,
 )
 from octavo.errors import RequestError
-from octavo.protocol.generate import Logprob
+from octavo.protocol.generate import Logprob, Thinking
 
 
 @dataclass
@@ -74,11 +75,30 @@ async def completions(context: Context, request: CompletionRequest) -> Completio
         [(prompt.ids, prompt.sampling) for prompt in prompts],
         request_id=request_id,
         counts_output=request.max_tokens != 0,
+        thinking=_watched(context, request.thinking_token_budget, prompts),
     )
     names = TokenNames(context.frontend.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
     reply = _Reply(context, request, prompts, run, request_id, model, int(time.time()), names)
     reply.offsets = [0] * run.num_choices
     return Stream(_stream(reply), run.close) if request.stream else await _whole(reply)
+
+
+def _watched(context: Context, budget: int | None, prompts: list[CompletionPrompt]) -> list[Thinking | None]:
+    """What the engine watches of each prompt; thoughts stay in the text, as all that the model writes."""
+    if budget is None or budget < 0:
+        return []
+    frontend = context.frontend
+    plans = [
+        plan_thinking(
+            frontend.thinking,
+            prompt.ids,
+            frontend.tokenizer,
+            budget=budget,
+            has_grammar=prompt.sampling.structured_outputs is not None,
+        )
+        for prompt in prompts
+    ]
+    return [None if plan is None else plan.engine for plan in plans]
 
 
 async def _whole(reply: _Reply) -> Completion:

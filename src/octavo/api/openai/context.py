@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Protocol
 
 from octavo.api.caller import ANYBODY, Caller
+from octavo.api.chat.given import GivenTemplates
 from octavo.api.frontend import Frontend
 from octavo.api.openai.schema import Timings
 from octavo.errors import RequestError
@@ -60,6 +61,7 @@ class Context:
     served_model_names: tuple[str, ...]
     start_timer: Callable[[int, int, int | None], Timer]
     version: str
+    templates: GivenTemplates
     created_s: int = field(default_factory=lambda: int(time.time()))
     caller: Caller = ANYBODY
 

@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 import msgspec
 
 from octavo.api.chat.effort import asked_thinking
-from octavo.api.chat.events import ChatEvent, ChatFormat, Finish, PlainFormat
+from octavo.api.chat.events import ChatEvent, ChatFormat, Finish, PlainFormat, Text, ToolArgs, ToolStart
 from octavo.api.chat.reader import AnswerReader, MessageFold
 from octavo.api.chat.thinking import plan_thinking
 from octavo.api.chat.tools import ToolPlan
+from octavo.api.generation import TextDelta
 from octavo.api.openai.context import Context, reply_id
+from octavo.api.openai.functions import with_tools
 from octavo.api.openai.prompts import chat_ids, chat_prompt, encode_text
 from octavo.api.openai.run import Run
 from octavo.api.openai.sampling import check_fields, sampling_params, structured_outputs
 from octavo.api.openai.schema import ChatCompletionRequest, CompletionTokensDetails, Usage
 from octavo.api.openai.tools import choice_readers, tool_plan
 from octavo.errors import RequestError
-from octavo.protocol.generate import SamplingParams
+from octavo.protocol.generate import Logprob, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,17 @@ class Conversation:
     async def events(self) -> AsyncGenerator[list[ChatEvent], None]:
         """What every engine step brought, in the neutral form; closing it aborts what still runs."""
         readers: Sequence[ChatFormat] = self.readers or [PlainFormat() for _ in range(self.run.n)]
+        unplaced: list[list[list[Logprob]]] = [[] for _ in range(self.run.n)]
         async with aclosing(self.run.deltas()) as deltas:
             async for batch in deltas:
                 made: list[ChatEvent] = []
                 for choice, delta in batch:
                     if not choice:
                         self.answer_ids.extend(delta.token_ids)
-                    made += readers[choice].push(delta)
+                    if self.readers is None or delta.logprobs is None:
+                        made += readers[choice].push(delta)
+                    else:
+                        made += _with_logprobs(self.readers[choice], delta, unplaced[choice])
                     ended = delta.finish_reason
                     if ended is not None:
                         told = self.readers[choice].finish_reason(ended) if self.readers else ended
@@ -90,6 +96,22 @@ class Conversation:
         return message, finish
 
 
+def _with_logprobs(reader: AnswerReader, delta: TextDelta, unplaced: list[list[Logprob]]) -> list[ChatEvent]:
+    """The events of a delta, the first text of which has the log probabilities since the last; those of thoughts and calls
+    are left out."""
+    thoughts = reader.num_reasoning_tokens
+    events = reader.push(delta)
+    if reader.num_reasoning_tokens == thoughts:
+        unplaced += delta.logprobs or []
+    for event in events:
+        if isinstance(event, Text) and unplaced:
+            event.logprobs = unplaced[:]
+            unplaced.clear()
+        elif isinstance(event, ToolStart | ToolArgs):
+            unplaced.clear()
+    return events
+
+
 async def start_chat(
     context: Context,
     request: ChatCompletionRequest,
@@ -118,7 +140,7 @@ async def start_chat(
     )
     request_id = reply_id(prefix, request.request_id)
     watched = None if thinking is None else thinking.engine
-    run = Run(context, request, [prompt], request_id=request_id, thinking=watched)
+    run = Run(context, request, [prompt], request_id=request_id, thinking=[watched])
     readers = choice_readers(
         tools,
         thinking,
@@ -149,6 +171,7 @@ async def _prepare(
     context: Context, request: ChatCompletionRequest, before: Sequence[int], raw: str | None
 ) -> _Prepared:
     check_fields(request)
+    request = with_tools(request)
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
     if None not in (request.max_tokens, request.max_completion_tokens) and (
@@ -158,7 +181,8 @@ async def _prepare(
             "max_tokens and max_completion_tokens differ.", param="max_tokens", cure="Send only the second."
         )
     frontend = context.frontend
-    request, budget = _with_thinking(context, request)
+    template = await context.templates.choose(request.chat_template)
+    request, budget = _with_thinking(context, request, template.source)
     tools = await tool_plan(context, request)
     params = await structured_outputs(context, request, tools)
     markers_are_special = (
@@ -186,18 +210,16 @@ async def _prepare(
 async def count_prompt(context: Context, request: ChatCompletionRequest) -> int:
     """How many tokens the prompt of a chat request has; nothing is generated."""
     context.check_model(request.model)
-    request, _ = _with_thinking(context, request)
+    request, _ = _with_thinking(context, request, context.frontend.template.source)
     return len(await chat_ids(context, request, await tool_plan(context, request)))
 
 
 def _with_thinking(
-    context: Context, request: ChatCompletionRequest
+    context: Context, request: ChatCompletionRequest, source: str | None
 ) -> tuple[ChatCompletionRequest, int | None]:
     """The request with the template's own switches for thinking set, and the budget of thoughts."""
     frontend = context.frontend
-    asked = asked_thinking(
-        request.reasoning_effort, request.thinking_token_budget, frontend.thinking, frontend.template.source
-    )
+    asked = asked_thinking(request.reasoning_effort, request.thinking_token_budget, frontend.thinking, source)
     if asked.variables:
         given = {**asked.variables, **(request.chat_template_kwargs or {})}
         request = msgspec.structs.replace(request, chat_template_kwargs=given)

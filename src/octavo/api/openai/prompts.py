@@ -13,7 +13,7 @@ from octavo.api.chat.request import ChatPrompt, ChatRequest
 from octavo.api.chat.tools import ToolPlan
 from octavo.api.frontend import LARGE_TEXT
 from octavo.api.openai.context import Context
-from octavo.api.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from octavo.api.openai.schema import ChatCompletionRequest, CompletionRequest
 from octavo.errors import RequestError
 from octavo.protocol import bounds
 from octavo.protocol.generate import SamplingParams
@@ -100,10 +100,11 @@ async def encode_text(context: Context, text: str, add_special_tokens: bool) -> 
 
 
 async def chat_ids(
-    context: Context, request: ChatCompletionRequest | TokenizeRequest, tools: ToolPlan | None = None
+    context: Context, request: ChatCompletionRequest, tools: ToolPlan | None = None
 ) -> list[int]:
-    """Token ids of the conversation (and its tools) put through the model's chat template."""
+    """Token ids of the conversation (and its tools) put through the chat template."""
     frontend = context.frontend
+    template = await context.templates.choose(request.chat_template)
     continues = bool(request.continue_final_message)
     chat = ChatRequest(
         messages=request.messages or [],
@@ -115,10 +116,13 @@ async def chat_ids(
         add_special_tokens=bool(request.add_special_tokens),
         chat_template_kwargs=request.chat_template_kwargs or {},
         tools=None if tools is None else [tool.for_template() for tool in tools.tools],
-        documents=request.documents if isinstance(request, ChatCompletionRequest) else None,
+        documents=request.documents,
         explain_tools=frontend.tool_syntax is GENERIC,
     )
-    return await ChatPrompt(frontend.tokenizer, frontend.template).token_ids_async(chat)
+    prompt = ChatPrompt(frontend.tokenizer, template)
+    if template is not frontend.template:  # how long it takes is the client's choice
+        return await asyncio.to_thread(prompt.token_ids, chat)
+    return await prompt.token_ids_async(chat)
 
 
 async def chat_prompt(

@@ -24,8 +24,8 @@ class Run:
     """Hands ``prompts`` (prepared ids and parameters) to the engine and follows their choices to the end.
 
     Choices are numbered as OpenAI does: those of the first prompt first. ``counts_output`` False leaves generated
-    tokens out of the usage (a request that only scores its prompt). ``thinking`` is what the engine watches. With ``pooling`` each
-    prompt becomes a vector. Raises ``QueueFullError`` or ``EngineDeadError``
+    tokens out of the usage (a request that only scores its prompt). ``thinking`` is what the engine watches of each prompt. With ``pooling`` each
+    prompt becomes a vector, and ``second_at`` says of each where the second text of its pair begins. Raises ``QueueFullError`` or ``EngineDeadError``
     at once, before anything is answered.
     """
 
@@ -37,8 +37,9 @@ class Run:
         *,
         request_id: str,
         counts_output: bool = True,
-        thinking: Thinking | None = None,
+        thinking: Sequence[Thinking | None] = (),
         pooling: Pooling | None = None,
+        second_at: Sequence[int] = (),
     ) -> None:
         self.context = context
         self.prompts = prompts
@@ -71,8 +72,9 @@ class Run:
                         request_id=request_id if len(prompts) == 1 else f"{request_id}-{i}",
                         priority=request.priority or 0,
                         cache_salt=context.caller.cache_salt(request.cache_salt),
-                        thinking=thinking,
+                        thinking=thinking[i] if thinking else None,
                         pooling=pooling,
+                        second_at=second_at[i] if second_at else 0,
                         terms=terms,
                     )
                 )

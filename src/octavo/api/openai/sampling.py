@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from octavo.api.beam import check_beam_fields
@@ -21,6 +22,7 @@ COPIED = (
     *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
     *("skip_special_tokens", "include_stop_str_in_output", "allowed_token_ids", "bad_words"),
+    *("repetition_detection", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers"),
 )
 
 
@@ -56,6 +58,8 @@ async def structured_outputs(
 
     Checked, so later use is quick.
     """
+    if request.dry_multiplier:  # its breakers are looked up in the whole vocabulary
+        await asyncio.to_thread(context.frontend.dry, sampling_params(context, request))
     params, param = request.structured_outputs, "structured_outputs"
     asked = request.response_format
     if asked is not None and asked.type != "text":
@@ -93,9 +97,9 @@ def sampling_params(
     context: Context,
     request: SamplingFields,
     *,
-    max_tokens: int | None,
-    logprobs: int | None,
-    prompt_logprobs: int | None,
+    max_tokens: int | None = None,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
     structured_outputs: StructuredOutputsParams | None = None,
     skip_special_tokens: bool | None = None,
 ) -> SamplingParams:

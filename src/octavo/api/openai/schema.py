@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from octavo.api.chat.effort import Effort
 from octavo.protocol import bounds
-from octavo.protocol.generate import StructuredOutputsParams
+from octavo.protocol.generate import RepetitionDetectionParams, StructuredOutputsParams
 
 NumTopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 MaxTokensOrZero = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -49,7 +49,6 @@ Messages = Annotated[
     ),
 ]
 ToolName = Annotated[str, Meta(min_length=1, max_length=256)]
-Truncate = Annotated[int, Meta(ge=-1, le=2**31 - 1)]  # keep so many last tokens; -1: as many as fit
 User = Annotated[str, Meta(max_length=1024)]
 
 
@@ -110,6 +109,7 @@ class NamedToolChoice(msgspec.Struct, kw_only=True):
 
 
 Tools = Annotated[list[Tool], Meta(max_length=256)]
+Functions = Annotated[list[FunctionDefinition], Meta(max_length=256)]
 
 
 class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -118,7 +118,6 @@ class NotYet(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     best_of: Any = None
     kv_transfer_params: Any = None
     logits_processors: Any = None
-    repetition_detection: Any = None
     spaces_between_special_tokens: Any = None
     store: Any = None
     metadata: Any = None
@@ -134,7 +133,7 @@ class SamplingFields(NotYet, kw_only=True):
     """Fields of every generation request; names as OpenAI and vLLM have them."""
 
     model: ModelName | None = None
-    truncate_prompt_tokens: Truncate | None = None
+    truncate_prompt_tokens: bounds.Truncate | None = None
     n: bounds.Count | None = None
     temperature: bounds.Temperature | None = None
     top_p: bounds.TopP | None = None
@@ -149,6 +148,11 @@ class SamplingFields(NotYet, kw_only=True):
     stop_token_ids: bounds.StopTokenIds | None = None
     allowed_token_ids: bounds.AllowedTokenIds | None = None
     bad_words: bounds.BadWords | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
+    dry_multiplier: bounds.DryMultiplier | None = None
+    dry_base: bounds.DryBase | None = None
+    dry_allowed_length: bounds.DryLength | None = None
+    dry_sequence_breakers: bounds.DryBreakers | None = None
     min_tokens: bounds.MinTokens | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -175,16 +179,12 @@ class ChatNotYet(SamplingFields, kw_only=True):
     """Known fields of chat that are not served yet."""
 
     audio: Any = None
-    chat_template: Any = None
-    function_call: Any = None
-    functions: Any = None
     mm_processor_kwargs: Any = None
     media_io_kwargs: Any = None
     modalities: Any = None
     prediction: Any = None
     verbosity: Any = None
     web_search_options: Any = None
-    echo: Any = None
 
 
 class CompletionNotYet(SamplingFields, kw_only=True):
@@ -202,10 +202,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "verbosity": ("medium",),
-    "echo": (False,),
     "suffix": ("",),
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
@@ -227,6 +224,11 @@ class ChatCompletionRequest(ChatNotYet, kw_only=True):
     """
 
     messages: Messages
+    chat_template: bounds.TemplateSource | None = None
+    echo: bool | None = None
+    functions: Functions | None = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
+    return_prompt_text: bool | None = None
     documents: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
     safety_identifier: User | None = None
     prompt_cache_key: User | None = None
@@ -254,6 +256,7 @@ class CompletionRequest(CompletionNotYet, kw_only=True):
     logprobs: NumTopLogprobs | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
+    thinking_token_budget: bounds.ThinkingBudget | None = None
 
 
 # Looked up for every request, so read from the types only once.
@@ -269,7 +272,9 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: bounds.TemplateSource | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
     return_token_strs: bool | None = None
 
 
@@ -407,6 +412,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     content: str | None
     refusal: str | None = None
     tool_calls: list[ToolCall] | UnsetType = UNSET
+    function_call: FunctionCall | UnsetType = UNSET  # where the request has ``functions``
     reasoning: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET  # the same, for older clients
 
@@ -434,6 +440,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     system_fingerprint: str | None = None
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_text: str | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, omit_defaults=True):
@@ -442,6 +449,7 @@ class ChatDelta(msgspec.Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionCall | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None  # the same, for older clients
 
@@ -468,6 +476,7 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_text: str | UnsetType = UNSET
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):

@@ -6,11 +6,13 @@ from octavo.api.frontend import check_token_ids
 from octavo.api.openai.context import Context
 from octavo.api.openai.prompts import chat_ids, encode_text
 from octavo.api.openai.schema import (
+    ChatCompletionRequest,
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
     TokenizeResponse,
 )
+from octavo.api.openai.tools import tool_plan
 from octavo.errors import RequestError
 
 
@@ -20,7 +22,16 @@ async def tokenize(context: Context, request: TokenizeRequest) -> TokenizeRespon
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("Give either prompt or messages.", param="prompt")
     if request.messages is not None:
-        ids = await chat_ids(context, request)
+        chat = ChatCompletionRequest(
+            messages=request.messages,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=request.add_special_tokens,
+            chat_template=request.chat_template,
+            chat_template_kwargs=request.chat_template_kwargs,
+            tools=request.tools,
+        )
+        ids = await chat_ids(context, chat, await tool_plan(context, chat))
     else:
         ids = await encode_text(context, request.prompt or "", request.add_special_tokens is not False)
     tokenizer = context.frontend.tokenizer

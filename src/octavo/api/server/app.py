@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import msgspec
@@ -16,9 +17,9 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo import __version__
+from octavo.api.chat.given import GivenTemplates
 from octavo.api.frontend import Frontend
 from octavo.api.openai.context import Context, Stream
-from octavo.api.openai.responses.store import ResponseStore
 from octavo.api.server.auth import BearerAuth, route_path
 from octavo.api.server.body import BodyDecoder, check_media_type, read_body
 from octavo.api.server.errors import (
@@ -31,12 +32,12 @@ from octavo.api.server.errors import (
 from octavo.api.server.hosts import HostCheck
 from octavo.api.server.keys import Caps, KeyRing, caller_of
 from octavo.api.server.limits import BodyLimit
-from octavo.api.server.metrics import RequestMetrics
 from octavo.api.server.openapi import document
 from octavo.api.server.options import ServerSettings
 from octavo.api.server.request_log import RequestLog
 from octavo.api.server.route import Reply, Route, Service
 from octavo.api.server.routes import route_table
+from octavo.api.server.shared import Own, Shared
 from octavo.api.server.sse import EventStream, until_disconnect
 from octavo.api.server.tracing import trace_exporter
 from octavo.engine.client.base import EngineClient
@@ -57,27 +58,31 @@ class Endpoint:
             self.decoder = BodyDecoder(route.body, ignore_unknown=ignore)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begin = time.perf_counter()
         try:
             service, caps = self._admit(scope)
-            with caps.one():
+            async with caps.one():
                 response = await self._respond(service, Request(scope, receive))
                 await response(scope, receive, send)
-            self._count(response.status_code)
+            self._count(response.status_code, begin)
         except ClientGoneError:
             return
         except asyncio.CancelledError:  # only a shutdown cancels a connection
             error = ShuttingDownError("The server is shutting down.", "Send the request again.")
-            await self._fail(error, scope, receive, send)
-        except Exception as error:  # noqa: BLE001  the one place where every failure becomes a reply
-            await self._fail(error, scope, receive, send)
+            await self._fail(error, begin, scope, receive, send)
+        except BaseException as error:  # the one place where every failure becomes a reply
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            await self._fail(error, begin, scope, receive, send)
 
-    async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _fail(self, error: BaseException, begin: float, scope: Scope, receive: Receive, send: Send) -> None:
         reply = error_reply(error)
-        self._count(reply.status)
+        self._count(reply.status, begin)
         await reply.response(dialect_of(self.route.path))(scope, receive, send)
 
-    def _count(self, status: int) -> None:
-        self.service.metrics.http[self.route.method, self.route.path, f"{status // 100}xx"] += 1
+    def _count(self, status: int, begin: float) -> None:
+        seconds = time.perf_counter() - begin
+        self.service.metrics.answered(self.route.method, self.route.path, status, seconds)
 
     def _admit(self, scope: Scope) -> tuple[Service, Caps]:
         """What this caller may work with; ``ForbiddenError`` where the key does not open this route."""
@@ -123,13 +128,17 @@ class Routing:
             await error_reply(error).response(dialect_of(route_path(scope)))(scope, receive, send)
 
 
-def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings) -> ASGIApp:
+def build_app(
+    frontend: Frontend, client: EngineClient, settings: ServerSettings, shared: Shared | None = None
+) -> ASGIApp:
     """The ASGI application that serves ``frontend`` over HTTP.
 
-    Every route wants a key where the settings have any, but for ``/health`` and ``/ping``.
+    Every route wants a key where the settings have any, but for ``/health`` and ``/ping``. ``shared`` is what it has in
+    common with other processes, where there are any.
     """
-    ring = KeyRing(settings.api_keys, settings.key_entries, settings.admin_api_key)
-    metrics = RequestMetrics()
+    shared = shared or Own(settings.response_limits)
+    ring = KeyRing(settings.api_keys, settings.key_entries, settings.admin_api_key, shared.caps)
+    metrics = shared.metrics
     if settings.enable_log_requests:
         metrics.observers.append(RequestLog(frontend.tokenizer, settings.max_log_len))
     if settings.otlp_traces_endpoint is not None:
@@ -138,9 +147,10 @@ def build_app(frontend: Frontend, client: EngineClient, settings: ServerSettings
         )
     if client.info.facts.can_generate:
         log.info("Tools are called in the format %s.", frontend.tool_syntax.name)  # found and proved now
-    context = Context(frontend, client.info, settings.served_model_names, metrics.start, __version__)
-    store = ResponseStore(settings.response_limits)
-    service = Service(context, client, settings, metrics, store)
+    templates = GivenTemplates(frontend.template, trusted=settings.trust_request_chat_template)
+    names = settings.served_model_names
+    context = Context(frontend, client.info, names, metrics.start, __version__, templates)
+    service = Service(context, client, settings, metrics, shared)
     routes = [*route_table()]
     made = msgspec.json.encode(
         document(routes, version=__version__, root_path=settings.root_path, secured=not ring.is_open)

@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from octavo.api import cohere
 from octavo.api.anthropic import schema as anthropic
 from octavo.api.anthropic.messages import count_tokens, messages
 from octavo.api.ollama import generate as ollama_generate
@@ -16,7 +17,8 @@ from octavo.api.ollama.embed import embed, old_embed
 from octavo.api.openai import pooling_schema as pooling
 from octavo.api.openai import schema, tokens
 from octavo.api.openai.context import Context
-from octavo.api.openai.embeddings import embeddings, rerank, score
+from octavo.api.openai.embeddings import classify, embeddings, rerank, score
+from octavo.api.openai.embeddings import pooling as pooled
 from octavo.api.server.invocations import invocations
 from octavo.api.server.response_routes import response_routes
 from octavo.api.server.route import Reply, Route, Service
@@ -36,6 +38,17 @@ def _pooling() -> tuple[Route, ...]:
             "A vector for every input.",
             pooling.EmbeddingRequest,
             pooling.EmbeddingReply,
+        ),
+        row(
+            "/pooling",
+            pooled,
+            "Vectors or classes of every input.",
+            pooling.PoolingRequest,
+            pooling.PoolingReply,
+        ),
+        row("/classify", classify, "Classes of every input.", pooling.ClassifyRequest, pooling.ClassifyReply),
+        row(
+            "/v2/embed", cohere.embed, "Vectors of texts (Cohere).", cohere.CohereRequest, cohere.CohereReply
         ),
         *(
             row(path, score, alike, pooling.ScoreRequest, pooling.ScoreReply)

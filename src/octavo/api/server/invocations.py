@@ -13,8 +13,8 @@ from octavo.api.openai import schema
 from octavo.api.openai.chat import chat_completions
 from octavo.api.openai.completions import completions
 from octavo.api.openai.context import Context
-from octavo.api.openai.embeddings import embeddings, rerank, score
-from octavo.api.openai.pooling_schema import EmbeddingRequest, RerankRequest, ScoreRequest
+from octavo.api.openai.embeddings import classify, embeddings, rerank, score
+from octavo.api.openai.pooling_schema import ClassifyRequest, EmbeddingRequest, RerankRequest, ScoreRequest
 from octavo.api.server.body import BodyDecoder, check_media_type, read_body
 from octavo.api.server.route import Reply, Service
 from octavo.api.server.sse import until_disconnect
@@ -41,8 +41,15 @@ POOLING = (
     Target(("query", "documents"), RerankRequest, rerank),
     Target(("text_1",), ScoreRequest, score),
     Target(("queries",), ScoreRequest, score),
+    Target(("data_1",), ScoreRequest, score),
     Target(("input",), EmbeddingRequest, embeddings),
     Target(("messages",), EmbeddingRequest, embeddings),
+)
+# The same for a model with a classification head.
+CLASSIFYING = (
+    *POOLING[:4],
+    Target(("input",), ClassifyRequest, classify),
+    Target(("messages",), ClassifyRequest, classify),
 )
 
 
@@ -51,7 +58,8 @@ async def invocations(service: Service, request: Request, _: None) -> Reply:
     raw = await read_body(request, service.settings.max_body_bytes)
     check_media_type(request)
     facts = service.context.info.facts
-    target = _target(_names(raw), (*GENERATING, *POOLING) if facts.can_generate else POOLING)
+    pooling = CLASSIFYING if facts.labels else POOLING
+    target = _target(_names(raw), (*GENERATING, *pooling) if facts.can_generate else pooling)
     decoder = BodyDecoder(target.body, ignore_unknown=service.settings.ignore_unknown_fields)
     return await until_disconnect(request.receive, target.answer(service.context, decoder.decode(raw)))
 

@@ -19,8 +19,8 @@ import hashlib
 import hmac
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,17 +110,25 @@ class Caps:
         self._tokens = float(requests_per_minute or 0)  # a bucket that a minute fills
         self._filled_s = clock()
 
-    @contextmanager
-    def one(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
         """One request; ``QueueFullError`` where it is one too many."""
-        self._take()
-        self._num_open += 1
+        self.take()
         try:
             yield
         finally:
-            self._num_open -= 1
+            self.give()
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """A request begins; ``QueueFullError`` where it is one too many."""
+        self._check()
+        self._num_open += 1
+
+    def give(self) -> None:
+        """It is over."""
+        self._num_open -= 1
+
+    def _check(self) -> None:
         if self._max_concurrent is not None and self._num_open >= self._max_concurrent:
             raise QueueFullError(f"This key has {self._num_open} requests under way, as many as it may.")
         if self._per_minute is None:
@@ -136,12 +144,22 @@ class Caps:
         self._tokens -= 1
 
 
+def caps_for(entry: KeyEntry) -> Caps:
+    """The caps of one key, counted in this process."""
+    return Caps(entry.max_concurrent, entry.requests_per_minute)
+
+
 class KeyRing:
     """All keys of a server. Only digests are kept, and all of them are compared (CVE-2025-59425)."""
 
     def __init__(
-        self, keys: Sequence[str] = (), entries: Sequence[KeyEntry] = (), admin_key: str | None = None
+        self,
+        keys: Sequence[str] = (),
+        entries: Sequence[KeyEntry] = (),
+        admin_key: str | None = None,
+        caps_of: Callable[[KeyEntry], Caps] | None = None,
     ) -> None:
+        caps_of = caps_of or caps_for
         self._entries: list[tuple[bytes, Caller, Caps]] = []
         for key in keys:
             self._entries.append((digest(key.encode()), ANYBODY, Caps()))
@@ -153,9 +171,7 @@ class KeyRing:
                 models=None if entry.models is None else frozenset(entry.models),
                 salt=None if entry.share_prefix_cache else entry.name,
             )
-            self._entries.append(
-                (entry.digest, caller, Caps(entry.max_concurrent, entry.requests_per_minute))
-            )
+            self._entries.append((entry.digest, caller, caps_of(entry)))
         self.is_open = not self._entries
         if admin_key is not None:
             admin = Caller(name="admin", scopes=frozenset({"metrics", "admin"}))

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -23,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from octavo.api.caller import ANYBODY, Caller
 from octavo.api.openai.schema import Timings
+from octavo.api.server.fronts.messages import Counts
 from octavo.protocol.control import EngineInfo, EngineStats
 from octavo.protocol.generate import SamplingParams, Times
 
@@ -39,6 +41,12 @@ TOKEN_LATENCY_BUCKETS = (
 REQUEST_BUCKETS = (
     *(0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+HTTP_BUCKETS = (0.01, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0)
+# Those that the engine counts by (engine/cache/watch.py).
+PAGE_AGES = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+    *(10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0),
 )
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -66,7 +74,7 @@ class Histogram:
 
 
 class RequestMetrics:
-    """What the front half counts itself; one instance a server."""
+    """What the front half counts itself; one instance a process."""
 
     def __init__(self) -> None:
         self.histograms = {
@@ -89,10 +97,18 @@ class RequestMetrics:
             {"stop": 0, "length": 0, "abort": 0}
         )  # series exist from the start
         self.http: Counter[tuple[str, str, str]] = Counter()  # method, route, status class
+        self.http_seconds: dict[tuple[str, str], Histogram] = {}  # method, route
         self.prompt_tokens_cached = 0
         self.by_key: Counter[tuple[str, str]] = Counter()  # name of the key, what is counted
         self.in_flight = 0
         self.observers: list[Callable[[RequestTimer], None]] = []  # told of every request that is over
+
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """An HTTP request was answered, to the end."""
+        self.http[method, route, f"{status // 100}xx"] += 1
+        if (method, route) not in self.http_seconds:
+            self.http_seconds[method, route] = Histogram(HTTP_BUCKETS)
+        self.http_seconds[method, route].observe(seconds)
 
     def start(
         self, num_prompts: int, n: int, max_tokens: int | None, caller: Caller = ANYBODY
@@ -103,6 +119,34 @@ class RequestMetrics:
             self.histograms["request_params_max_tokens"].observe(max_tokens)
         self.in_flight += 1
         return RequestTimer(self, num_prompts * n, caller)
+
+    def counts(self) -> Counts:
+        """Everything, for another process."""
+        return Counts(
+            histograms={name: (found.counts, found.sum) for name, found in self.histograms.items()},
+            finished=dict(self.finished),
+            http=[(*key, count) for key, count in self.http.items()],
+            http_seconds=[(*key, found.counts, found.sum) for key, found in self.http_seconds.items()],
+            by_key=[(*key, count) for key, count in self.by_key.items()],
+            prompt_tokens_cached=self.prompt_tokens_cached,
+            in_flight=self.in_flight,
+        )
+
+    def add(self, counts: Counts) -> None:
+        """Count what another process has counted."""
+        for name, (numbers, total) in counts.histograms.items():
+            mine = self.histograms[name]
+            mine.counts = [old + new for old, new in zip(mine.counts, numbers, strict=True)]
+            mine.sum += total
+        self.finished.update(counts.finished)
+        self.http.update({(method, route, status): count for method, route, status, count in counts.http})
+        for method, route, numbers, total in counts.http_seconds:
+            timed = self.http_seconds.setdefault((method, route), Histogram(HTTP_BUCKETS))
+            timed.counts = [old + new for old, new in zip(timed.counts, numbers, strict=True)]
+            timed.sum += total
+        self.by_key.update({(key, what): count for key, what, count in counts.by_key})
+        self.prompt_tokens_cached += counts.prompt_tokens_cached
+        self.in_flight += counts.in_flight
 
 
 @dataclass
@@ -309,6 +353,14 @@ class _Snapshot(Collector):
         for key, count in self.requests.http.items():
             http.add_metric(list(key), count)
         yield http
+        timed = HistogramMetricFamily(
+            "http_request_duration_seconds",
+            "From a request's head to its last byte.",
+            labels=["method", "handler"],
+        )
+        for route, histogram in self.requests.http_seconds.items():
+            timed.add_metric(list(route), histogram.buckets(), histogram.sum)
+        yield timed
 
     def _engine(self, stats: EngineStats) -> Iterator[Metric]:
         """What of the engine's numbers has labels of its own."""
@@ -343,6 +395,21 @@ class _Snapshot(Collector):
         buckets.append(("+Inf", float(running)))
         iterations.add_metric(self.values, buckets, float(stats.num_step_tokens))
         yield iterations
+        for name, ages in (
+            ("kv_block_lifetime_seconds", stats.page_lifetimes),
+            ("kv_block_idle_before_evict_seconds", stats.page_idles),
+            ("kv_block_reuse_gap_seconds", stats.page_gaps),
+        ):
+            if ages:
+                yield self._ages(name, ages)
+
+    def _ages(self, name: str, ages: list[float]) -> Metric:
+        """Ages of cached pages, as the engine counts them."""
+        text = f"{name.replace('_', ' ').removeprefix('kv ')} of a sample of pages."
+        family = HistogramMetricFamily(f"{self.prefix}:{name}", text.capitalize(), labels=self.labels)
+        bounds = [*map(str, PAGE_AGES), "+Inf"]
+        family.add_metric(self.values, list(zip(bounds, accumulate(ages[:-1]))), ages[-1])
+        return family
 
     def _counter(
         self, name: str, text: str, values: dict[tuple[str, ...], float], labels: Sequence[str] = ()

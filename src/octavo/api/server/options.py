@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from octavo.api.openai.responses.store import StoreLimits
     from octavo.api.server.keys import KeyEntry
 
+MAX_FRONTS = 64
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -24,6 +25,12 @@ class ServerOptions:
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface.")
     port: int = option(8000, "TCP port; 0 picks a free one.")
     uds: str | None = option(None, "Unix socket path to listen on instead of host and port.")
+    api_server_count: int | None = option(
+        None,
+        "Processes that share the port and the engine; each speaks HTTP, tokenizes and detokenizes (default: 1, more for "
+        "small models on a GPU with many cores).",
+        short="-asc",
+    )
     api_key: tuple[str, ...] = option(
         (),
         "Key a client must send as a bearer token; repeat for several. Guards every route but /health and /ping.",
@@ -52,12 +59,18 @@ class ServerOptions:
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests get to finish after SIGTERM; 0 aborts them at once."
     )
+    max_engine_restarts: int = option(
+        0, "How often an engine that has died is started anew; then the server ends with status 1."
+    )
     timeout_keep_alive: int = option(5, "Seconds an idle connection is kept open.")
     sse_heartbeat: float = option(
         15.0, "Seconds between comment lines on a stream that waits for its first token; 0 for none."
     )
     metrics_prefix: str = option(
         "octavo", "Prefix of the metric names; vllm fits existing dashboards.", ("octavo", "vllm")
+    )
+    trust_request_chat_template: bool = option(
+        False, "Let requests bring a chat_template of their own (run in the sandbox, like the model's)."
     )
     ignore_unknown_fields: bool = option(
         False, "Ignore request fields that are not known instead of answering 400."
@@ -83,6 +96,10 @@ class ServerOptions:
         """Raise ``UsageError`` where values contradict each other."""
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port must be between 0 and 65535, got {self.port}.")
+        if self.api_server_count is not None and not 1 <= self.api_server_count <= MAX_FRONTS:
+            raise UsageError(
+                f"--api-server-count must be from 1 to {MAX_FRONTS}, got {self.api_server_count}."
+            )
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
             raise UsageError("TLS needs both --ssl-keyfile and --ssl-certfile.", "Give the other one too.")
         for flag, value in (
@@ -101,6 +118,7 @@ class ServerOptions:
         for flag, count in (
             ("--response-store-size", self.response_store_size),
             ("--response-store-mib", self.response_store_mib),
+            ("--max-engine-restarts", self.max_engine_restarts),
         ):
             if not 0 <= count < 1 << 20:
                 raise UsageError(f"{flag} must be from 0 to {(1 << 20) - 1}, got {count}.")
@@ -173,6 +191,7 @@ class ServerSettings:
     sse_heartbeat_s: float = 15.0
     metrics_prefix: str = "octavo"
     ignore_unknown_fields: bool = False
+    trust_request_chat_template: bool = False
     response_limits: StoreLimits = field(default_factory=lambda: store_limits())
 
     @classmethod
@@ -194,6 +213,7 @@ class ServerSettings:
             sse_heartbeat_s=options.sse_heartbeat,
             metrics_prefix=options.metrics_prefix,
             ignore_unknown_fields=options.ignore_unknown_fields,
+            trust_request_chat_template=options.trust_request_chat_template,
             response_limits=store_limits(
                 options.response_store_size,
                 options.response_store_mib << 20,

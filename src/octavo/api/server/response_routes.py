@@ -12,7 +12,7 @@ from octavo.api.server.route import Reply, Route, Service
 
 def _responses(service: Service) -> Responses:
     """As the caller of this request may use them."""
-    return Responses(service.context, service.store)
+    return Responses(service.context, service.shared.keeper)
 
 
 async def _create(service: Service, request: Request, body: schema.ResponsesRequest) -> Reply:
@@ -24,20 +24,20 @@ async def _count(service: Service, request: Request, body: schema.InputTokensReq
 
 
 async def _get(service: Service, request: Request, body: None) -> Reply:
-    return _responses(service).get(owner_of(request.scope), request.path_params["response_id"])
+    return await _responses(service).get(owner_of(request.scope), request.path_params["response_id"])
 
 
 async def _cancel(service: Service, request: Request, body: None) -> Reply:
-    return _responses(service).cancel(owner_of(request.scope), request.path_params["response_id"])
+    return await _responses(service).cancel(owner_of(request.scope), request.path_params["response_id"])
 
 
 async def _delete(service: Service, request: Request, body: None) -> Reply:
-    return _responses(service).delete(owner_of(request.scope), request.path_params["response_id"])
+    return await _responses(service).delete(owner_of(request.scope), request.path_params["response_id"])
 
 
 async def _items(service: Service, request: Request, body: None) -> Reply:
     owner, response_id = owner_of(request.scope), request.path_params["response_id"]
-    return _responses(service).list_input(owner, response_id, request.query_params)
+    return await _responses(service).list_input(owner, response_id, request.query_params)
 
 
 def response_routes() -> tuple[Route, ...]:

@@ -13,10 +13,10 @@ from starlette.responses import Response
 
 from octavo.api.caller import Caller
 from octavo.api.openai.context import Context, Stream
-from octavo.api.openai.responses.store import ResponseStore
 from octavo.api.server.errors import ForbiddenError
 from octavo.api.server.metrics import RequestMetrics
 from octavo.api.server.options import ServerSettings
+from octavo.api.server.shared import Shared
 from octavo.engine.client.base import EngineClient
 
 Reply = msgspec.Struct | Stream | Response
@@ -31,7 +31,7 @@ class Service:
     client: EngineClient
     settings: ServerSettings
     metrics: RequestMetrics
-    store: ResponseStore
+    shared: Shared
 
     def for_caller(self, caller: Caller, route: str, headers: Sequence[tuple[bytes, bytes]]) -> Service:
         """The same, as the owner of a key sees it: with the models the key may use."""

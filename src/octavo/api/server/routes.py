@@ -70,7 +70,7 @@ async def _version(service: Service, _: Request, body: None) -> Reply:
 
 
 async def _load(service: Service, _: Request, body: None) -> Reply:
-    return Load(service.metrics.in_flight)
+    return Load((await service.shared.totals()).in_flight)
 
 
 async def _metrics(service: Service, _: Request, body: None) -> Reply:
@@ -83,7 +83,7 @@ async def _metrics(service: Service, _: Request, body: None) -> Reply:
         except (TimeoutError, EngineDeadError):
             stats = None  # a busy or dying engine must not take the front half's own numbers away
     page = render(
-        service.metrics,
+        await service.shared.totals(),
         service.context.info,
         stats,
         prefix=service.settings.metrics_prefix,

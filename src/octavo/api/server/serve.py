@@ -5,25 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import errno
 import logging
 import signal
 import socket
 import ssl
-import stat
 import threading
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.config import LOGGING_CONFIG
 
 from octavo.api.server.limits import limited_protocol
+from octavo.api.server.listen import bind, check, url
 from octavo.api.server.options import ServerOptions
 from octavo.engine.client.base import EngineClient
-from octavo.errors import UsageError
+from octavo.engine.client.renewed import RenewedClient
+from octavo.errors import OctavoError
 
 log = logging.getLogger("octavo.server")
 
@@ -33,35 +33,81 @@ LAST_WORDS_SECONDS = 1.0  # for replies that say why a request was cut off
 DEAD_ENGINE_SECONDS = 5.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 Start = Callable[[], Awaitable[tuple[ASGIApp, EngineClient]]]
 
 
-def run_server(start: Start, options: ServerOptions, *, on_ready: Callable[[str], None] | None = None) -> int:
+class Siblings(Protocol):
+    """The server's further front processes, as the first one sees them."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether all run, or will again."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether all take requests."""
+
+    def stop(self, force: bool = False) -> None:
+        """Let them drain; with ``force`` no longer."""
+
+    def engine_lost(self) -> None:
+        """The engine has ended: their open requests end with an error."""
+
+    def engine_renewed(self, client: EngineClient) -> None:
+        """Another has taken its place."""
+
+    async def ended(self) -> None:
+        """Wait until they have, and end what does not."""
+
+
+def run_server(
+    start: Start,
+    options: ServerOptions,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    listener: socket.socket | None = None,
+    siblings: Siblings | None = None,
+) -> int:
     """Serve until a signal or the engine's death; returns the exit status (0 after a signal, 1 after a death).
 
     The address is bound first, so that a port in use is reported (``UsageError``) before minutes of loading. ``start``
     then builds the engine and the application on the event loop they will live on. ``on_ready`` gets the URL when
-    requests are accepted; by default one line is printed. The engine is closed at the end.
+    requests are accepted; by default one line is printed. The engine is closed at the end. ``listener`` is a socket
+    that is bound already.
     """
-    options.check()
-    options.keys()
-    options.key_entries()
-    check_tls(options)
-    with (
-        contextlib.closing(bind(options)) as listener,
-        asyncio.Runner(loop_factory=_loop_factory()) as runner,
-    ):
-        return runner.run(_run(start, options, listener, on_ready or _announce))
+    if listener is None:
+        check(options)
+        listener = bind(options)
+    with contextlib.closing(listener), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_run(start, options, listener, on_ready or _announce, siblings))
 
 
 async def _run(
-    start: Start, options: ServerOptions, listener: socket.socket, on_ready: Callable[[str], None]
+    start: Start,
+    options: ServerOptions,
+    listener: socket.socket,
+    on_ready: Callable[[str], None],
+    siblings: Siblings | None,
 ) -> int:
-    app, client = await start()
     try:
-        return await serve(app, client, options, listener, on_ready=on_ready)
+        app, client = await start()
+        try:
+            if options.is_open and options.uds is None and options.host not in LOOPBACK:
+                log.warning(
+                    "There is no --api-key: whoever reaches %s can use this server.", url(options, listener)
+                )
+            return await serve(app, client, options, listener, on_ready=on_ready, siblings=siblings)
+        finally:
+            if siblings is not None:
+                siblings.stop()
+                await siblings.ended()
+            await client.close()
     finally:
-        await client.close()
+        if siblings is not None:  # also where the start failed
+            siblings.stop()
+            await siblings.ended()
 
 
 async def serve(
@@ -72,88 +118,32 @@ async def serve(
     *,
     on_ready: Callable[[str], None] | None = None,
     stop: asyncio.Event | None = None,
+    siblings: Siblings | None = None,
+    first: bool = True,
 ) -> int:
     """Serve ``app`` on a bound socket until a signal, ``stop`` or the engine's death; returns the exit status.
 
-    Signals are handled when this runs in the main thread; elsewhere ``stop`` is the way to end it.
+    Signals are handled when this runs in the main thread; elsewhere ``stop`` is the way to end it. With ``siblings`` the
+    server is ready when they are, and stops them with itself. Only the ``first`` process of a server hears Ctrl-C and
+    removes its unix socket.
     """
-    server = _Server(_config(app, options))
-    if options.is_open and options.uds is None and options.host not in LOOPBACK:
-        log.warning("There is no --api-key: whoever reaches %s can use this server.", url(options, listener))
+    server = _Server(_config(app, options), SIGNALS if first else SIGNALS[:1], siblings)
 
     def ready() -> None:
         if on_ready is not None:
             on_ready(url(options, listener))
 
-    watcher = asyncio.ensure_future(_watch(server, client, stop, ready))
+    watcher = asyncio.ensure_future(
+        _watch(server, client, stop, ready, options.max_engine_restarts, siblings)
+    )
     try:
         await server.serve(sockets=[listener])
     finally:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
-        if options.uds is not None:
+        if options.uds is not None and first:
             Path(options.uds).unlink(missing_ok=True)
     return server.status
-
-
-def bind(options: ServerOptions) -> socket.socket:
-    """The listening address, reserved; ``UsageError`` in one sentence where that is impossible."""
-    if options.uds is not None:
-        return _bind_unix(options.uds)
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError:
-        raise UsageError(f"--host {options.host} is not an address of this machine.") from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        where = f"{options.host}:{options.port}"
-        if error.errno == errno.EADDRINUSE:
-            raise UsageError(
-                f"The address {where} is in use by another program.", "Stop it, or choose another --port."
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise UsageError(
-                f"This user may not listen on {where}.", "Choose a --port from 1024 on."
-            ) from None
-        raise UsageError(
-            f"{where} cannot be listened on: {error.strerror}.", "Choose another --host."
-        ) from None
-    return listener
-
-
-def check_tls(options: ServerOptions) -> None:
-    """``UsageError`` for certificate files that cannot be used; without this they would fail after the loading."""
-    if options.ssl_certfile is None:
-        return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # A password is never asked for: a server that waits at a prompt looks like one that hangs.
-        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, password=lambda: b"")
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(
-            f"--ssl-certfile {options.ssl_certfile} with --ssl-keyfile {options.ssl_keyfile} is not usable: {error}.",
-            "Give a certificate and its unencrypted private key as PEM files.",
-        ) from None
-    if options.ssl_ca_certs is not None:
-        try:
-            context.load_verify_locations(options.ssl_ca_certs)
-        except (OSError, ssl.SSLError) as error:
-            raise UsageError(f"--ssl-ca-certs {options.ssl_ca_certs} is not usable: {error}.") from None
-
-
-def url(options: ServerOptions, listener: socket.socket) -> str:
-    """Where clients find the API."""
-    if options.uds is not None:
-        return f"unix:{options.uds}"
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    return f"{'https' if options.ssl_certfile else 'http'}://{host}:{port}{options.root_path}/v1"
 
 
 class _Server(uvicorn.Server):
@@ -161,24 +151,33 @@ class _Server(uvicorn.Server):
 
     status = 0
 
+    def __init__(
+        self, config: uvicorn.Config, signals: Sequence[signal.Signals], siblings: Siblings | None
+    ) -> None:
+        super().__init__(config)
+        self.signals = signals
+        self.siblings = siblings
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self.signals:
             loop.add_signal_handler(number, self.stop)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in self.signals:
                 loop.remove_signal_handler(number)
 
     def stop(self) -> None:
         """Drain; the second call stops waiting for what still runs."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self.siblings is not None:
+            self.siblings.stop(self.force_exit)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
@@ -191,21 +190,55 @@ class _Server(uvicorn.Server):
 
 
 async def _watch(
-    server: _Server, client: EngineClient, stop: asyncio.Event | None, on_ready: Callable[[], None]
+    server: _Server,
+    client: EngineClient,
+    stop: asyncio.Event | None,
+    on_ready: Callable[[], None],
+    restarts: int,
+    siblings: Siblings | None,
 ) -> None:
-    while not server.started:
+    while not server.started or (siblings is not None and siblings.alive and not siblings.ready):
         await asyncio.sleep(0.01)
-    on_ready()
-    while client.alive:
-        if stop is not None and stop.is_set():
-            server.stop()
+    if siblings is None or siblings.alive:
+        on_ready()
+    done = 0
+    while True:
+        while client.alive and (siblings is None or siblings.alive):
+            if stop is not None and stop.is_set():
+                server.stop()
+                return
+            await asyncio.sleep(WATCH_SECONDS)
+        if server.should_exit:
             return
-        await asyncio.sleep(WATCH_SECONDS)
-    if not server.should_exit:
-        log.error("The engine has stopped; the server ends.")
-        server.status = 1
-        server.config.timeout_graceful_shutdown = int(DEAD_ENGINE_SECONDS)
-        server.should_exit = True
+        if client.alive:
+            log.error("Front processes keep ending; the server ends.")
+            break
+        if siblings is not None:
+            siblings.engine_lost()
+        if done >= restarts or not isinstance(client, RenewedClient) or not await _renewed(client):
+            log.error("The engine has stopped; the server ends.")
+            break
+        done += 1
+        log.warning("The engine has been started anew (%d of %d times).", done, restarts)
+        if siblings is not None:
+            siblings.engine_renewed(client)
+    server.status = 1
+    server.config.timeout_graceful_shutdown = int(DEAD_ENGINE_SECONDS)
+    server.stop()
+
+
+async def _renewed(client: RenewedClient) -> bool:
+    """Whether an engine that died could be started anew."""
+    log.error("The engine has died; it is started anew.")
+    try:
+        await client.renew()
+    except OctavoError as error:
+        log.error("It cannot be started: %s", error)
+        return False
+    except Exception:
+        log.exception("It cannot be started.")
+        return False
+    return True
 
 
 def _config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
@@ -239,32 +272,11 @@ def _log_config() -> dict[str, Any]:
     return config
 
 
-def _bind_unix(path: str) -> socket.socket:
-    file = Path(path)
-    if file.exists() and not stat.S_ISSOCK(file.stat().st_mode):
-        raise UsageError(f"--uds {path} exists and is not a socket.", "Choose another path.")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if file.exists():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                if probe.connect_ex(path) == 0:
-                    raise UsageError(f"--uds {path} is in use by another program.", "Choose another path.")
-            file.unlink()  # left behind by a process that was killed
-        listener.bind(path)
-    except UsageError:
-        listener.close()
-        raise
-    except OSError as error:
-        listener.close()
-        raise UsageError(f"--uds {path} cannot be listened on: {error.strerror or error}.") from None
-    return listener
-
-
 def _announce(address: str) -> None:
     print(f"Octavo is ready at {address}", flush=True)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop
     except ImportError:  # Windows

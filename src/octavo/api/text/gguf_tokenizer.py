@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
+from octavo.api.text.merge_cache import kept_merges
 from octavo.api.text.pieces import SPACE_MARK
 from octavo.api.text.pretokenizers import pre_tokenizer_row
 from octavo.errors import ModelFileError
@@ -126,10 +128,13 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
     unknown = next((tokens[i] for i, kind in enumerate(types) if kind == UNKNOWN), None)
     if unknown is None and isinstance(unk_id := metadata.get("tokenizer.ggml.unknown_token_id"), int):
         unknown = tokens[unk_id] if 0 <= unk_id < len(tokens) else None
+    vocabulary = _vocabulary(tokens)
     try:
         model = BPE(
-            _vocabulary(tokens),
-            sentencepiece_merges(tokens, scores, types),
+            vocabulary,
+            kept_merges(
+                tokens, scores, types, partial(sentencepiece_merges, tokens, scores, types), vocabulary
+            ),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
@@ -221,6 +226,7 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     value = metadata.get(key)
+    value = list(value) if isinstance(value, Sequence) else value
     if not isinstance(value, list) or not value or set(map(type, value)) != {str}:
         raise ModelFileError(f"The GGUF file's {key} is missing or not a list of strings.")
     return value

@@ -75,6 +75,10 @@ class ChatTemplate:
                 f"The chat template is not valid: {_describe(error)}", "Use --chat-template FILE."
             ) from None
 
+    def instead(self, source: str) -> ChatTemplate:
+        """Another template for the same model; raises ``ModelFileError`` where ``source`` is no jinja."""
+        return ChatTemplate(source, self._specials)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

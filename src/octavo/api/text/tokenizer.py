@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from octavo.api.text.pieces import PieceRules
 from octavo.errors import ModelFileError
 from octavo.files.base import ModelFiles
 
+MAX_KEPT_SETS = 32
 MAX_TOKENIZER_BYTES = 512 << 20
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -45,6 +48,7 @@ class Tokenizer:
         self._to_bytes = rules.compiled()
         self.strip_start = rules.strip_start
         self._table: list[bytes | None] = [None] * self.vocab_size
+        self._with: dict[str, frozenset[int]] = {}
 
     @cached_property
     def longest_token(self) -> int:
@@ -54,6 +58,18 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written out in the text become their ids."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_pair(
+        self, first: str, second: str, most: tuple[int | None, int | None] = (None, None)
+    ) -> tuple[list[int], int]:
+        """Token ids of two texts, of each at most so many, as one input, and where the second begins (0 where this
+        model is not told)."""
+        a, b = (self.backend.encode(text, add_special_tokens=False) for text in (first, second))
+        for part, count in zip((a, b), most):
+            if count is not None:
+                part.truncate(count)
+        made = self.backend.post_process(a, b)
+        return made.ids, made.type_ids.index(1) if 1 in made.type_ids else 0
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """``encode`` of every text, in parallel where there are many."""
@@ -76,6 +92,35 @@ class Tokenizer:
         if piece is None:
             piece = self._table[token_id] = self._bytes_of(token_id)
         return piece
+
+    def tokens_with(self, text: str) -> frozenset[int]:
+        """All tokens that have ``text`` in theirs; the latest answers are kept."""
+        found = self._with.pop(text, None)
+        if found is None:
+            found = frozenset(self._search(text.encode()))
+        self._with[text] = found
+        if len(self._with) > MAX_KEPT_SETS:
+            self._with.pop(next(iter(self._with)), None)  # another thread may have been here too
+        return found
+
+    def _search(self, part: bytes) -> Iterator[int]:
+        """Tokens with ``part`` in them: one search through all of them, because clients choose what is looked for."""
+        joined, starts = self._joined
+        at = joined.find(part)
+        while at >= 0:
+            token = bisect_right(starts, at) - 1
+            if at + len(part) < starts[token + 1]:  # not over the gap between two tokens
+                yield token
+                at = joined.find(part, starts[token + 1])
+            else:
+                at = joined.find(part, at + 1)
+
+    @cached_property
+    def _joined(self) -> tuple[bytes, list[int]]:
+        """The bytes of all tokens with a gap of one byte behind each, and where each begins; the last entry is the end."""
+        pieces = [self.token_bytes(i) for i in range(self.vocab_size)]
+        starts = [0, *accumulate(len(piece) + 1 for piece in pieces)]
+        return b"".join([piece + b"\0" for piece in pieces]), starts
 
     def token_text(self, token_id: int) -> str:
         """One token as text (logprobs show it so); incomplete UTF-8 shows as U+FFFD."""

@@ -36,9 +36,11 @@ NAMES = {"max_tokens": "max_output_tokens", "response_format": "text.format", "m
 COPIED = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "logit_bias", "seed", "stop", "ignore_eos", "include_stop_str_in_output"),
+    "skip_special_tokens",
     *("priority", "cache_salt", "request_id", "structured_outputs", "thinking_token_budget"),
     *("chat_template_kwargs", "stream", "user"),
 )
+LOGPROBS = "message.output_text.logprobs"  # of ``include``
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -96,6 +98,8 @@ def chat_request(
         for name in COPIED:
             setattr(chat, name, getattr(body, name))
         chat.max_completion_tokens = body.max_output_tokens
+        if body.top_logprobs or LOGPROBS in (body.include or ()):
+            chat.logprobs, chat.top_logprobs = True, body.top_logprobs
     return chat
 
 

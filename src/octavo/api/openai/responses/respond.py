@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -14,7 +14,9 @@ import msgspec
 from octavo.api.chat.events import Finish
 from octavo.api.openai.context import Context, Stream, StreamForm
 from octavo.api.openai.conversation import Conversation, count_prompt, renamed, start_chat
+from octavo.api.openai.logprobs import TokenNames
 from octavo.api.openai.responses.items import (
+    LOGPROBS,
     NAMES,
     chat_request,
     input_items,
@@ -22,6 +24,7 @@ from octavo.api.openai.responses.items import (
     output_turns,
     turns_of,
 )
+from octavo.api.openai.responses.keeper import ResponseKeeper
 from octavo.api.openai.responses.schema import (
     Deleted,
     Event,
@@ -34,14 +37,15 @@ from octavo.api.openai.responses.schema import (
     TextConfig,
     TextFormat,
 )
-from octavo.api.openai.responses.store import Kept, ResponseStore
+from octavo.api.openai.responses.store import Kept
 from octavo.api.openai.responses.writer import ResponseWriter
 from octavo.errors import OctavoError, RequestError
 
 log = logging.getLogger("octavo.server")
 
 FORM = StreamForm(done=b"", error_head=b"event: error\ndata: ")
-SERVED_INCLUDES = {"reasoning.encrypted_content"}  # thoughts are in the clear, which serves the same end
+# Thoughts are in the clear, which serves the end of the first.
+SERVED_INCLUDES = {"reasoning.encrypted_content", LOGPROBS}
 MAX_LISTED = 100
 FAILED = "The engine could not finish this response; the server's log has the cause."
 
@@ -49,7 +53,7 @@ FAILED = "The engine could not finish this response; the server's log has the ca
 class Responses:
     """The routes over one served model and one store; ``owner`` is whose responses they are."""
 
-    def __init__(self, context: Context, store: ResponseStore) -> None:
+    def __init__(self, context: Context, store: ResponseKeeper) -> None:
         self._context = context
         self._store = store
 
@@ -57,24 +61,24 @@ class Responses:
         """Answer; with ``background`` at once, while the answer is still being made."""
         _check(body)
         if body.background:
-            self._store.check_running(owner)
+            await self._store.check_running(owner)
         items = input_items(body.input)
         now = turns_of(items)
-        earlier = self._earlier(owner, body.previous_response_id)
+        earlier = await self._earlier(owner, body.previous_response_id)
         response_id = f"resp_{body.request_id}" if body.request_id else new_id("resp")
         turns = await self._fitting(body, earlier, now)
         with renamed(NAMES):
             chat = await start_chat(self._context, chat_request(body, turns, ()), "resp_")
         response = self._begun(body, chat, response_id)
         kept = Kept(response, items)
-        keep = partial(self._store.put, owner, kept) if body.store is not False else _forget
+        keep = partial(self._store.keep, owner, kept) if body.store is not False else _forget
         answer = _Answer(chat, kept, [*earlier, *now], keep)
         if body.stream:
             return Stream(answer.stream(), chat.run.close, FORM)
         if body.background:
             kept.stop = answer.cancel
             response.status = "queued"
-            answer.keep()
+            await answer.keep()
             kept.task = asyncio.create_task(answer.run_alone())
             return response
         await answer.run()
@@ -84,33 +88,27 @@ class Responses:
 
     async def count(self, owner: str, body: InputTokensRequest) -> InputTokens:
         """How many tokens the prompt of such a request has."""
-        earlier = self._earlier(owner, body.previous_response_id)
+        earlier = await self._earlier(owner, body.previous_response_id)
         turns = await self._fitting(body, earlier, turns_of(input_items(body.input)))
         with renamed(NAMES):
             return InputTokens(input_tokens=await count_prompt(self._context, chat_request(body, turns, ())))
 
-    def get(self, owner: str, response_id: str) -> Response:
+    async def get(self, owner: str, response_id: str) -> Response:
         """A response that is kept."""
-        return self._store.get(owner, response_id).response
+        return (await self._store.fetch(owner, response_id)).response
 
-    def cancel(self, owner: str, response_id: str) -> Response:
+    async def cancel(self, owner: str, response_id: str) -> Response:
         """End a response that runs in the background; one that is over stays as it is."""
-        kept = self._store.get(owner, response_id)
-        if not kept.response.background:
-            raise RequestError("Only background responses can be cancelled.", param="response_id")
-        if kept.stop is not None:
-            kept.stop()
-        return kept.response
+        return await self._store.cancel(owner, response_id)
 
-    def delete(self, owner: str, response_id: str) -> Deleted:
+    async def delete(self, owner: str, response_id: str) -> Deleted:
         """Forget a response."""
-        self._store.get(owner, response_id)
-        self._store.remove(owner, response_id)
+        await self._store.forget(owner, response_id)
         return Deleted(id=response_id)
 
-    def list_input(self, owner: str, response_id: str, query: Mapping[str, str]) -> ItemList:
+    async def list_input(self, owner: str, response_id: str, query: Mapping[str, str]) -> ItemList:
         """The items of a response's request, in the order and number that ``query`` asks for."""
-        items = self._store.get(owner, response_id).items
+        items = (await self._store.fetch(owner, response_id)).items
         limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
         if not limit.isdigit() or not 1 <= int(limit[:9]) <= MAX_LISTED:
             raise RequestError(f"limit must be from 1 to {MAX_LISTED}.", param="limit")
@@ -130,10 +128,10 @@ class Responses:
             has_more=len(listed) > len(page),
         )
 
-    def _earlier(self, owner: str, response_id: str | None) -> Sequence[Mapping[str, Any]]:
+    async def _earlier(self, owner: str, response_id: str | None) -> Sequence[Mapping[str, Any]]:
         if response_id is None:
             return ()
-        kept = self._store.get(owner, response_id)
+        kept = await self._store.fetch(owner, response_id)
         if kept.response.status not in ("completed", "incomplete"):
             raise RequestError(
                 f"The response {response_id!r} is {kept.response.status}; it cannot be gone on from.",
@@ -182,6 +180,7 @@ class Responses:
             text=body.text or TextConfig(format=TextFormat()),
             tool_choice=body.tool_choice or "auto",
             tools=body.tools or [],
+            top_logprobs=body.top_logprobs or 0,
             top_p=sampling.top_p,
             truncation=body.truncation or "disabled",
             user=body.user,
@@ -198,7 +197,7 @@ def _check(body: ResponsesRequest) -> None:
         raise RequestError("background and stream exclude each other here.", param="background")
 
 
-def _forget() -> None:
+async def _forget() -> None:
     """A response that nobody may ask for again."""
 
 
@@ -206,7 +205,11 @@ class _Answer:
     """One response being made; ``keep`` stores what there is of it."""
 
     def __init__(
-        self, chat: Conversation, kept: Kept, turns: list[Mapping[str, Any]], keep: Callable[[], None]
+        self,
+        chat: Conversation,
+        kept: Kept,
+        turns: list[Mapping[str, Any]],
+        keep: Callable[[], Awaitable[None]],
     ) -> None:
         self.chat = chat
         self.keep = keep
@@ -214,7 +217,8 @@ class _Answer:
         self.turns = turns
         self.error: Exception | None = None
         self.events = bytearray()
-        self.writer = ResponseWriter(kept.response, self._encode)
+        names = TokenNames(chat.context.frontend.tokenizer, as_ids=False)
+        self.writer = ResponseWriter(kept.response, self._encode, names)
 
     def _encode(self, event: Event) -> None:
         if self.chat.request.stream:
@@ -232,14 +236,14 @@ class _Answer:
         try:
             await self.run()
         except Exception as error:  # noqa: BLE001  whatever it is, it ends this response and no other
-            self._fail(error)
+            await self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    async def _fail(self, error: Exception) -> None:
         response = self.kept.response
         log.error("response %s failed: %s", response.id, error)
         self.kept.stop = None
         self.writer.fail(FAILED)
-        self.keep()
+        await self.keep()
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The events, as they come; an error before the first is raised."""
@@ -250,9 +254,11 @@ class _Answer:
                     if not begun:
                         begun = True
                         writer.start()
+                        if self.kept.stop is not None:  # in the background: others may look
+                            await self.keep()
                     for event in batch:
                         if isinstance(event, Finish):
-                            self._finish(event)
+                            await self._finish(event)
                         else:
                             writer.add(event)
                     if self.events:
@@ -262,17 +268,17 @@ class _Answer:
             self.error = error
             if not begun:
                 raise
-            self._fail(error)
+            await self._fail(error)
             yield bytes(self.events)
 
-    def _finish(self, finish: Finish) -> None:
+    async def _finish(self, finish: Finish) -> None:
         if self.kept.response.status == "cancelled":
             return
         reader = self.chat.readers[0] if self.chat.readers else None
         self.writer.finish(finish, 0 if reader is None else reader.num_reasoning_tokens)
         self.kept.turns = [*self.turns, *output_turns(self.kept.response.output)]
         self.kept.stop = None
-        self.keep()
+        await self.keep()  # before the client hears of the end: it may go on from here at once
 
     def cancel(self) -> None:
         """End it where it is."""

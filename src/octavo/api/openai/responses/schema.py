@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from octavo.api.chat.effort import Effort
-from octavo.api.openai.schema import ModelName, ToolName, User
+from octavo.api.openai.schema import ModelName, NumTopLogprobs, TokenLogprob, ToolName, User
 from octavo.protocol import bounds
 from octavo.protocol.generate import StructuredOutputsParams
 
@@ -116,7 +116,7 @@ class ResponsesRequest(InputTokensRequest, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: bounds.Temperature | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=0)] | None = None
+    top_logprobs: NumTopLogprobs | None = None
     top_p: bounds.TopP | None = None
     user: User | None = None
     top_k: bounds.TopK | None = None
@@ -129,6 +129,7 @@ class ResponsesRequest(InputTokensRequest, kw_only=True):
     stop: bounds.StopString | bounds.StopStrings | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     priority: bounds.Priority | None = None
     cache_salt: bounds.CacheSalt | None = None
     request_id: bounds.RequestId | None = None
@@ -145,7 +146,7 @@ class OutputText(msgspec.Struct, kw_only=True, tag_field="type", tag="output_tex
 
     text: str
     annotations: list[Any] = []
-    logprobs: list[Any] = []
+    logprobs: list[TokenLogprob] = []
 
 
 class ReasoningText(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning_text"):
@@ -293,4 +294,4 @@ class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
     text: str | None = None
     arguments: str | None = None
     name: str | None = None
-    logprobs: list[Any] | None = None
+    logprobs: list[TokenLogprob] | None = None

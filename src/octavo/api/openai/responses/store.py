@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from octavo.api.openai.responses.schema import Response
+from octavo.api.openai.responses.schema import Failure, Response
 from octavo.errors import QueueFullError, RequestError
 
 
@@ -36,7 +36,8 @@ class StoreLimits:
 class Kept:
     """One response. ``turns`` is the conversation up to its end, ``items`` what the request itself brought.
 
-    ``stop`` ends the generation of a response that runs in the background, which is ``task``.
+    ``stop`` ends the generation of a response that runs in the background, which is ``task``; where it runs in another
+    process, ``cancel_away`` does so and returns what became of it, and ``place`` tells which.
     """
 
     response: Response
@@ -44,6 +45,8 @@ class Kept:
     turns: Sequence[Mapping[str, Any]] = ()
     stop: Callable[[], None] | None = None
     task: asyncio.Task[None] | None = None
+    cancel_away: Callable[[], Awaitable[Response]] | None = None
+    place: object = None
     nbytes: int = 0
     written_s: float = field(default=0.0)
 
@@ -59,15 +62,23 @@ class ResponseStore:
     def get(self, owner: str, response_id: str) -> Kept:
         """The response, or ``ResponseNotFoundError``."""
         self._expire()
-        mine = self._owners.get(owner)
-        kept = None if mine is None else mine.get(response_id)
+        kept = self.peek(owner, response_id)
         if kept is None:
-            raise ResponseNotFoundError(
-                f"No response {response_id!r} is kept.",
-                param="response_id",
-                cure=f"Responses are kept for {self.limits.seconds:g} seconds, at most {self.limits.entries} a key.",
-            )
+            raise not_kept(response_id, self.limits)
         return kept
+
+    def peek(self, owner: str, response_id: str) -> Kept | None:
+        """The response, if it is kept."""
+        mine = self._owners.get(owner)
+        return None if mine is None else mine.get(response_id)
+
+    def fail_at(self, place: object, failure: Failure) -> None:
+        """What runs at ``place`` has no longer anybody to finish it."""
+        for mine in self._owners.values():
+            for kept in mine.values():
+                if kept.place is place and kept.stop is not None:
+                    kept.stop = kept.cancel_away = None
+                    kept.response.status, kept.response.error = "failed", failure
 
     def put(self, owner: str, kept: Kept) -> None:
         """Keep a response (again, after it changed); makes room for it."""
@@ -123,3 +134,12 @@ class ResponseStore:
     def _forget_empty(self, owner: str) -> None:
         if not self._owners.get(owner, True):
             del self._owners[owner]
+
+
+def not_kept(response_id: str, limits: StoreLimits) -> ResponseNotFoundError:
+    """The error for an id that nobody knows, or no longer."""
+    return ResponseNotFoundError(
+        f"No response {response_id!r} is kept.",
+        param="response_id",
+        cure=f"Responses are kept for {limits.seconds:g} seconds, at most {limits.entries} a key.",
+    )

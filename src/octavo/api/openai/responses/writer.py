@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from octavo.api.chat.events import ChatEvent, Finish, Reasoning, Text, ToolArgs, ToolStart
+from octavo.api.openai.logprobs import TokenNames, chat_logprobs
 from octavo.api.openai.responses.items import new_id
 from octavo.api.openai.responses.schema import (
     Event,
@@ -22,6 +23,8 @@ from octavo.api.openai.responses.schema import (
     Status,
     Usage,
 )
+from octavo.api.openai.schema import TokenLogprob
+from octavo.protocol.generate import Logprob
 
 Emit = Callable[[Event], None]
 
@@ -29,9 +32,11 @@ Emit = Callable[[Event], None]
 class ResponseWriter:
     """Fills ``response`` and tells ``emit`` every event, numbered from 0, when it is complete."""
 
-    def __init__(self, response: Response, emit: Emit) -> None:
+    def __init__(self, response: Response, emit: Emit, names: TokenNames) -> None:
         self.response = response
         self._emit = emit
+        self._names = names
+        self._logprobs: list[TokenLogprob] = []  # of the open message
         self._number = 0
         self._item: OutputItem | None = None  # the open one
         self._parts: list[str] = []
@@ -46,7 +51,7 @@ class ResponseWriter:
         """Go on by one event (all but ``Finish``)."""
         if isinstance(event, Text):
             if event.text:
-                self._text(event.text)
+                self._text(event.text, event.logprobs or [])
         elif isinstance(event, Reasoning):
             self._thought(event.text)
         elif isinstance(event, ToolStart):
@@ -94,10 +99,12 @@ class ResponseWriter:
         self._number += 1
         self._emit(event)
 
-    def _text(self, text: str) -> None:
+    def _text(self, text: str, rows: list[list[Logprob]]) -> None:
         if not isinstance(self._item, OutputMessage):
             self._open_message()
-        self._piece("response.output_text.delta", text, content_index=0, logprobs=[])
+        told = chat_logprobs(self._names, rows, self.response.top_logprobs).content
+        self._logprobs += told
+        self._piece("response.output_text.delta", text, content_index=0, logprobs=told)
 
     def _open_message(self) -> None:
         self._open(OutputMessage(id=new_id("msg"), status="in_progress", content=[]))
@@ -115,12 +122,16 @@ class ResponseWriter:
 
     def _open(self, item: OutputItem) -> None:
         self._close("completed")
-        self._item, self._parts = item, []
+        self._item, self._parts, self._logprobs = item, [], []
         self.response.output.append(item)
         self._tell(Event(type="response.output_item.added", output_index=self._place, item=item))
 
     def _piece(
-        self, kind: str, text: str, content_index: int | None = None, logprobs: list[object] | None = None
+        self,
+        kind: str,
+        text: str,
+        content_index: int | None = None,
+        logprobs: list[TokenLogprob] | None = None,
     ) -> None:
         self._parts.append(text)
         self._told(Event(type=kind, delta=text, content_index=content_index, logprobs=logprobs))
@@ -139,8 +150,9 @@ class ResponseWriter:
         if item is None:
             return
         if isinstance(item, OutputMessage):
-            item.content = [OutputText(text=text)]
-            self._told(Event(type="response.output_text.done", text=text, content_index=0, logprobs=[]))
+            told = self._logprobs
+            item.content = [OutputText(text=text, logprobs=told)]
+            self._told(Event(type="response.output_text.done", text=text, content_index=0, logprobs=told))
             self._part("response.content_part.done", item.content[0])
         elif isinstance(item, ReasoningItem):
             item.content = [ReasoningText(text=text)]
