@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -99,11 +100,15 @@ def imported(tree: ast.AST) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("path", files(), ids=module)
-def test_imports_go_down(path: Path) -> None:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports_go_down(path: Path) -> None:
     here = module(path)
     allowed = IMPORTS[room(here)] | FREE | ({room(here)} - {"model.families"})
-    for target, line in imported(ast.parse(path.read_text())):
+    for target, line in imported(tree_of(path)):
         if target == "__version__":
             continue
         assert any(inside(target, prefix) for prefix in allowed), (
@@ -113,13 +118,12 @@ def test_imports_go_down(path: Path) -> None:
 
 def test_families_never_import_each_other() -> None:
     for path in (SOURCE / "model" / "families").glob("*.py"):
-        for target, line in imported(ast.parse(path.read_text())):
+        for target, line in imported(tree_of(path)):
             assert not inside(target, "model.families"), f"{path.name}:{line} imports {target}"
 
 
-@pytest.mark.parametrize("path", files(), ids=module)
-def test_no_function_local_imports_of_our_own(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+def no_function_local_imports_of_our_own(path: Path) -> None:
+    tree = tree_of(path)
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             local = imported(function)
@@ -128,13 +132,12 @@ def test_no_function_local_imports_of_our_own(path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("path", files(), ids=module)
-def test_torch_free_parts_do_not_import_torch(path: Path) -> None:
+def torch_free_parts_do_not_import_torch(path: Path) -> None:
     here = module(path)
     relative = str(path.relative_to(SOURCE))
     if not (any(inside(here, part) for part in TORCH_FREE) or relative in TORCH_FREE_FILES):
         return
-    for node in ast.parse(path.read_text()).body:  # top level only: a lazy third-party import is allowed
+    for node in tree_of(path).body:  # top level only: a lazy third-party import is allowed
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -146,13 +149,12 @@ def test_torch_free_parts_do_not_import_torch(path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("path", files(), ids=module)
-def test_sizes(path: Path) -> None:
+def sizes(path: Path) -> None:
     text = path.read_text()
     relative = path.relative_to(SOURCE)
     lines = text.count("\n")
     assert lines <= MAX_FILE, f"{relative} has {lines} lines, at most {MAX_FILE}"
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             size = (node.end_lineno or 0) - node.lineno + 1
             is_kernel = "jit" in " ".join(ast.unparse(d) for d in node.decorator_list) or (
@@ -170,10 +172,9 @@ def test_sizes(path: Path) -> None:
             assert len(methods) <= limit, f"{relative}:{node.lineno} {node.name} has {len(methods)} methods"
 
 
-@pytest.mark.parametrize("path", files(), ids=module)
-def test_no_pickle_no_eval_no_remote_code(path: Path) -> None:
+def no_pickle_no_eval_no_remote_code(path: Path) -> None:
     banned_modules = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         where = f"{path.relative_to(SOURCE)}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]
@@ -187,10 +188,9 @@ def test_no_pickle_no_eval_no_remote_code(path: Path) -> None:
         assert not isinstance(node, ast.Assert), f"{where}: assert vanishes under -O; raise an error"
 
 
-@pytest.mark.parametrize("path", files(), ids=module)
-def test_no_module_level_mutable_state(path: Path) -> None:
+def no_module_level_mutable_state(path: Path) -> None:
     """R3: a lower-case module variable bound to a list, dict or set, or a ``global`` statement."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Global), f"{path.relative_to(SOURCE)}:{node.lineno}: global"
     for node in tree.body:
@@ -202,3 +202,13 @@ def test_no_module_level_mutable_state(path: Path) -> None:
                 assert name.strip("_").isupper(), (
                     f"{path.relative_to(SOURCE)}:{node.lineno}: {name} is mutable state"
                 )
+
+
+@pytest.mark.parametrize("path", files(), ids=module)
+def test_rules(path: Path) -> None:
+    imports_go_down(path)
+    no_function_local_imports_of_our_own(path)
+    torch_free_parts_do_not_import_torch(path)
+    sizes(path)
+    no_pickle_no_eval_no_remote_code(path)
+    no_module_level_mutable_state(path)

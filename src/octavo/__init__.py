@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from octavo.config import EngineOptions as EngineOptions
     from octavo.llm import LLM as LLM
     from octavo.protocol.generate import BeamSearchParams as BeamSearchParams
+    from octavo.protocol.generate import PoolingParams as PoolingParams
     from octavo.protocol.generate import SamplingParams as SamplingParams
     from octavo.protocol.generate import StructuredOutputsParams as StructuredOutputsParams
 
@@ -19,6 +20,7 @@ __all__ = [
     "LLM",
     "BeamSearchParams",
     "EngineOptions",
+    "PoolingParams",
     "SamplingParams",
     "StructuredOutputsParams",
     "__version__",
@@ -28,6 +30,7 @@ _HOMES = {
     "LLM": "octavo.llm",
     "EngineOptions": "octavo.config",
     "BeamSearchParams": "octavo.protocol.generate",
+    "PoolingParams": "octavo.protocol.generate",
     "SamplingParams": "octavo.protocol.generate",
     "StructuredOutputsParams": "octavo.protocol.generate",
 }

@@ -96,6 +96,10 @@ class CacheOptions:
     )
     num_gpu_blocks_override: int | None = option(None, "Number of pages, for tests.")
     enable_prefix_caching: bool = option(True, "Keep pages of earlier prompts and reuse them.")
+    kv_cache_metrics: bool = option(
+        False, "Measure how long cached pages live, lie idle and wait to be used again (see /metrics)."
+    )
+    kv_cache_metrics_sample: float = option(0.01, "Share of the pages that is measured.")
     kv_cache_dtype: str = option(
         "auto",
         "Type of cached keys and values: auto: that of activations; fp8: half of its bytes (GPUs of compute capability 8.9 "
@@ -138,12 +142,18 @@ class DeviceOptions:
     )
 
 
+MAX_CONCURRENT_BATCHES = 3  # what the runner's upload buffers outlive
+
+
 @dataclass(frozen=True)
 class ParallelOptions:
     """How one model is spread over devices, and how many copies of it run."""
 
     tensor_parallel_size: int = option(1, "Devices that share every layer.", short="-tp")
     pipeline_parallel_size: int = option(1, "Stages of layers, each on devices of its own.", short="-pp")
+    max_concurrent_batches: int = option(
+        1, "Steps under way at once, one in each stage of a pipeline, each for a share of the requests."
+    )
     data_parallel_size: int = option(1, "Copies of the model, each with its own devices.", short="-dp")
     enable_expert_parallel: bool = option(
         False, "Give each tensor parallel device whole experts instead of a slice of every expert."
@@ -156,14 +166,21 @@ class ParallelOptions:
     master_port: int = option(29501, "Port of machine 0 where the others join; the next one carries plans.")
     distributed_executor_backend: str | None = option(
         None,
-        "uni: in the engine's process; mp: a process for every device, also for a single one (default: by their number).",
-        ("mp", "uni"),
+        "uni: in the engine's process; mp: a process for every device, also for a single one; ray: the same on the machines "
+        "of a Ray cluster; external_launcher: this process is one of those that torchrun or the like has started (default: "
+        "by the number of devices).",
+        ("mp", "uni", "ray", "external_launcher"),
     )
     disable_custom_all_reduce: bool = option(
         False, "Sum over devices by NCCL alone, without the one-shot kernel for small messages."
     )
     distributed_timeout_seconds: float = option(
-        300.0, "A rank that gives no sign of life for so long while it starts or computes has failed."
+        300.0, "A rank that reports nothing for so long while it starts has failed; no step may take longer."
+    )
+    execute_model_timeout_seconds: float = option(
+        20.0,
+        "A rank that hangs for so long has failed (while it starts: three times that); so has a step that takes longer, "
+        "unless steps before it were that slow.",
     )
 
     def __post_init__(self) -> None:
@@ -191,6 +208,28 @@ class ParallelOptions:
             raise UsageError(f"--master-port must be from 1 to 65534, got {self.master_port}.")
         if self.distributed_timeout_seconds <= 0:
             raise UsageError("--distributed-timeout-seconds must be above 0.")
+        most = min(self.pipeline_parallel_size, MAX_CONCURRENT_BATCHES)
+        if not 1 <= self.max_concurrent_batches <= most:
+            raise UsageError(
+                f"--max-concurrent-batches must be from 1 to {most} (a step for each stage, at most "
+                f"{MAX_CONCURRENT_BATCHES}), got {self.max_concurrent_batches}.",
+                "Leave it out, or raise --pipeline-parallel-size.",
+            )
+        if self.execute_model_timeout_seconds < 2:
+            raise UsageError(
+                f"--execute-model-timeout-seconds must be at least 2, got {self.execute_model_timeout_seconds:g}: ranks give "
+                "two signs of life a second."
+            )
+        if self.distributed_executor_backend == "ray" and self.nnodes > 1:
+            raise UsageError(
+                "--distributed-executor-backend ray places ranks itself; it does not go with --nnodes.",
+                "Leave out --nnodes, or Ray.",
+            )
+        if self.distributed_executor_backend == "external_launcher" and self.data_parallel_size > 1:
+            raise UsageError(
+                "--data-parallel-size does not go with processes that others start (torchrun, external_launcher).",
+                "Start one group of processes for each copy.",
+            )
 
     @property
     def ranks(self) -> int:
@@ -200,7 +239,12 @@ class ParallelOptions:
     @property
     def uses_workers(self) -> bool:
         """Whether the model runs in processes of its own."""
-        return self.ranks > 1 or self.distributed_executor_backend == "mp"
+        return not self.is_rank and (self.ranks > 1 or self.distributed_executor_backend in ("mp", "ray"))
+
+    @property
+    def is_rank(self) -> bool:
+        """Whether this process computes a part of the model itself, beside others that schedule alike."""
+        return self.distributed_executor_backend == "external_launcher" and self.nnodes == 1
 
 
 @dataclass(frozen=True)
@@ -268,6 +312,7 @@ class Resolved:
     overlap: bool
     max_step_ms: float
     enable_prefix_caching: bool
+    watched_pages: float
     scheduling_policy: str
     max_queue_len: int
     seed: int
@@ -275,6 +320,7 @@ class Resolved:
 
 
 GIB = 1 << 30
+SMALL_MODEL_BYTES = 4 * GIB
 
 
 def parse_length(text: str | int) -> int:
@@ -333,11 +379,31 @@ def resolve(options: EngineOptions, hardware: Hardware, limits: ModelLimits) -> 
         overlap=hardware.kind == "cuda" if scheduler.overlap is None else scheduler.overlap,
         max_step_ms=_max_step_ms(scheduler.max_step_ms, hardware),
         enable_prefix_caching=cache.enable_prefix_caching,
+        watched_pages=_watched_pages(cache),
         scheduling_policy=scheduler.scheduling_policy,
         max_queue_len=scheduler.max_queue_len,
         seed=model.seed,
         kv_cache_dtype="auto" if cache.kv_cache_dtype == "auto" else "fp8",
     )
+
+
+def num_fronts(asked: int | None, *, on_gpu: bool, cores: int, weights_bytes: int, copies: int) -> int:
+    """How many processes speak HTTP. One is full at some thirty thousand chunks a second (docs/performance.md), which only
+    small models on a GPU reach, or several copies of a model. On a CPU the engine needs the cores itself."""
+    if asked is not None:
+        return asked
+    if not on_gpu:
+        return 1
+    wanted = (2 if weights_bytes < SMALL_MODEL_BYTES else 1) * copies
+    return max(1, min(wanted, cores // 4, 16))
+
+
+def _watched_pages(cache: CacheOptions) -> float:
+    if not 0 < cache.kv_cache_metrics_sample <= 1:
+        raise UsageError(
+            f"--kv-cache-metrics-sample must be above 0 and at most 1, got {cache.kv_cache_metrics_sample}."
+        )
+    return cache.kv_cache_metrics_sample if cache.kv_cache_metrics else 0.0
 
 
 def _max_step_ms(asked: float | None, hardware: Hardware) -> float:

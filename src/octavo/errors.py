@@ -54,3 +54,8 @@ class QueueFullError(RequestError):
 
 class EngineDeadError(OctavoError):
     """The engine process or its loop has died; requests in flight are lost (HTTP 503)."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust has panicked: an error of this call alone, although it is no ``Exception``."""
+    return type(error).__name__ == "PanicException"

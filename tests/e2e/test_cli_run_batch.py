@@ -28,7 +28,17 @@ def command(tmp_path: Path) -> list[str]:
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
-    return [sys.executable, "-m", "octavo", "run-batch", str(folder), *files, *ENGINE, "--max-concurrent", "2"]
+    return [
+        sys.executable,
+        "-m",
+        "octavo",
+        "run-batch",
+        str(folder),
+        *files,
+        *ENGINE,
+        "--max-concurrent",
+        "2",
+    ]
 
 
 def test_killed_and_started_again(tmp_path: Path, command: list[str]) -> None:

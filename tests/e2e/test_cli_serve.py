@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,3 +173,28 @@ def test_a_signal_ends_the_server_cleanly(server: tuple[subprocess.Popen[str], s
     process = server[0]
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
+
+
+def test_ctrl_c_ends_the_loading(model: str) -> None:
+    command = [sys.executable, "-m", "octavo", "serve", model, *ENGINE, "--port", "0"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        while not (
+            found := children.read_text().split()
+        ):  # the engine's process, which will import torch for seconds
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, output) == (130, "")
+    assert "Traceback" not in errors
+    for _ in range(500):  # nobody waits for a process whose parent has gone; it ends by itself
+        if not Path(f"/proc/{found[0]}").exists():
+            break
+        time.sleep(0.02)
+    assert not Path(f"/proc/{found[0]}").exists()

@@ -1,9 +1,25 @@
-"""GPU tests skip, visibly, where there is no CUDA device."""
+"""GPU tests skip, visibly, where there is no CUDA device; results of the parity test go to a file where one is named."""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "models"))  # what drives a network by hand
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--parity-json",
+        type=Path,
+        help="write how near bfloat16 is for each family (tests/gpu/bf16_parity.json)",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.path.parts:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def parity_results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Family -> what was measured; one process must run all families for a whole file."""
+    found: dict[str, Any] = {}
+    yield found
+    path: Path | None = request.config.getoption("--parity-json")
+    if path is not None and found:
+        results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "families": found}
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

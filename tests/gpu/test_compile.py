@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_engine import build
+from test_engine import BASE, build
+from test_families import V4
 
 from octavo.engine.core import EngineCore
 from octavo.protocol.generate import GenerateRequest, SamplingParams
@@ -28,8 +30,10 @@ CONFIG = {
 }
 
 
-def engine(tmp_path: Path, longest: int, quantization: str | None, eager: bool) -> EngineCore:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+def engine(
+    tmp_path: Path, longest: int, quantization: str | None, eager: bool, config: dict[str, Any] = CONFIG
+) -> EngineCore:
+    (tmp_path / "config.json").write_text(json.dumps(config))
     return build(
         tmp_path,
         device="cuda",
@@ -90,6 +94,27 @@ def test_no_kernel_compiles_in_service(
     serve(core, longest, 300, seed=0)
     core.close()
     assert compiled == []
+
+
+OF_COMPRESSED_ATTENTION = ("_rotate", "_head_store", "_piece", "_compress", "_attention", "_merge", "_scores", "_choose",
+                           "_logits", "_sum", "_enter", "_leave")  # fmt: skip
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_no_kernel_of_compressed_attention_compiles_in_service(
+    eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    config = {**BASE, **V4, "hidden_size": 256, "vocab_size": 1024, "max_position_embeddings": 2048}
+    del config["intermediate_size"]
+    core = engine(tmp_path, 2048, None, eager, {**config, "model_type": "deepseek_v4"})
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **info: compiled.append(str(info.get("repr")))
+    )
+    serve(core, 2048, 150, seed=1)
+    core.close()
+    assert [name for name in compiled if name.startswith(OF_COMPRESSED_ATTENTION)] == []
 
 
 def test_the_counter_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,4 +42,7 @@ def test_greedy_equals_cpu(name: str, tmp_path: Path) -> None:
     core = build(tmp_path, device="cuda", model_impl="transformers")
     assert "transformers" in core.info.architecture
     assert run(core, prompts, 24) == expected, "graphs"
-    assert run(build(tmp_path, device="cuda", model_impl="transformers", enforce_eager=True), prompts, 24) == expected
+    assert (
+        run(build(tmp_path, device="cuda", model_impl="transformers", enforce_eager=True), prompts, 24)
+        == expected
+    )

@@ -41,6 +41,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield names
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("shape", bench.SHAPES, ids=lambda shape: shape.name)
 def test_every_kernel_at_model_shapes(shape: bench.Shape) -> None:
     cases = [case for case in bench.all_cases(shape, quick=True) if case.num_bytes < 1 << 28]

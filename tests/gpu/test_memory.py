@@ -14,7 +14,7 @@ from octavo.engine.core import EngineCore
 from octavo.errors import OutOfMemoryError
 from octavo.protocol.generate import GenerateRequest, SamplingParams
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 SHARE = 0.5
 SLACK = 256 << 20  # kernels that libraries load late, and what the allocator rounds up

@@ -64,6 +64,7 @@ def test_weights_and_cache_of_every_family(family: str, tmp_path: Path) -> None:
     del network, pages
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("preset", "quantization"), [("qwen3-0.6b", None), ("llama-3.1-8b", None), ("llama-3.1-8b", "fp8")]
 )

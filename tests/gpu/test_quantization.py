@@ -4,6 +4,7 @@ once warm, and an engine for each format against the CPU's reference bodies."""
 from __future__ import annotations
 
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,21 @@ sys.path.append(str(Path(__file__).parents[1] / "ops"))
 import published
 from packed_cases import LAYOUTS, draw
 from test_load import mxfp4_model
-from test_quantized import EXPERT_FORMATS, FORMATS, blocks, gguf_model, moe_model
+from test_quantized import EXPERT_FORMATS, FORMATS, blocks, gguf_model, gguf_moe_model, moe_model
 
 from octavo.device.ops import fp8, int8, moe
+from octavo.device.ops.attention import PAGED_ATTENTION
 from octavo.device.ops.bind import Binder, OpSpec
-from octavo.device.ops.packed import LINEAR_PACKED, linear_packed, unpack
+from octavo.device.ops.packed import LINEAR_PACKED, in_fragments, linear_packed, pack_codes, unpack
+from octavo.device.ops.rope_store import ROPE_STORE
 from octavo.files.resolve import open_model
+from octavo.model.quantization.int4 import int4_layout, quantize_groups
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
 ]
+INT4 = int4_layout(4096)
 TOKENS = [1, 2, 7, 8, 9, 16, 17, 48, 64, 100, 256, 1000, 1024, 3000]
 
 
@@ -50,12 +55,16 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
+FRAGMENTS = {name: in_fragments(layout) for name, layout in LAYOUTS.items() if in_fragments(layout).fragments}
+PRODUCTS = {**LAYOUTS, **{f"{name}-fragments": layout for name, layout in FRAGMENTS.items()}}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_packed_products(name: str, dtype: torch.dtype) -> None:
     """Every tile and every number of splits; inputs that fill no run."""
-    for n, k in ((1536, 4096), (4096, 1280 if LAYOUTS[name].scales in ("k", "bytes") else 1344)):
-        weight, linear, bias = draw(LAYOUTS[name], n, k), bound(LINEAR_PACKED), normal(n, dtype=dtype)
+    for n, k in ((1536, 4096), (4096, 1280 if PRODUCTS[name].scales in ("k", "k4", "bytes") else 1344)):
+        weight, linear, bias = draw(PRODUCTS[name], n, k), bound(LINEAR_PACKED), normal(n, dtype=dtype)
         values = unpack(weight)
         for tokens in TOKENS:
             x = normal(tokens, k, dtype=dtype)
@@ -67,8 +76,9 @@ def test_packed_products(name: str, dtype: torch.dtype) -> None:
             )
 
 
-def test_packed_in_a_graph() -> None:
-    weight, linear = draw(LAYOUTS["awq"], 4096, 4096), bound(LINEAR_PACKED)
+@pytest.mark.parametrize("name", ["awq", "awq-fragments"])
+def test_packed_in_a_graph(name: str) -> None:
+    weight, linear = draw(PRODUCTS[name], 4096, 4096), bound(LINEAR_PACKED)
     for tokens in (1, 16, 64, 2048):
         x = normal(tokens, 4096)
         linear(x, weight, None)
@@ -119,13 +129,14 @@ def test_block_scaled_products() -> None:
             assert error(linear(x, weight, scales, None), expected) < 5e-3, (tokens, n, k)
 
 
-def test_nothing_compiles_once_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["q5_k", "q5_k-fragments"])
+def test_nothing_compiles_once_warm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
     compiled: list[str] = []
     hook = partial(_note, compiled)
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
-    weight, linear = draw(LAYOUTS["q5_k"], 2096, 1280), bound(LINEAR_PACKED)
+    weight, linear = draw(PRODUCTS[name], 2096, 1280), bound(LINEAR_PACKED)
     linear(normal(3, 1280), weight, None)
     warm = len(compiled)
     assert warm >= 5
@@ -166,7 +177,14 @@ def test_engines_quantized_on_load(name: str, tmp_path: Path) -> None:
     first_tokens_agree(checkpoint("llama", tmp_path), least=9, quantization=name)
 
 
-@pytest.mark.parametrize("kinds", [["Q4_0"], ["Q8_0"], ["Q4_K", "Q6_K"], ["Q5_K", "Q5_0", "Q4_1"]], ids=str)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["Q4_0"], ["Q8_0"], ["Q4_K", "Q6_K"], ["Q5_K", "Q5_0", "Q4_1"], ["Q2_K", "Q3_K"], ["IQ4_XS", "IQ4_NL"],
+        ["MXFP4", "Q5_1"],
+    ],
+    ids=str,
+)  # fmt: skip
 def test_engines_of_gguf_files(kinds: list[str], tmp_path: Path) -> None:
     path = gguf_model(tmp_path, kinds)
     core = build(path, device="cuda", dtype="bfloat16")
@@ -204,7 +222,22 @@ def test_block_types_agree_with_their_decoder() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "name", ["awq", "symmetric", "mxfp4", "nvfp4", "q4_k", "q6_k", "q8_0", "fp8", "fp8-channel"]
+    "name",
+    [
+        "awq",
+        "symmetric",
+        "mxfp4",
+        "nvfp4",
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q6_k",
+        "q8_0",
+        "iq4_xs",
+        "int4-128",
+        "fp8",
+        "fp8-channel",
+    ],
 )
 def test_packed_experts(name: str, dtype: torch.dtype) -> None:
     """Every block size, up to a whole prompt; experts that are not here give nothing."""
@@ -214,7 +247,7 @@ def test_packed_experts(name: str, dtype: torch.dtype) -> None:
     compute = bound(moe.EXPERTS_PACKED)
     for tokens in (1, 5, 40, 300, 1500):
         x = normal(tokens, hidden, dtype=dtype)
-        ids = torch.rand(tokens, num, device="cuda").argsort(1)[:, :top_k]
+        ids = torch.rand(tokens, num, device="cuda").argsort(1)[:, :top_k].contiguous()
         weights = torch.rand(tokens, top_k, device="cuda")
         expected = moe.experts_packed(x, ids, weights, gate_up, down, "silu")
         assert error(compute(x, ids, weights, gate_up, down, "silu"), expected) < 1e-2, tokens
@@ -246,6 +279,51 @@ def test_engine_of_gpt_oss_blocks(tmp_path: Path) -> None:
     expected = run(build(tmp_path, device="cpu", dtype="bfloat16"), prompts, 4)
     found = run(build(tmp_path, device="cuda", dtype="bfloat16"), prompts, 4)
     assert sum(a[0] == b[0] for a, b in zip(found, expected)) >= 9, (found, expected)
+
+
+def test_engine_of_experts_in_blocks(tmp_path: Path) -> None:
+    first_tokens_agree(gguf_moe_model(tmp_path, "IQ4_XS", "Q3_K"), least=9)
+
+
+def test_int4_is_quick() -> None:
+    """Quantization on load of 8 billion weights must take less than 20 s."""
+    values = torch.randn(4096, 14336, device="cuda")
+
+    def quantize() -> None:
+        for rows in values.split((1 << 22) // 14336):  # as the loader does
+            pack_codes(quantize_groups(rows, 32).codes, INT4)
+
+    quantize()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    quantize()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) * 8e9 / values.numel()
+    print(f"8 billion weights in {seconds:.1f} s")
+    assert seconds < 20
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_scales_of_cached_heads(tokens: int) -> None:
+    """Stored divided by a scale for each key head, read multiplied by it; decodes and prompts."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 arithmetic here")
+    heads, kv_heads, dim, page = 8, 4, 128, 16
+    qkv = normal(tokens, (heads + 2 * kv_heads) * dim)
+    scales = torch.tensor([[0.02, 0.5, 1.0, 3.0], [2.0, 0.1, 0.7, 1.0]], device="cuda")
+    slots, positions = torch.arange(tokens, device="cuda") + page, torch.arange(tokens, device="cuda")
+    pages = torch.zeros(tokens // page + 3, 2, kv_heads, page, dim, dtype=torch.float8_e4m3fn, device="cuda")
+    q = bound(ROPE_STORE)(qkv, None, None, 1e-6, None, positions, pages, slots, heads, scales)
+    key, value = qkv.view(tokens, -1, dim)[:, heads:].float().split(kv_heads, 1)
+    plain = torch.zeros(pages.shape, device="cuda")
+    plain[slots // page, 0, :, slots % page], plain[slots // page, 1, :, slots % page] = key, value
+    table = torch.arange(1, len(pages), dtype=torch.int32, device="cuda").unsqueeze(0)
+    ends = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+    rows = table, ends, ends[1:], tokens, tokens, dim**-0.5
+    found = bound(PAGED_ATTENTION)(q, pages, *rows, kv_scales=scales)
+    stored = pages.float() * scales.view(2, kv_heads, 1, 1)
+    assert error(found, PAGED_ATTENTION.reference(q.float(), plain, *rows)) < 0.06
+    assert error(found, PAGED_ATTENTION.reference(q.float(), stored, *rows)) < 5e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])

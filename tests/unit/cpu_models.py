@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from octavo.engine.cache.layout import CacheLayout, plan_layout
 from octavo.files.base import TensorInfo
-from octavo.model.blocks import DecoderSpec, Linear, Norm
+from octavo.model.blocks import DecoderSpec, Experts, FeedForward, Linear, MoE, Norm
 from octavo.model.describe import cache_specs, describe
 from octavo.model.read_arch import from_hf
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import GrammarMask, PageWrite, SlotInit, StepPlan, StepResult
 from octavo.runner.cpu.runner import CPURunner
+from octavo.runner.cpu.weights import expert_names
 
 BASE = {
     "vocab_size": 90,
@@ -68,6 +69,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 32, "use_bias": True},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
     "seed_oss": {"head_dim": 32, "attention_bias": True, "attention_out_bias": True},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 96,
+        "mlp_only_layers": [1],
+        "num_hidden_layers": 3,
+    },
+    "qwen3_moe": {
+        "num_experts": 18,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "num_key_value_heads": 4},
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.5,
@@ -120,22 +139,34 @@ def random_quants(
     """Random GGUF blocks: any quants, sane float16 scales; values come out around ``scale``."""
     weights, nbytes = {
         "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
-        "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+        "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+        "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
     }[dtype]  # fmt: skip
     blocks = rng.integers(0, 256, (rows, size // weights, nbytes), dtype=np.uint8)
-    spread = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 9, "Q5_1": 9, "Q8_0": 74, "Q4_K": 150, "Q5_K": 300, "Q6_K": 1400}[
-        dtype
-    ]
+    spread = {
+        "Q4_0": 4,
+        "Q4_1": 4,
+        "Q5_0": 9,
+        "Q5_1": 9,
+        "Q8_0": 74,
+        "Q4_K": 150,
+        "Q5_K": 300,
+        "Q6_K": 1400,
+        "Q2_K": 14,
+        "Q3_K": 40,
+        "IQ4_NL": 70,
+        "IQ4_XS": 1200,
+    }[dtype]
 
     def halves(low: float, high: float) -> NDArray[np.uint8]:
         values = rng.uniform(low, high, (*blocks.shape[:2], 1)).astype(np.float16)
         return values.view(np.uint8).reshape(*blocks.shape[:2], 2)
 
     d = scale / spread
-    if dtype == "Q6_K":
-        blocks[:, :, 208:210] = halves(d / 2, d)
-    else:
-        blocks[:, :, 0:2] = halves(d / 2, d)
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(dtype, 0)
+    blocks[:, :, at : at + 2] = halves(d / 2, d)
+    if dtype == "Q2_K":
+        blocks[:, :, 82:84] = halves(d, d * 1.5)
     if dtype in ("Q4_1", "Q5_1"):  # the minimum that centres the values
         blocks[:, :, 2:4] = halves(-spread * 1.8 * d, -spread * 1.4 * d)
     if dtype in ("Q4_K", "Q5_K"):
@@ -177,6 +208,27 @@ def random_files(
                 values = rng.standard_normal(rows).astype(np.float32) * np.float32(0.3)
                 put(name + ".bias", "F32", (rows,), values.view(np.uint8))
 
+    def experts(block: Experts, prefix: str) -> None:
+        sizes = [(block.intermediate, block.hidden)] * 2 + [(block.hidden, block.intermediate)]
+        for names, (rows, inputs) in zip(expert_names(block, gguf, prefix), sizes):
+            kind = kinds[len(tensors) % len(kinds)]
+            for name in names:
+                shape = (block.num, rows, inputs) if gguf else (rows, inputs)
+                flat = (shape[0] * shape[1], inputs) if gguf else shape
+                put(name, kind, shape, random_block(kind, flat, rng, inputs**-0.5))
+
+    def mlp(block: FeedForward, prefix: str) -> None:
+        if isinstance(block, MoE):
+            linear(block.router.linear, prefix)
+            experts(block.experts, prefix)
+            if block.shared is not None:
+                mlp(block.shared, prefix)
+            if block.shared_gate is not None:
+                linear(block.shared_gate, prefix)
+            return
+        linear(block.gate_up, prefix)
+        linear(block.down, prefix)
+
     shape = (spec.embedding.vocab_size, spec.embedding.hidden)
     name = (spec.embedding.gguf if gguf else spec.embedding.hf) + ".weight"
     put(name, kinds[0], shape, random_block(kinds[0], shape, rng, 0.5 / spec.embedding.scale))
@@ -186,8 +238,9 @@ def random_files(
             norm(block, prefix)
         norm(layer.attention.q_norm, prefix)
         norm(layer.attention.k_norm, prefix)
-        for matrix in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down):
+        for matrix in (layer.attention.qkv, layer.attention.output):
             linear(matrix, prefix)
+        mlp(layer.mlp, prefix)
     norm(spec.norm, "")
     if spec.head is not None:
         linear(spec.head, "")

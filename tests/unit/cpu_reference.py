@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.files.base import ModelFiles
-from octavo.model.blocks import DecoderSpec, Layer, Linear, Norm, Part
+from octavo.model.blocks import DecoderSpec, FeedForward, Layer, Linear, MoE, Norm, Part
 
 Array = NDArray[Any]
 
@@ -23,7 +23,7 @@ def dequantize(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Ar
     if dtype in ("F32", "F16"):
         return raw.view(np.float32 if dtype == "F32" else np.float16).reshape(shape)
     kind = gguf.GGMLQuantizationType[dtype]
-    return gguf.quants.dequantize(raw.reshape(shape[0], -1), kind).reshape(shape)
+    return gguf.quants.dequantize(raw.reshape(math.prod(shape[:-1]), -1), kind).reshape(shape)
 
 
 class Reference:
@@ -74,7 +74,10 @@ class Reference:
         a, count = layer.attention, len(x)
         qkv = self.linear(a.qkv, prefix, x).reshape(count, a.num_heads + 2 * a.num_kv_heads, a.head_dim)
         q, k, v = np.split(qkv, [a.num_heads, a.num_heads + a.num_kv_heads], axis=1)
-        q, k = self.norm(a.q_norm, prefix, q), self.norm(a.k_norm, prefix, k)
+        q, k = (
+            self.norm(norm, prefix, x.reshape(count, -1, norm.size)).reshape(x.shape) if norm else x
+            for norm, x in ((a.q_norm, q), (a.k_norm, k))
+        )
         if a.rope:
             angles = np.arange(count)[:, None] * np.array(a.rope.frequencies(self.max_position))
             cos, sin = np.cos(angles)[:, None] * a.rope.scale, np.sin(angles)[:, None] * a.rope.scale
@@ -93,9 +96,39 @@ class Reference:
         weights /= weights.sum(-1, keepdims=True)
         return self.linear(a.output, prefix, np.einsum("htk,khd->thd", weights, v).reshape(count, -1))
 
-    def mlp(self, layer: Layer, prefix: str, x: Array) -> Array:
-        gate, up = np.split(self.linear(layer.mlp.gate_up, prefix, x), 2, axis=-1)
-        return self.linear(layer.mlp.down, prefix, activate(layer.mlp.activation, gate) * up)
+    def mlp(self, block: FeedForward, prefix: str, x: Array) -> Array:
+        if isinstance(block, MoE):
+            return self.mixture(block, prefix, x)
+        gate, up = np.split(self.linear(block.gate_up, prefix, x), 2, axis=-1)
+        return self.linear(block.down, prefix, activate(block.activation, gate) * up)
+
+    def expert(self, block: MoE, prefix: str, index: int, x: Array) -> Array:
+        """One expert, its matrices as the file holds them: one each, or stacked."""
+        found = []
+        for name, each in zip(block.experts.gguf_each, block.experts.hf_each):
+            if self.gguf:
+                found.append(self.tensor(f"{prefix}{name}.weight")[index])
+            else:
+                found.append(self.tensor(f"{prefix}{block.experts.hf}.{index}.{each}.weight"))
+        gate, up, down = found
+        return (activate(block.activation, x @ gate.T) * (x @ up.T)) @ down.T
+
+    def mixture(self, block: MoE, prefix: str, x: Array) -> Array:
+        scores = self.linear(block.router.linear, prefix, x)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+        out = np.zeros_like(x)
+        for m, row in enumerate(scores):
+            chosen = np.argsort(-row, kind="stable")[: block.router.top_k]
+            weights = row[chosen] / row[chosen].sum() if block.router.renormalize else row[chosen]
+            for index, weight in zip(chosen, weights):
+                out[m] += block.router.scale * weight * self.expert(block, prefix, int(index), x[m])
+        if block.shared is not None:
+            shared = self.mlp(block.shared, prefix, x)
+            if block.shared_gate is not None:
+                shared = shared / (1 + np.exp(-self.linear(block.shared_gate, prefix, x)))
+            out += shared
+        return out
 
     def hidden(self, token_ids: list[int]) -> Array:
         spec = self.spec
@@ -106,7 +139,7 @@ class Reference:
             prefix = prefixes.format(index)
             y = self.attention(layer, prefix, self.norm(layer.input_norm, prefix, x))
             x = x + layer.residual_scale * self.norm(layer.post_attention_norm, prefix, y)
-            y = self.mlp(layer, prefix, self.norm(layer.pre_mlp_norm, prefix, x))
+            y = self.mlp(layer.mlp, prefix, self.norm(layer.pre_mlp_norm, prefix, x))
             x = x + layer.residual_scale * self.norm(layer.post_mlp_norm, prefix, y)
         return self.norm(spec.norm, "", x)
 

@@ -399,7 +399,7 @@ def test_timing_line() -> None:
 
 
 def test_serve_prints_its_timeline() -> None:
-    from octavo.cli.serve import timeline
+    from octavo.cli.serving import timeline
 
     info = EngineInfo(
         model="m",

@@ -104,6 +104,15 @@ def test_a_forward_pass_without_memory_goes_on_in_parts(most: int) -> None:
     assert bool(short.raised) == (most < 1000)
 
 
+def chances(deltas: list[TokenDelta]) -> list[float]:
+    return [
+        one.logprob
+        for delta in deltas
+        for candidates in [*(delta.prompt_logprobs or []), *(delta.logprobs or [])]
+        for one in candidates
+    ]
+
+
 def test_a_draw_without_memory_goes_on_in_parts() -> None:
     expected = answers(build(), REQUESTS)
     core = build()
@@ -114,7 +123,9 @@ def test_a_draw_without_memory_goes_on_in_parts() -> None:
     # Log probabilities of 39 prompt positions are made at once: that request fails alone, with its reason.
     assert found[1][-1].finish_reason == "error" and "memory" in (found[1][-1].error or "")
     for number in (0, 2, 3, 4):
-        assert found[number] == expected[number]
+        assert tokens(found[number]) == tokens(expected[number])
+        # Products of fewer rows add up in another order.
+        assert chances(found[number]) == pytest.approx(chances(expected[number]), abs=1e-5)
     assert short.raised
 
 

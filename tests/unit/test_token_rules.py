@@ -61,13 +61,29 @@ def test_bad_words_are_not_written(llm: LLM) -> None:
     assert word.encode() not in found and len(found) == 40
 
 
+def most_repeated(tokens: list[int], size: int) -> int:
+    pieces = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    return max(map(pieces.count, pieces))
+
+
+@pytest.mark.parametrize("grammar", [None, {"regex": "[a-z]*"}])
+def test_dry_ends_repetitions(llm: LLM, grammar: Any) -> None:
+    letters = [*range(97, 123)]
+    free = {"temperature": 0.0, "allowed_token_ids": letters, "structured_outputs": grammar}
+    assert most_repeated(tokens(llm, **free), 4) > 1
+    dry = {"dry_multiplier": 100.0, "dry_base": 4.0, "dry_allowed_length": 3}
+    assert most_repeated(tokens(llm, **free, **dry), 4) == 1
+    # A breaker hides what stands before it.
+    assert tokens(llm, **free, **dry, dry_sequence_breakers=[*"abcdefghijklmnop"]) == tokens(llm, **free)
+
+
 def test_rules_leave_other_requests_alone(llm: LLM) -> None:
     alone = tokens(llm, temperature=0.7)
     params = [
         SamplingParams(max_tokens=40, seed=5, ignore_eos=True, temperature=0.7, **more)
-        for more in ({}, {"allowed_token_ids": [7, 8]}, {"bad_words": ["x"]})
+        for more in ({}, {"allowed_token_ids": [7, 8]}, {"bad_words": ["x"]}, {"dry_multiplier": 9.0})
     ]
-    outputs = llm.generate([{"prompt_token_ids": [1, 2, 3]}] * 3, params, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": [1, 2, 3]}] * 4, params, use_tqdm=False)
     assert outputs[0].outputs[0].token_ids == alone
     assert set(outputs[1].outputs[0].token_ids) <= {7, 8}
 

@@ -117,12 +117,11 @@ def ceilings(runner: CPURunner) -> Ceilings:
     )
 
 
-def table(name: str, tokens: int, heads: int, watch: Stopwatch, top: Ceilings) -> list[KernelRow]:
+def table(name: str, tokens: int, heads: int, steps: int, watch: Stopwatch, top: Ceilings) -> list[KernelRow]:
     """Rows of one kind of step, longest first; ``tokens`` computed a step, ``heads`` of them with logits."""
     sums: dict[str, list[float]] = {}
-    runs = max(len(found) for found in watch.runs.values())
     for key, found in watch.runs.items():
-        tape, per_step = watch.tapes[key], max(1, len(found) / runs)
+        tape, per_step = watch.tapes[key], len(found) / steps  # a prompt is computed in several chunks
         threads = max(len(times) for times in found)
         stack = np.stack([times for times in found if len(times) == threads]).astype(np.float64)
         # Seconds in each kernel and behind it [2 x instructions].
@@ -150,10 +149,11 @@ def measure(runner: CPURunner, top: Ceilings, steps: int) -> list[KernelRow]:
         load.run(0, 16)
         load.run(16, 1)
         watch = runner.team.watch = Stopwatch()
-        for at in range(17, 17 + steps) if tokens == 1 else range(max(3, steps // 20)):
+        number = steps if tokens == 1 else max(3, steps // 20)
+        for at in range(17, 17 + number):
             load.run(at if tokens == 1 else 0, tokens)
         runner.team.watch = None
-        rows += table(name, count * tokens, count, watch, top)
+        rows += table(name, count * tokens, count, number, watch, top)
     return rows
 
 

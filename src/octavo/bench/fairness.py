@@ -62,7 +62,7 @@ class FairnessRow(msgspec.Struct):
     ttft_p99_ms: float
     p50_ratio: float
     p99_ratio: float
-    flood_tokens_per_s: float
+    flood_s: float  # until the flood's last answer ended
     preemptions: int
 
 
@@ -103,8 +103,8 @@ class Simulation:
             clock=lambda: self.runner.now_s,
         )
 
-    def run(self, loads: Sequence[Load]) -> dict[str, list[float]]:
-        """Times to the first token (s) of every request, by tenant; ends when the quiet tenant's last one has ended."""
+    def run(self, loads: Sequence[Load]) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """By tenant: the times to the first token (s) of every request, and when the last answer ended."""
         arrivals = sorted(
             (burst * load.every_ms / 1e3, load.tenant, index, load)
             for load in loads
@@ -113,8 +113,8 @@ class Simulation:
         )
         sent: dict[int, tuple[str, float]] = {}
         ttft: dict[str, list[float]] = {load.tenant: [] for load in loads}
-        num_open = sum(load.bursts * load.burst for load in loads if load.tenant == loads[-1].tenant)
-        while num_open:
+        ended: dict[str, float] = {}
+        while arrivals or self.core.has_work:
             while arrivals and arrivals[0][0] <= self.runner.now_s:
                 at_s, _, _, load = arrivals.pop(0)
                 self._submit(len(sent), load)
@@ -126,9 +126,9 @@ class Simulation:
                 tenant, at_s = sent[delta.id]
                 if delta.times is not None:
                     ttft[tenant].append(self.runner.now_s - at_s)
-                if delta.finish_reason is not None and tenant == loads[-1].tenant:
-                    num_open -= 1
-        return ttft
+                if delta.finish_reason is not None:
+                    ended[tenant] = self.runner.now_s
+        return ttft, ended
 
     def _submit(self, id: int, load: Load) -> None:
         prompt = [(id * 7919 + place * 31) % VOCAB_SIZE for place in range(load.prompt)]
@@ -152,11 +152,10 @@ def run(quiet: Load, flood: Load, machine: Machine, policies: Sequence[str] = PO
     rows: list[FairnessRow] = []
     for policy in ("alone", *policies):
         simulation = Simulation("fcfs" if policy == "alone" else policy, machine)
-        found = simulation.run([quiet] if policy == "alone" else [flood, quiet])[quiet.tenant]
+        ttft, ended = simulation.run([quiet] if policy == "alone" else [flood, quiet])
+        found = ttft[quiet.tenant]
         p50, p99 = (1e3 * percentile(found, share) for share in (0.5, 0.99))
         alone = rows[0] if rows else None
-        stats = simulation.core.stats()
-        drawn = stats.num_generation_tokens - len(found) * quiet.answer
         rows.append(
             FairnessRow(
                 policy,
@@ -165,8 +164,8 @@ def run(quiet: Load, flood: Load, machine: Machine, policies: Sequence[str] = PO
                 p99,
                 p50 / alone.ttft_p50_ms if alone else 1.0,
                 p99 / alone.ttft_p99_ms if alone else 1.0,
-                drawn / simulation.runner.now_s if alone else 0.0,
-                stats.num_preemptions,
+                ended.get(flood.tenant, 0.0),
+                simulation.core.stats().num_preemptions,
             )
         )
     return rows
@@ -175,11 +174,11 @@ def run(quiet: Load, flood: Load, machine: Machine, policies: Sequence[str] = PO
 def table(rows: Sequence[FairnessRow]) -> str:
     """The rows as text."""
     head = f"{'policy':<9} {'quiet load':>10} {'TTFT p50 ms':>12} {'p99 ms':>9} {'p50 / alone':>12} "
-    lines = [head + f"{'p99 / alone':>12} {'flood tokens/s':>15} {'preempted':>10}"]
+    lines = [head + f"{'p99 / alone':>12} {'flood ends s':>13} {'preempted':>10}"]
     for row in rows:
         lines.append(
             f"{row.policy:<9} {row.load:>10} {row.ttft_p50_ms:>12.1f} {row.ttft_p99_ms:>9.1f} "
-            f"{row.p50_ratio:>12.2f} {row.p99_ratio:>12.2f} {row.flood_tokens_per_s:>15.0f} {row.preemptions:>10}"
+            f"{row.p50_ratio:>12.2f} {row.p99_ratio:>12.2f} {row.flood_s:>13.1f} {row.preemptions:>10}"
         )
     return "\n".join(lines)
 

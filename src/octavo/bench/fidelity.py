@@ -74,7 +74,7 @@ class Reference:
         self.runner.forward(self.feeder.plan(starts, counts, texts))
         if self.runner.current is None:
             raise RuntimeError("the runner keeps no hidden states")
-        found = self.runner.network.logits(self.runner.current[2][: len(texts)])
+        found = self.runner.network.logits(self.runner.current[2][: len(texts)]).float()
         self.runner.sample([])
         self.runner.collect()
         return list(found.detach().numpy())

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import Any
 
 from octavo.api.server.app import build_app
+from octavo.api.server.listen import bind
 from octavo.api.server.options import ServerOptions, ServerSettings
 from octavo.api.server.serve import run_server
 from octavo.bench.front import MODEL
 from octavo.config import EngineOptions
 from octavo.engine.cache.layout import plan_layout
 from octavo.engine.cache.spec import FullKV
-from octavo.engine.client.serve import ProgressCall, run_engine
+from octavo.engine.client.messages import ProgressCall
+from octavo.engine.client.serve import run_engine
 from octavo.engine.client.socket import SocketClient
 from octavo.engine.core import EngineCore
+from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.executor.null import NullRunner
 from octavo.engine.settings import EngineSettings
 from octavo.host import build_frontend, open_files
+from octavo.host.fronts import Fronts
 from octavo.protocol.plan import StepPlan
 
 VOCAB_SIZE = 151936
@@ -52,29 +57,40 @@ def build(raw: bytes, progress: ProgressCall) -> EngineCore:
         max_num_batched_tokens=max(8192, streams),
         vocab_size=VOCAB_SIZE,
     )
-    return EngineCore(runner, settings)
+    return EngineCore(InlineExecutor(runner), settings)
 
 
-def serve(streams: int, step_ms: float) -> int:
-    """The server's process."""
-    options = EngineOptions.of(model=MODEL, load_format="dummy")
+def serve(streams: int, step_ms: float, count: int, chat_template: str | None = None) -> int:
+    """The server's first process, of ``count``."""
+    options = EngineOptions.of(model=MODEL, load_format="dummy", chat_template=chat_template)
     files = open_files(options)
     asked = json.dumps({"streams": streams, "step_ms": step_ms}).encode()
-    server = ServerOptions(port=0, disable_uvicorn_access_log=True, uvicorn_log_level="warning")
+    server = ServerOptions(
+        port=0, disable_uvicorn_access_log=True, uvicorn_log_level="warning", api_server_count=count
+    )
+    listener = bind(server, share=count > 1)
+    fronts = Fronts(options, server)
 
     async def start() -> Any:
+        if count > 1:
+            await fronts.begin(count - 1, listener)
         client = SocketClient.launch([sys.executable, "-m", "octavo.bench.front_server", "engine"], asked)
+        fronts.engines_ready(client)
         frontend = build_frontend(options, files, client)
-        return build_app(frontend, client, ServerSettings.of(server, (MODEL,))), client
+        return build_app(frontend, client, ServerSettings.of(server, (MODEL,)), fronts.desk), client
 
-    return run_server(start, server, on_ready=lambda url: print(f"Serving at {url}", flush=True))
+    def ready(url: str) -> None:
+        pids = " ".join(str(pid) for pid in [os.getpid(), *fronts.pids])
+        print(f"Serving from {pids} at {url}", flush=True)
+
+    return run_server(start, server, on_ready=ready, listener=listener, siblings=fronts)
 
 
 def main(argv: list[str]) -> int:
-    """``serve STREAMS STEP_MS`` or ``engine ADDRESS``."""
+    """``serve STREAMS STEP_MS PROCESSES [CHAT_TEMPLATE]`` or ``engine ADDRESS``."""
     if argv[0] == "engine":
         return run_engine(argv[-1], build)
-    return serve(int(argv[1]), float(argv[2]))
+    return serve(int(argv[1]), float(argv[2]), int(argv[3]), *argv[4:])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from octavo.bench.ranks import add_rank_arguments, leave, run_ranks, sum_seconds
 from octavo.config import EngineOptions
 from octavo.device.platform.select import open_platform
 from octavo.engine.cache.spec import ceil_div
+from octavo.engine.executor.base import Seat
 from octavo.host.built import Timeline, quiet
 from octavo.host.worker import build_rank
 from octavo.protocol.generate import SamplingParams
@@ -213,15 +214,13 @@ def bytes_read(runner: TorchRunner, tokens: int) -> float:
 
 def sums_ms(runner: TorchRunner, tokens: int) -> float:
     """Milliseconds that a step's sums over the devices take: two a layer, [tokens, hidden] each, recorded."""
-    reduce = runner.network.ranks.reduce
+    network = runner.network
+    reduce = network.ranks.reduce
     if reduce is None:
         return 0.0
-    x = torch.zeros(
-        (tokens, runner.network.spec.embedding.hidden),
-        dtype=runner.network.embedding.dtype,
-        device=runner.platform.device,
-    )
-    return sum_seconds(reduce, x, runner.platform) * 2e3 * len(runner.network.layers)
+    hidden, layers = network.spec.embedding.hidden, len(network.spec.layers)
+    x = torch.zeros((tokens, hidden), dtype=network.dtype, device=runner.platform.device)
+    return sum_seconds(reduce, x, runner.platform) * 2e3 * layers
 
 
 def numbers(text: str) -> list[int]:
@@ -262,7 +261,10 @@ def main(argv: list[str]) -> int:
     if args.rank is None:
         built, cards = host.build_runner(options, host.open_files(options), timeline=timeline), name
     else:
-        built, cards = build_rank(options, args.rank, args.rank, args.meeting, timeline, quiet)
+        count = args.tensor_parallel_size
+        built, cards = build_rank(
+            options, Seat(args.rank, count, args.rank, count, args.meeting, quiet), timeline
+        )
     runner = built.runner
     if not isinstance(runner, TorchRunner):
         raise TypeError("bench gpu drives the torch runner")

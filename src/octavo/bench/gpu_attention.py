@@ -26,11 +26,16 @@ WRONG = 0.01  # relative error beyond that of bfloat16
 LAUNCHES = (
     Tiles(64, 64, 4, 2),
     Tiles(64, 64, 4, 3),
+    Tiles(64, 64, 4, 4),
     Tiles(64, 128, 4, 2),
+    Tiles(64, 128, 4, 3),
     Tiles(128, 64, 4, 2),
     Tiles(128, 64, 8, 2),
+    Tiles(128, 64, 4, 3),
     Tiles(128, 64, 8, 3),
+    Tiles(128, 64, 8, 4),
     Tiles(128, 128, 8, 2),
+    Tiles(128, 128, 8, 3),
     Tiles(256, 64, 8, 2),
     Tiles(256, 64, 8, 3),
 )

@@ -87,20 +87,25 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
-def attention_inputs(shape: Shape, rows: list[tuple[int, int]]) -> tuple[Any, ...]:
-    """Arguments of ``paged_attention`` for rows of (new tokens, keys), pages in random order."""
-    pages = [-(-keys // PAGE) for _, keys in rows]
-    table = torch.zeros(len(rows), max(pages), dtype=torch.int32)
-    order = torch.randperm(sum(pages)).int()
-    used = 0
+def scattered(counts: list[int]) -> tuple[Tensor, int]:
+    """(page table, pages in all) for rows of so many entries, pages in random order."""
+    pages = [-(-count // PAGE) for count in counts]
+    table = torch.zeros(len(counts), max(1, *pages), dtype=torch.int32)
+    order, used = torch.randperm(sum(pages)).int(), 0
     for row, count in enumerate(pages):
         table[row, :count] = order[used : used + count]
         used += count
+    return table.cuda(), used
+
+
+def attention_inputs(shape: Shape, rows: list[tuple[int, int]]) -> tuple[Any, ...]:
+    """Arguments of ``paged_attention`` for rows of (new tokens, keys), pages in random order."""
+    table, pages = scattered([keys for _, keys in rows])
     starts = torch.tensor([0] + [new for new, _ in rows]).cumsum(0).int()
     return (
         normal(int(starts[-1]), shape.heads, shape.head_dim),
-        normal(sum(pages), 2, shape.kv_heads, PAGE, shape.head_dim),
-        table.cuda(),
+        normal(pages, 2, shape.kv_heads, PAGE, shape.head_dim),
+        table,
         starts.cuda(),
         torch.tensor([keys for _, keys in rows], dtype=torch.int32).cuda(),
         max(new for new, _ in rows),
@@ -314,6 +319,28 @@ def measure(case: Case, bound: str, function: Callable[..., Any], bandwidth: flo
         floor,
         floor / us,
     )
+
+
+def time_cases(about: str | None, cases: list[Case]) -> int:
+    """What a module that only times kernels does when it is run; the tests in ``tests/gpu`` check them."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    major, minor = torch.cuda.get_device_capability()
+    binder, spec = Binder(), OpSpec("cuda", "bfloat16", 10 * major + minor)
+    bound = {op.name: binder.bind(op, spec) for op in dict.fromkeys(case.op for case in cases)}
+    bandwidth, rate = ceilings()
+    rows = []
+    for case in cases:
+        name = case.op.name
+        row = measure(case, binder.explain()[name], bound[name], bandwidth, rate)
+        rows.append(asdict(row))
+        print(
+            f"{row.model:18} {row.shape:26} {row.us:9.1f} us  floor {row.floor_us:9.1f} us  {100 * row.share:5.1f} %"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return 0
 
 
 def error_of(case: Case, function: Callable[..., Any]) -> float:

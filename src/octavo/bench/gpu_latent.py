@@ -8,19 +8,14 @@ heads, the projection of its latents included.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from octavo.bench.gpu_kernels import PAGE, Case, ceilings, measure, normal
-from octavo.device.ops.bind import Binder, OpSpec
+from octavo.bench.gpu_kernels import PAGE, Case, normal, scattered, time_cases
 from octavo.device.ops.latent import LATENT_ATTENTION, LATENT_PREFILL, prefill_bytes
 
 
@@ -45,15 +40,10 @@ SHAPES = (
 
 def tables(rows: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """(page table, query starts, lengths, pages) of rows of (new tokens, keys), pages in random order."""
-    pages = [-(-keys // PAGE) for _, keys in rows]
-    table = torch.zeros(len(rows), max(pages), dtype=torch.int32)
-    order, used = torch.randperm(sum(pages)).int(), 0
-    for row, count in enumerate(pages):
-        table[row, :count] = order[used : used + count]
-        used += count
+    table, used = scattered([keys for _, keys in rows])
     starts = torch.tensor([0] + [new for new, _ in rows]).cumsum(0).int()
     lens = torch.tensor([keys for _, keys in rows], dtype=torch.int32)
-    return table.cuda(), starts.cuda(), lens.cuda(), used
+    return table, starts.cuda(), lens.cuda(), used
 
 
 def attention_inputs(shape: Shape, rows: list[tuple[int, int]], i: int = 0) -> tuple[Any, ...]:
@@ -133,31 +123,5 @@ def cases(shape: Shape) -> list[Case]:
     ]
 
 
-def main() -> int:
-    """Time every case; the tests in ``tests/gpu`` check them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    major, minor = torch.cuda.get_device_capability()
-    binder = Binder()
-    spec = OpSpec("cuda", "bfloat16", 10 * major + minor)
-    bound: dict[str, Callable[..., Any]] = {}
-    for op in (LATENT_ATTENTION, LATENT_PREFILL):
-        bound[op.name] = binder.bind(op, spec)
-    bandwidth, rate = ceilings()
-    rows = []
-    for shape in SHAPES:
-        for case in cases(shape):
-            name = case.op.name
-            row = measure(case, binder.explain()[name], bound[name], bandwidth, rate)
-            rows.append(asdict(row))
-            print(
-                f"{row.model:16} {row.shape:26} {row.us:9.1f} us  floor {row.floor_us:9.1f} us  {100 * row.share:5.1f} %"
-            )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(time_cases(__doc__, [case for shape in SHAPES for case in cases(shape)]))

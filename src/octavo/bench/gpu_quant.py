@@ -21,7 +21,7 @@ from octavo.bench.gpu_fp8 import products
 from octavo.bench.gpu_kernels import ROTATE_BYTES, SHAPES, Call, ceilings, normal, time_us
 from octavo.device.ops import fp8, int8
 from octavo.device.ops.bind import Binder, OpSpec
-from octavo.device.ops.packed import LINEAR_PACKED, Layout, Packed, empty_packed
+from octavo.device.ops.packed import LINEAR_PACKED, Layout, Packed, empty_packed, in_fragments
 
 LAYOUTS: dict[str, Layout] = {
     "awq g128": Layout(4, 0, 32, 128, scales="zero"),
@@ -30,6 +30,10 @@ LAYOUTS: dict[str, Layout] = {
     "mxfp4": Layout(4, 0, 32, 32, code="e2m1", half=torch.bfloat16),
     "nvfp4": Layout(4, 0, 16, 16, code="e2m1", scales="e4m3"),
     "nf4": Layout(4, 0, 32, 64, code="nf4", scales="float"),
+    "Q2_K": Layout(2, 0, 16, 16, scales="k4"),
+    "Q3_K": Layout(2, 1, 16, 16, scales="bytes", offset=4),
+    "IQ4_NL": Layout(4, 0, 32, 32, code="iq4"),
+    "IQ4_XS": Layout(4, 0, 32, 32, code="iq4", scales="bytes"),
     "Q4_0": Layout(4, 0, 32, 32),
     "Q8_0": Layout(8, 0, 32, 32, offset=128),
     "Q4_K": Layout(4, 0, 32, 32, scales="k"),
@@ -71,6 +75,9 @@ def makers(spec: OpSpec) -> dict[str, Make]:
         return lambda x: linear(x, weight, scales, None), n * k + 4 * scales.numel()
 
     found: dict[str, Make] = {name: partial(packed, layout) for name, layout in LAYOUTS.items()}
+    for name, layout in LAYOUTS.items():
+        if in_fragments(layout).fragments:
+            found[f"{name} fragments"] = partial(packed, in_fragments(layout))
     found["int8"] = partial(rows, int8.quantize_rows_int8, int8.LINEAR_INT8)
     if spec.capability >= fp8.MIN_CAPABILITY:
         found["fp8"] = partial(rows, fp8.quantize_rows, fp8.LINEAR_FP8)
@@ -101,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     major, minor = torch.cuda.get_device_capability()
     formats = makers(OpSpec("cuda", "bfloat16", 10 * major + minor))
     asked = [name for name in arguments.formats.split(",") if name] or list(formats)
+    if unknown := set(asked) - set(formats):
+        parser.error(f"There is no format {', '.join(sorted(unknown))}; choose from {', '.join(formats)}.")
     sizes = products(next(shape for shape in SHAPES if shape.name == arguments.model))
     bandwidth, rate = ceilings()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e9:.0f} GB/s, bf16 {rate / 1e12:.0f} TFLOP/s")

@@ -20,6 +20,7 @@ from octavo.bench.metrics import percentile
 from octavo.engine.cache.layout import CacheGroup, CacheLayout
 from octavo.engine.cache.spec import FullKV
 from octavo.engine.core import EngineCore
+from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.executor.null import NullRunner
 from octavo.engine.settings import EngineSettings
 from octavo.protocol.generate import GenerateRequest, SamplingParams
@@ -185,7 +186,7 @@ def simulate(
         max_step_ms=max_step_ms,
         max_queue_len=len(lengths),
     )
-    core = EngineCore(executor, settings, clock=lambda: executor.now)
+    core = EngineCore(InlineExecutor(executor), settings, clock=lambda: executor.now)
     loop = Clients(core, executor, lengths)
     loop.run(clients)
     core.check()

@@ -85,7 +85,7 @@ def logits_of(options: EngineOptions, tokens: list[int]) -> Tensor:
             raise RuntimeError("the step has no result")
         hidden = runner.current[2]  # of the row that samples first, then of its prompt
         with torch.inference_mode():
-            return runner.network.logits(hidden[1:]).cpu()
+            return runner.network.logits(hidden[1:]).float().cpu()
     finally:
         files.close()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo.device.platform.base import Platform
-from octavo.engine.executor.multiproc import LOOPBACK, NO_MULTICAST
+from octavo.engine.executor.crew import LOOPBACK, NO_MULTICAST
 
 CALLS = 20  # sums in a recorded graph: one launch of the host for all of them
 REPLAYS = 10

@@ -20,6 +20,7 @@ import msgspec
 from octavo.engine.cache.layout import CacheGroup, CacheLayout
 from octavo.engine.cache.spec import FullKV, KVSpec, WindowKV
 from octavo.engine.core import EngineCore
+from octavo.engine.executor.inline import InlineExecutor
 from octavo.engine.executor.null import NullRunner
 from octavo.engine.settings import EngineSettings
 from octavo.protocol.generate import GenerateRequest, SamplingParams
@@ -86,7 +87,7 @@ def measure(num_seqs: int, *, num_groups: int = 1, overlap: bool = True, rounds:
     )
     executor = TimedExecutor(runner)
     core = EngineCore(
-        executor,
+        InlineExecutor(executor),
         EngineSettings(
             max_model_len=length,
             max_num_seqs=num_seqs,

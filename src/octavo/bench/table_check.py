@@ -175,7 +175,8 @@ def own_logits(runner: TorchRunner, prompts: list[list[int]], dtype: torch.dtype
     binder = Binder(forced=dict.fromkeys(("linear", "rms_norm", "add_rms_norm", "act_mul"), "none"))
     binder.forced |= dict.fromkeys(("rope_store", "paged_attention"), "none")
     network = runner.network
-    plain = type(network)(
+    again: Any = type(network)
+    plain = again(
         network.spec,
         dtype=dtype,
         device=runner.platform.device,

@@ -41,6 +41,7 @@ from octavo.api.server.shared import Own, Shared
 from octavo.api.server.sse import EventStream, until_disconnect
 from octavo.api.server.tracing import trace_exporter
 from octavo.engine.client.base import EngineClient
+from octavo.errors import is_panic
 
 log = logging.getLogger("octavo.server")
 
