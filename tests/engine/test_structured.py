@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from structured_engine import EOS, VOCAB, VOCABULARY, answer, grammar_request, make_core
 
 from octavo.api.structured import Grammars
-from octavo.engine.structured.compiler import MAX_KEPT, GrammarCompiler
+from octavo.engine.structured.compiler import MAX_KEPT, Compiled, GrammarCompiler
 from octavo.engine.structured.grammar import GrammarError, TokenGrammar
 from octavo.engine.structured.vocabulary import Vocabulary
 from octavo.errors import RequestError
@@ -305,7 +305,7 @@ def test_a_panic_ends_one_grammar(at_once: bool, monkeypatch: pytest.MonkeyPatch
         raise PanicException("byte index 3 is not a char boundary")
 
     monkeypatch.setattr(GrammarCompiler, "_compile", panics)
-    compiler = GrammarCompiler(lambda: Vocabulary([], ()), 8, at_once=at_once)
+    compiler = GrammarCompiler(lambda: Vocabulary([], frozenset(), (), lambda text: []), 8, at_once=at_once)
     with pytest.raises(GrammarError, match="char boundary"):
         compiler.compile("start: /a/").result()
     compiler.close()

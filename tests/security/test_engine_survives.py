@@ -127,7 +127,7 @@ def test_25_cve_2025_48942_a_panic_of_the_checker_is_a_bad_request() -> None:
     client = make_client(FakeEngine(rule=says("ab")))
     answers = []
     for length in range(80, 90):
-        schema = {"type": "object", "required": {"a" * length + "¸" * 20: 1}}
+        schema = {"type": "object", "required": {"a" * length + "\u00b8" * 20: 1}}
         body = {**CHAT, "structured_outputs": {"json": schema}}
         answers.append(client.post("/v1/chat/completions", json=body))
     assert {answer.status_code for answer in answers} == {400}
@@ -194,8 +194,14 @@ PATHOLOGICAL = [
 
 @pytest.mark.parametrize("index", range(len(PATHOLOGICAL)))
 def test_26_cve_2026_55574_expressions_take_at_most_a_second(index: int) -> None:
-    """Front half and compilation together, in CPU time: other load on the machine must not decide."""
-    params = StructuredOutputsParams(regex=PATHOLOGICAL[index])
+    """Front half and compilation together, in CPU time, the best of three: other load on the machine must not decide."""
+    spent = min(seconds_of(PATHOLOGICAL[index]) for _ in range(3))
+    assert spent < 1.0, f"{spent:.2f} s of CPU"
+
+
+def seconds_of(expression: str) -> float:
+    """The CPU time of a grammar of ``expression`` and of its first tokens."""
+    params = StructuredOutputsParams(regex=expression)
     compiler = GrammarCompiler(lambda: VOCABULARY, VOCAB)
     compiler.compile('start: "x"').result(60)  # tables of the vocabulary, once a model
     began = time.process_time()
@@ -212,7 +218,7 @@ def test_26_cve_2026_55574_expressions_take_at_most_a_second(index: int) -> None
     finally:
         spent = time.process_time() - began
         compiler.close()
-    assert spent < 1.0, f"{spent:.2f} s of CPU"
+    return spent
 
 
 def test_26_other_streams_go_on_while_a_grammar_is_checked() -> None:

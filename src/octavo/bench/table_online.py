@@ -78,10 +78,11 @@ def _address(process: subprocess.Popen[str], log: Path, timeout_s: float) -> str
         ready.set()
 
     threading.Thread(target=read, name="octavo-table-output", daemon=True).start()
-    ready.wait(timeout_s)
+    in_time = ready.wait(timeout_s)
     if not found:
         words = " / ".join(log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:])
-        state = "ended" if process.poll() is not None else f"did not answer within {timeout_s:.0f} s"
+        # The end of its output comes a moment before its end.
+        state = "ended" if in_time else f"did not answer within {timeout_s:.0f} s"
         raise OctavoError(f"The server {state}: {words or 'it said nothing'}.", f"Its log is {log}.")
     return found[0]
 

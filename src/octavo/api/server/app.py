@@ -76,7 +76,9 @@ class Endpoint:
                 raise
             await self._fail(error, begin, scope, receive, send)
 
-    async def _fail(self, error: BaseException, begin: float, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _fail(
+        self, error: BaseException, begin: float, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         reply = error_reply(error)
         self._count(reply.status, begin)
         await reply.response(dialect_of(self.route.path))(scope, receive, send)
