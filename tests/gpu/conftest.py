@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from collections.abc import Iterator
@@ -33,10 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def parity_results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Family -> what was measured; one process must run all families for a whole file."""
+    """Family -> what was measured; processes that share the tests each add theirs to the file."""
     found: dict[str, Any] = {}
     yield found
     path: Path | None = request.config.getoption("--parity-json")
-    if path is not None and found:
-        results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "families": found}
-        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    if path is None or not found:
+        return
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        before = json.loads(path.read_text()) if path.exists() else {}
+        same = all(before.get(key) == value for key, value in made.items())
+        families = {**(before.get("families", {}) if same else {}), **found}
+        path.write_text(json.dumps({**made, "families": families}, indent=1, sort_keys=True) + "\n")
