@@ -47,3 +47,16 @@ def parity_results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         same = all(before.get(key) == value for key, value in made.items())
         families = {**(before.get("families", {}) if same else {}), **found}
         path.write_text(json.dumps({**made, "families": families}, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What Triton compiles while the test runs: kernels and what they are compiled for. ``clear`` it to begin later."""
+    triton = pytest.importorskip("triton")
+    found: list[str] = []
+
+    def note(**info: Any) -> None:
+        found.append(f"{info['repr'].partition('[')[0]} {info['key']}")
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    return found
