@@ -8,7 +8,7 @@ import pytest
 import torch
 from packed_cases import DEVICE, LAYOUTS, draw, normal
 
-from octavo.device.ops.packed import Layout, in_fragments, linear_packed, pack_codes, unpack, unpack_codes
+from octavo.device.ops.packed import in_fragments, linear_packed, pack_codes, unpack, unpack_codes
 
 FRAGMENTS = {name: in_fragments(layout) for name, layout in LAYOUTS.items() if in_fragments(layout).fragments}
 # The interpreter multiplies no bfloat16.
@@ -47,12 +47,11 @@ from octavo.device.kernels.triton import packed
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few warps, so that inputs are split; one tile: the interpreter takes its time."""
+    """Few warps, so that each has several parts of the inputs; one tile: the interpreter takes its time."""
     if DEVICE == "cpu":
         monkeypatch.setattr(kernels, "TILES", (32,))
         monkeypatch.setattr(kernels, "tile", lambda *_: (64, 2, 2))
-        monkeypatch.setattr(kernels, "FEW_TOKENS", (kernels.Few(2, True, 1),))
-        monkeypatch.setattr(kernels, "MORE_TOKENS", (kernels.Few(2, False, 1),))
+        monkeypatch.setattr(kernels, "few", lambda *_: kernels.Few(2, 2))
         monkeypatch.setattr(kernels.LinearFragments, "_warm", lambda *_: None)
 
 
@@ -72,10 +71,10 @@ def test_kernels(name: str, tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("choice", [(1, True), (2, False)], ids=str)
-def test_launches(choice: tuple[int, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of warps and ranges gives the same product."""
-    monkeypatch.setattr(kernels, "few", lambda *_: kernels.Few(*choice, 1))
+@pytest.mark.parametrize("choice", [(1, 2), (4, 1)], ids=str)
+def test_launches(choice: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of warps and outputs gives the same product."""
+    monkeypatch.setattr(kernels, "few", lambda *_: kernels.Few(*choice))
     for name in ("awq",):
         weight, x = draw(FRAGMENTS[name], 70, 512), normal(3, 512, dtype=HALF)
         torch.testing.assert_close(
@@ -111,12 +110,12 @@ def test_many_tokens_use_the_library(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 
 def test_launch_shapes() -> None:
-    """Whole models: no warp without work where the inputs allow it, and every part in exactly one range."""
-    for inputs in (1024, 2048, 4096, 5120, 8192, 11008, 14336, 28672):
-        layout: Layout = FRAGMENTS["awq"]
-        parts = layout.num_runs(inputs) * 2
-        for tokens in (1, 8, 9, 16):
-            launch = kernels.few(tokens, parts, 1)
-            each = launch.warps * (1 + launch.two)
-            assert launch.ranges(parts) * each >= parts > (launch.ranges(parts) - 1) * each
-            assert launch.ranges(parts) * each <= 1.25 * parts or parts < 8
+    """No warp without work, and as many as keep a large GPU busy where there are outputs for them."""
+    for inputs in (1024, 4096, 11008, 28672):
+        parts = FRAGMENTS["awq"].num_runs(inputs) * 2
+        for outputs in (1024, 4096, 28672, 128256):
+            for tokens, groups in ((1, 1), (16, 1), (8, 4), (16, 4)):
+                launch = kernels.few(tokens, parts, outputs, groups)
+                warps = launch.warps * -(-outputs // (16 * launch.blocks))
+                assert launch.warps <= parts
+                assert warps >= kernels.TARGET_WARPS or launch.warps in (16, parts)

@@ -38,18 +38,21 @@ WRITE_OUT_FROM = 512
 TILES = (32, 64, 128)  # tokens of a tile
 LARGE_TILES = (*TILES, 256)  # where there is shared memory for it: 210 KiB
 TARGET_TILES = 264  # two on every multiprocessor of a large GPU
+TARGET_WARPS = 2048  # 16 on every multiprocessor of a large GPU
 MAX_SPLITS = 16
 # An argument of kernels, and not a constant, so that a mask and an OR are one instruction: it takes one constant only.
 NIBBLES = 0x000F000F
 
 
 @triton.jit
-def _fetch_part(
-    words, high, scale, outer, part, inside, row, own, N, t,
+def _fetch(
+    words, high, scale, outer, part, parts, row, own, N, t,
     W: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, SCALES: tl.constexpr,
     IN_WORD: tl.constexpr, WORDS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """A part of the words of 16 outputs, their high bits, and their scale words: t g b rh q, t g b rh WORDS."""
+    """A part of the words of some outputs, their high bits, and their scale words: t g b rh q, t g b rh WORDS. Zeros where
+    there is no such part."""
+    inside = part < parts
     q = tl.arange(0, 4)[None, None, None, None, :]
     at = (part // (W // 16) * N + row).to(tl.int64) * W + part % (W // 16) * 16 + t * 4 + q
     tile = tl.load(words + at, mask=inside, other=0)
@@ -61,186 +64,116 @@ def _fetch_part(
 
 
 @triton.jit
-def _fetch(
-    words, high, scale, outer, part, block, blocks, parts, rows, unknown, N, t,
-    W: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, SCALES: tl.constexpr,
-    IN_WORD: tl.constexpr, WORDS: tl.constexpr, P: tl.constexpr, TWO: tl.constexpr,
+def _inputs(
+    x, m, M, part, parts, K, stride_x, t, PART: tl.constexpr, P: tl.constexpr, KS: tl.constexpr, NH: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """What a block's product needs of one part, or TWO; zeros beyond the last block."""
-    row = tl.minimum(block * 16 + rows, N - 1)
-    own = (row ^ unknown) + t * 0
-    limit = tl.where(block < blocks, parts, 0)
-    a, b, c, d = _fetch_part(
-        words, high, scale, outer, part, part < limit, row, own, N, t, W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P
-    )  # fmt: skip
-    e, f, g, h = a, b, c, d
-    if TWO:
-        e, f, g, h = _fetch_part(
-            words, high, scale, outer, part + 1, part + 1 < limit, row, own, N, t,
-            W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P,
-        )  # fmt: skip
-    return a, b, c, d, e, f, g, h
+    """Inputs of part ``part`` [P KS, PART / P, 8 NH], as the tensor cores take them."""
+    # t n b 16-blocks e nh i
+    block = tl.arange(0, PART // 16)[None, None, None, :, None, None, None]
+    e = tl.arange(0, 2)[None, None, None, None, :, None, None]
+    i = tl.arange(0, 2)[None, None, None, None, None, None, :]
+    k = part * PART + block * 16 + e * 8 + t * 2 + i
+    inside = (m < M) & (part < parts) if EVEN else (m < M) & (k < K)
+    found = tl.load(x + m.to(tl.int64) * stride_x + k, mask=inside, other=0.0)
+    found = tl.reshape(found, (4, 8, KS, P, PART // 32 // P, 2, 2, NH, 2))
+    # t 0 n 1 b 2 p 3 block 4 T 5 e 6 nh 7 i 8
+    return tl.reshape(tl.permute(found, (3, 2, 4, 6, 0, 5, 8, 7, 1)), (P * KS, PART // P, 8 * NH))
 
 
 @triton.jit
-def _part(
-    acc, x, total, tile, extra, factors, above, part, base, nibbles,
+def _products(
+    acc, x, tile, extra, factors, above, part, base, nibbles,
     BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
     IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KIND: tl.constexpr, PART: tl.constexpr,
-    P: tl.constexpr, KS: tl.constexpr, NH: tl.constexpr,
+    P: tl.constexpr, KS: tl.constexpr, NB: tl.constexpr, NH: tl.constexpr,
 ):  # fmt: skip
-    """acc [P, KS, 2, 8, NH, 4, 2] plus the products of one part of 16 outputs with x [P KS, PART / P, 8 NH]."""
+    """acc [P, KS, NB, 2, 8, NH, 4, 2] plus the products of one part of 16 NB outputs with x [P KS, PART / P, 8 NH]."""
     if HIGH > 0:
         extra = _spread(extra, HIGH)
     codes = all_codes(tile, extra, BITS, HIGH, CODE, KIND, nibbles).to(KIND)
-    codes = tl.reshape(codes, (4, 8, KS, 2, P, PART // 32 // P, 2, 2, 2))
+    codes = tl.reshape(codes, (4, 8, KS, 2 * NB, P, PART // 32 // P, 2, 2, 2))
     if BITS == 4:  # t 0 g 1 b 2 rh 3 p 4 block 5 i 6 e 7 T 8
         codes = tl.permute(codes, (4, 2, 3, 1, 5, 7, 0, 8, 6))
     else:  # t 0 g 1 b 2 rh 3 p 4 block 5 T 6 i 7 e 8
         codes = tl.permute(codes, (4, 2, 3, 1, 5, 8, 0, 6, 7))
-    codes = tl.reshape(codes, (P * KS, 16, PART // P))
+    codes = tl.reshape(codes, (P * KS, 16 * NB, PART // P))
     IN: tl.constexpr = 1 if P == 1 else IN_WORD
     index = part * 0
     if P == 1 and IN_WORD > 1 and GROUP > 0:
         index = (part // (GROUP // PART) if GROUP > PART else part) % IN_WORD
     s, z = factors_of(factors, above, index, base, IN, SCALES, OFFSET, HALF, CODE)
-    s = tl.permute(tl.reshape(s, (4, 8, KS, 2, P)), (4, 2, 3, 1, 0))
-    acc += tl.reshape(tl.dot(codes, x), (P, KS, 2, 8, NH, 4, 2)) * tl.reshape(s, (P, KS, 2, 8, 1, 4, 1))
+    s = tl.permute(tl.reshape(s, (4, 8, KS, NB, 2, P)), (5, 2, 3, 4, 1, 0))
+    acc += tl.reshape(tl.dot(codes, x), (P, KS, NB, 2, 8, NH, 4, 2)) * tl.reshape(
+        s, (P, KS, NB, 2, 8, 1, 4, 1)
+    )
     if CODE == 0:
-        z = tl.permute(tl.reshape(z, (4, 8, KS, 2, P)), (4, 2, 3, 1, 0))
-        acc += total * tl.reshape(z, (P, KS, 2, 8, 1, 4, 1))
+        z = tl.permute(tl.reshape(z, (4, 8, KS, NB, 2, P)), (5, 2, 3, 4, 1, 0))
+        one = tl.full((P * KS, 16, PART // P // 2), 1.0, KIND)
+        ones = tl.reshape(tl.join(one, one), (P * KS, 16, PART // P))
+        total = tl.reshape(tl.dot(ones, x), (P, KS, 1, 2, 8, NH, 4, 2))  # for all outputs the same
+        acc += total * tl.reshape(z, (P, KS, NB, 2, 8, 1, 4, 1))
     return acc
 
 
-@triton.jit
-def _inputs(
-    x, m, M, part, K, stride_x, t, PART: tl.constexpr, P: tl.constexpr, KS: tl.constexpr, NH: tl.constexpr
-):
-    """Inputs of part ``part`` [P KS, PART / P, 8 NH], as the tensor cores take them."""
-    # t n b 16-blocks NH (e i)
-    block = tl.arange(0, PART // 16)[None, None, None, :, None, None]
-    two = tl.arange(0, 4)[None, None, None, None, None, :]
-    k = part * PART + block * 16 + two // 2 * 8 + t * 2 + two % 2
-    found = tl.load(x + m.to(tl.int64) * stride_x + k, mask=(m < M) & (k < K), other=0.0)
-    found = tl.reshape(found, (4, 8, KS, P, PART // 32 // P, 2, NH, 2, 2))
-    # t 0 n 1 b 2 p 3 block 4 T 5 nh 6 e 7 i 8
-    return tl.reshape(tl.permute(found, (3, 2, 4, 7, 0, 5, 8, 6, 1)), (P * KS, PART // P, 8 * NH))
-
-
-@triton.jit
-def _total(x, KIND: tl.constexpr, PART: tl.constexpr, P: tl.constexpr, KS: tl.constexpr, NH: tl.constexpr):
-    """The sums of the inputs of each group, for all outputs the same."""
-    one = tl.full((P * KS, 16, PART // P // 2), 1.0, KIND)
-    ones = tl.reshape(tl.join(one, one), (P * KS, 16, PART // P))
-    return tl.reshape(tl.dot(ones, x), (P, KS, 2, 8, NH, 4, 2))
-
-
-@triton.jit
-def _block(
-    out, sums, bias, x0, x1, total0, total1, tile0, extra0, factors0, above0, tile1, extra1, factors1, above1, part, base,
-    nibbles, block, M, N, stride_out,
-    BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
-    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KIND: tl.constexpr, PART: tl.constexpr,
-    P: tl.constexpr, KS: tl.constexpr, TWO: tl.constexpr, NH: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """16 outputs, from what ``_fetch`` found."""
-    acc = tl.zeros((P, KS, 2, 8, NH, 4, 2), tl.float32)
-    acc = _part(
-        acc, x0, total0, tile0, extra0, factors0, above0, part, base, nibbles,
-        BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS, NH,
-    )  # fmt: skip
-    if TWO:
-        acc = _part(
-            acc, x1, total1, tile1, extra1, factors1, above1, part + 1, base, nibbles,
-            BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS, NH,
-        )  # fmt: skip
-    y = tl.sum(tl.reshape(acc, (P * KS, 16, 8 * NH)), 0)
-    n = block * 16 + tl.arange(0, 16)
-    m = tl.arange(0, 8 * NH)
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    if SPLIT:
-        tl.store(sums + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * N + n[:, None], y, mask=inside)
-    else:
-        if BIAS:
-            y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + m[None, :] * stride_out + n[:, None], y.to(KIND), mask=inside)
-
-
-@triton.jit(do_not_specialize=["nibbles", "M", "parts", "blocks"])
+@triton.jit(do_not_specialize=["nibbles", "M", "parts"])
 def _few_kernel(
-    out, sums, x, words, high, scale, outer, bias, nibbles, M, N, K, parts, blocks, stride_x, stride_out,
+    out, x, words, high, scale, outer, bias, nibbles, M, N, K, parts, stride_x, stride_out,
     W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
-    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KS: tl.constexpr, TWO: tl.constexpr, NH: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KS: tl.constexpr, NB: tl.constexpr, NH: tl.constexpr,
+    EVEN: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Every num_programs(0)-th of ``blocks`` of 16 outputs, of 8 NH tokens, over one range of inputs: KS warps with a part (or
-    TWO) each. With SPLIT the sums of a range go to sums [ranges, M, N]."""
+    """16 NB outputs of 8 NH tokens; of KS warps each takes every KS-th part of the inputs."""
     KIND: tl.constexpr = x.dtype.element_ty
     PART: tl.constexpr = 16 * (32 // BITS)
     P: tl.constexpr = PART // GROUP if GROUP > 0 and GROUP < PART else 1
     WORDS: tl.constexpr = P // IN_WORD if P > IN_WORD else 1
     base = _base(KIND, BITS, CODE)
-    # Dimensions: thread of four, row of eight, warp, half of sixteen rows, word of four.
+    # Dimensions: thread of four, row of eight, warp, eight rows of all, word of four.
     t = tl.arange(0, 4)[:, None, None, None, None]
-    rows = tl.arange(0, 2)[None, None, None, :, None] * 8 + tl.arange(0, 8)[None, :, None, None, None]
-    b = tl.arange(0, KS)[None, None, :, None, None]
+    rows = tl.arange(0, 2 * NB)[None, None, None, :, None] * 8 + tl.arange(0, 8)[None, :, None, None, None]
+    part = tl.arange(0, KS)[None, None, :, None, None]
+    first = tl.program_id(0) * (16 * NB)
     # The compiler would see neighbours in scales of neighbouring outputs, and choose another layout for them.
     unknown = K >> 31
-    part = (tl.program_id(1) * KS + b) * (2 if TWO else 1)
-    first, step = tl.program_id(0), tl.num_programs(0)
-    a0, a1, a2, a3, a4, a5, a6, a7 = _fetch(
-        words, high, scale, outer, part, first, blocks, parts, rows, unknown, N, t,
-        W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P, TWO,
+    row = tl.minimum(first + rows, N - 1)
+    own = (row ^ unknown) + t * 0
+    a, b, c, d = _fetch(
+        words, high, scale, outer, part, parts, row, own, N, t, W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P
     )  # fmt: skip
     if PDL:  # weights were there before the kernels in front of this one
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    lane = tl.arange(0, 4)[:, None, None, None, None, None]
+    lane = tl.arange(0, 4)[:, None, None, None, None, None, None]
     m = (
-        tl.arange(0, NH)[None, None, None, None, :, None] * 8
-        + tl.arange(0, 8)[None, :, None, None, None, None]
+        tl.arange(0, NH)[None, None, None, None, None, :, None] * 8
+        + tl.arange(0, 8)[None, :, None, None, None, None, None]
     )
-    own = tl.reshape(part, (1, 1, KS, 1, 1, 1))
-    x0 = _inputs(x, m, M, own, K, stride_x, lane, PART, P, KS, NH)
-    x1 = x0
-    if TWO:
-        x1 = _inputs(x, m, M, own + 1, K, stride_x, lane, PART, P, KS, NH)
-    total0 = _total(x0, KIND, PART, P, KS, NH)
-    total1 = total0
-    if TWO:
-        total1 = _total(x1, KIND, PART, P, KS, NH)
-    for block in tl.range(first, blocks, step, num_stages=1):
-        b0, b1, b2, b3, b4, b5, b6, b7 = _fetch(
-            words, high, scale, outer, part, block + step, blocks, parts, rows, unknown, N, t,
-            W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P, TWO,
+    acc = tl.zeros((P, KS, NB, 2, 8, NH, 4, 2), tl.float32)
+    for start in tl.range(0, parts, KS, num_stages=1):
+        e, f, g, h = _fetch(
+            words, high, scale, outer, part + KS, parts, row, own, N, t,
+            W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P,
         )  # fmt: skip
-        # Always so, which the compiler does not know. Without a branch it would ask for the next block when it is done with
-        # this one, to have fewer registers in use.
-        if block < blocks + unknown:
-            _block(
-                out, sums, bias, x0, x1, total0, total1, a0, a1, a2, a3, a4, a5, a6, a7, part, base, nibbles, block, M, N,
-                stride_out,
-                BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS, TWO, NH, SPLIT, BIAS,
+        # Always so, which the compiler does not know. Without a branch it would ask for the next words when it is done with
+        # these, to have fewer registers in use.
+        if start < parts + unknown:
+            these = _inputs(
+                x, m, M, tl.reshape(part, (1, 1, KS, 1, 1, 1, 1)), parts, K, stride_x, lane, PART, P, KS, NH, EVEN
             )  # fmt: skip
-        a0, a1, a2, a3, a4, a5, a6, a7 = b0, b1, b2, b3, b4, b5, b6, b7
-
-
-@triton.jit(do_not_specialize=["M", "ranges"])
-def _add_kernel(
-    out, sums, bias, M, N, ranges, stride_out, BLOCK: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """BLOCK outputs of one token: the sums of all ranges, in order."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    token = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for part in range(ranges):
-        acc += tl.load(sums + (part * M + token).to(tl.int64) * N + n, mask=n < N, other=0.0)
+            acc = _products(
+                acc, these, a, b, c, d, part, base, nibbles,
+                BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS, NB, NH,
+            )  # fmt: skip
+        a, b, c, d = e, f, g, h
+        part += KS
+    y = tl.sum(tl.reshape(acc, (P * KS, 16 * NB, 8 * NH)), 0)
+    n = first + tl.arange(0, 16 * NB)
+    tokens = tl.arange(0, 8 * NH)
     if BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + token * stride_out + n, acc.to(out.dtype.element_ty), mask=n < N)
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    inside = (n < N)[:, None] & (tokens < M)[None, :]
+    tl.store(out + tokens[None, :].to(tl.int64) * stride_out + n[:, None], y.to(KIND), mask=inside)
 
 
 @triton.jit(do_not_specialize=["nibbles", "M", "parts", "per_split"])
@@ -340,29 +273,20 @@ def write_out(weight: Any, rows: slice, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Few:
-    """How few tokens are multiplied: warps of a program, whether each has two parts of the inputs, programs a multiprocessor."""
+    """How few tokens are multiplied: warps of a program, and how many times 16 outputs it has."""
 
     warps: int
-    two: bool
-    programs: int
-
-    def ranges(self, parts: int) -> int:
-        """Ranges of inputs."""
-        return triton.cdiv(parts, self.warps * (1 + self.two))
+    blocks: int
 
 
-FEW_TOKENS = (Few(16, True, 1), Few(8, True, 2), Few(8, False, 2), Few(4, True, 3))
-MORE_TOKENS = (Few(16, False, 1), Few(8, False, 2))  # or more groups: twice the registers for one part
-
-
-def few(tokens: int, parts: int, groups: int) -> Few:
-    """The launch for up to 16 tokens, so many parts of inputs, so many groups in a part: as few ranges as registers allow, and
-    no warp without work."""
-    for choice in FEW_TOKENS if tokens <= 8 and groups == 1 else MORE_TOKENS:
-        each = choice.warps * (1 + choice.two)
-        if parts >= each and -parts % each * 16 <= parts:
-            return choice
-    return Few(4, False, 4)
+def few(tokens: int, parts: int, outputs: int, groups: int) -> Few:
+    """The launch for up to 16 tokens, so many parts of inputs, so many groups in a part: enough warps to keep the memory busy,
+    and none without work."""
+    blocks = 1 if groups > 1 and tokens > 8 else 2
+    warps = 4
+    while warps < 16 and warps * 2 <= parts and warps * triton.cdiv(outputs, 16 * blocks) < TARGET_WARPS:
+        warps *= 2
+    return Few(warps, blocks)
 
 
 def tile(block: int, large: bool) -> tuple[int, int, int]:
@@ -435,24 +359,14 @@ class LinearFragments(LinearPacked):
         tokens, outputs, layout = x.shape[0], weight.outputs, weight.layout
         parts = triton.cdiv(weight.inputs, 16 * layout.places)
         groups = 16 * layout.places // layout.group if layout.group else 0
-        launch = few(tokens, parts, max(1, groups))
-        ranges, blocks = launch.ranges(parts), triton.cdiv(outputs, 16)
-        programs = min(blocks, max(1, self.processors * launch.programs // ranges))
-        sums = out
-        if ranges > 1:
-            sums = torch.empty((ranges, tokens, outputs), dtype=torch.float32, device=x.device)
+        launch = few(tokens, parts, outputs, groups)
         early = {"launch_pdl": True} if self.pdl else {}
-        _few_kernel[(programs, ranges)](
-            out, sums, x, weight.words, weight.high, weight.scale, weight.outer, bias, NIBBLES, tokens, outputs,
-            weight.inputs, parts, blocks, x.stride(0), out.stride(0), **constants(layout), KS=launch.warps, TWO=launch.two,
-            NH=1 if tokens <= 8 else 2, SPLIT=ranges > 1, BIAS=bias is not None, PDL=self.pdl, num_warps=launch.warps,
-            **early,
+        _few_kernel[(triton.cdiv(outputs, 16 * launch.blocks),)](
+            out, x, weight.words, weight.high, weight.scale, weight.outer, bias, NIBBLES, tokens, outputs, weight.inputs,
+            parts, x.stride(0), out.stride(0), **constants(layout), KS=launch.warps, NB=launch.blocks,
+            NH=1 if tokens <= 8 else 2, EVEN=weight.inputs % (16 * layout.places) == 0, BIAS=bias is not None, PDL=self.pdl,
+            num_warps=launch.warps, **early,
         )  # fmt: skip
-        if ranges > 1:
-            _add_kernel[(tokens, triton.cdiv(outputs, 512))](
-                out, sums, bias, tokens, outputs, ranges, out.stride(0), BLOCK=512, BIAS=bias is not None, PDL=self.pdl,
-                num_warps=4, **early,
-            )  # fmt: skip
 
     def _tiles(self, block: int, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
         """One kernel with tiles of ``block`` tokens."""
