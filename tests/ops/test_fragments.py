@@ -51,7 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(kernels, "TILES", (32,))
         monkeypatch.setattr(kernels, "tile", lambda *_: (64, 2, 2))
-        monkeypatch.setattr(kernels, "few", lambda *_: kernels.Few(2, 2))
+        monkeypatch.setattr(kernels, "few", lambda *_: kernels.Few(2, 1, 2))
         monkeypatch.setattr(kernels.LinearFragments, "_warm", lambda *_: None)
 
 
@@ -71,8 +71,8 @@ def test_kernels(name: str, tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("choice", [(1, 2), (4, 1)], ids=str)
-def test_launches(choice: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("choice", [(1, 1, 2), (4, 1, 1), (2, 2, 1), (1, 4, 2)], ids=str)
+def test_launches(choice: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of warps and outputs gives the same product."""
     monkeypatch.setattr(kernels, "few", lambda *_: kernels.Few(*choice))
     for name in ("awq",):
@@ -116,6 +116,6 @@ def test_launch_shapes() -> None:
         for outputs in (1024, 4096, 28672, 128256):
             for tokens, groups in ((1, 1), (16, 1), (8, 4), (16, 4)):
                 launch = kernels.few(tokens, parts, outputs, groups)
-                warps = launch.warps * -(-outputs // (16 * launch.blocks))
-                assert launch.warps <= parts
-                assert warps >= kernels.TARGET_WARPS or launch.warps in (16, parts)
+                warps = launch.teams * -(-outputs // (16 * launch.blocks))
+                assert launch.teams <= parts and launch.teams * launch.side <= 16
+                assert warps >= kernels.TARGET_WARPS or launch.teams in (16 // launch.side, parts)

@@ -120,10 +120,11 @@ def _products(
 def _few_kernel(
     out, x, words, high, scale, outer, bias, nibbles, M, N, K, parts, stride_x, stride_out,
     W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
-    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KS: tl.constexpr, NB: tl.constexpr, NH: tl.constexpr,
-    EVEN: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KS: tl.constexpr, WN: tl.constexpr, NB: tl.constexpr,
+    NH: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """16 NB outputs of 8 NH tokens; of KS warps each takes every KS-th part of the inputs."""
+    """WN times 16 NB outputs of 8 NH tokens. WN warps side by side read the same inputs, which one of them brings into the
+    first cache, and each of KS such teams takes every KS-th part of the inputs."""
     KIND: tl.constexpr = x.dtype.element_ty
     PART: tl.constexpr = 16 * (32 // BITS)
     P: tl.constexpr = PART // GROUP if GROUP > 0 and GROUP < PART else 1
@@ -131,12 +132,13 @@ def _few_kernel(
     base = _base(KIND, BITS, CODE)
     # Dimensions: thread of four, row of eight, warp, eight rows of all, word of four.
     t = tl.arange(0, 4)[:, None, None, None, None]
+    warp = tl.arange(0, KS * WN)[None, None, :, None, None]
     rows = tl.arange(0, 2 * NB)[None, None, None, :, None] * 8 + tl.arange(0, 8)[None, :, None, None, None]
-    part = tl.arange(0, KS)[None, None, :, None, None]
-    first = tl.program_id(0) * (16 * NB)
+    part = warp // WN
+    first = tl.program_id(0) * (16 * NB * WN)
     # The compiler would see neighbours in scales of neighbouring outputs, and choose another layout for them.
     unknown = K >> 31
-    row = tl.minimum(first + rows, N - 1)
+    row = tl.minimum(first + warp % WN * (16 * NB) + rows, N - 1)
     own = (row ^ unknown) + t * 0
     a, b, c, d = _fetch(
         words, high, scale, outer, part, parts, row, own, N, t, W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P
@@ -149,7 +151,7 @@ def _few_kernel(
         tl.arange(0, NH)[None, None, None, None, None, :, None] * 8
         + tl.arange(0, 8)[None, :, None, None, None, None, None]
     )
-    acc = tl.zeros((P, KS, NB, 2, 8, NH, 4, 2), tl.float32)
+    acc = tl.zeros((P, KS * WN, NB, 2, 8, NH, 4, 2), tl.float32)
     for start in tl.range(0, parts, KS, num_stages=1):
         e, f, g, h = _fetch(
             words, high, scale, outer, part + KS, parts, row, own, N, t,
@@ -159,21 +161,35 @@ def _few_kernel(
         # these, to have fewer registers in use.
         if start < parts + unknown:
             these = _inputs(
-                x, m, M, tl.reshape(part, (1, 1, KS, 1, 1, 1, 1)), parts, K, stride_x, lane, PART, P, KS, NH, EVEN
+                x, m, M, tl.reshape(part, (1, 1, KS * WN, 1, 1, 1, 1)), parts, K, stride_x, lane, PART, P, KS * WN, NH, EVEN
             )  # fmt: skip
             acc = _products(
                 acc, these, a, b, c, d, part, base, nibbles,
-                BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS, NB, NH,
+                BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS * WN, NB, NH,
             )  # fmt: skip
         a, b, c, d = e, f, g, h
         part += KS
-    y = tl.sum(tl.reshape(acc, (P * KS, 16 * NB, 8 * NH)), 0)
-    n = first + tl.arange(0, 16 * NB)
+    y = tl.sum(tl.reshape(acc, (P * KS, 16 * NB * WN, 8 * NH)), 0)
+    n = first + tl.arange(0, 16 * NB * WN)
     tokens = tl.arange(0, 8 * NH)
     if BIAS:
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     inside = (n < N)[:, None] & (tokens < M)[None, :]
     tl.store(out + tokens[None, :].to(tl.int64) * stride_out + n[:, None], y.to(KIND), mask=inside)
+
+
+@triton.jit
+def settled(acc, ASYNC: tl.constexpr):
+    """``acc``, once the tensor cores are done with its product.
+
+    Hopper's read their left operand from registers while the program goes on. Triton 3.6 waits for them late enough that the
+    next turn of a loop writes those registers first; whoever needs the sum in the same turn waits for it there.
+    """
+    if ASYNC:
+        acc = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return acc
 
 
 @triton.jit(do_not_specialize=["nibbles", "M", "parts", "per_split"])
@@ -182,6 +198,7 @@ def _tile_kernel(
     W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
     IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WR: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
+    ASYNC: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of BLOCK_M tokens over one range of parts of the inputs."""
     KIND: tl.constexpr = x.dtype.element_ty
@@ -205,7 +222,7 @@ def _tile_kernel(
             words, high, scale, outer, part, own, N, base, nibbles,
             W, BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, BLOCK_N, WR,
         )  # fmt: skip
-        acc = tl.dot(a, b, acc)
+        acc = settled(tl.dot(a, b, acc), ASYNC)
     n = first + tl.arange(0, BLOCK_N)
     finish(acc, out, sums, counters, bias, m, n, M, N, stride_out, split, tl.num_programs(2), SPLIT, BIAS)
 
@@ -273,9 +290,11 @@ def write_out(weight: Any, rows: slice, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Few:
-    """How few tokens are multiplied: warps of a program, and how many times 16 outputs it has."""
+    """How few tokens are multiplied: teams of warps that share the inputs, warps of a team, and how many times 16 outputs each
+    of these has."""
 
-    warps: int
+    teams: int
+    side: int
     blocks: int
 
 
@@ -283,10 +302,13 @@ def few(tokens: int, parts: int, outputs: int, groups: int) -> Few:
     """The launch for up to 16 tokens, so many parts of inputs, so many groups in a part: enough warps to keep the memory busy,
     and none without work."""
     blocks = 1 if groups > 1 and tokens > 8 else 2
-    warps = 4
-    while warps < 16 and warps * 2 <= parts and warps * triton.cdiv(outputs, 16 * blocks) < TARGET_WARPS:
-        warps *= 2
-    return Few(warps, blocks)
+    side = 1 if tokens == 1 else 2
+    teams = 4
+    while (
+        teams * side < 16 and teams * 2 <= parts and teams * triton.cdiv(outputs, 16 * blocks) < TARGET_WARPS
+    ):
+        teams *= 2
+    return Few(teams, side, blocks)
 
 
 def tile(block: int, large: bool) -> tuple[int, int, int]:
@@ -361,11 +383,11 @@ class LinearFragments(LinearPacked):
         groups = 16 * layout.places // layout.group if layout.group else 0
         launch = few(tokens, parts, outputs, groups)
         early = {"launch_pdl": True} if self.pdl else {}
-        _few_kernel[(triton.cdiv(outputs, 16 * launch.blocks),)](
+        _few_kernel[(triton.cdiv(outputs, 16 * launch.blocks * launch.side),)](
             out, x, weight.words, weight.high, weight.scale, weight.outer, bias, NIBBLES, tokens, outputs, weight.inputs,
-            parts, x.stride(0), out.stride(0), **constants(layout), KS=launch.warps, NB=launch.blocks,
+            parts, x.stride(0), out.stride(0), **constants(layout), KS=launch.teams, WN=launch.side, NB=launch.blocks,
             NH=1 if tokens <= 8 else 2, EVEN=weight.inputs % (16 * layout.places) == 0, BIAS=bias is not None, PDL=self.pdl,
-            num_warps=launch.warps, **early,
+            num_warps=launch.teams * launch.side, **early,
         )  # fmt: skip
 
     def _tiles(self, block: int, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
@@ -383,7 +405,7 @@ class LinearFragments(LinearPacked):
             out, sums, self.counters, x, weight.words, weight.high, weight.scale, weight.outer, bias, NIBBLES, tokens, outputs,
             weight.inputs, parts, per_split, x.stride(0), out.stride(0), **constants(layout),
             EVEN=weight.inputs % (16 * layout.places) == 0, BLOCK_M=block, BLOCK_N=block_n, WR=warps, STAGES=stages,
-            SPLIT=ranges > 1, BIAS=bias is not None, num_warps=warps,
+            SPLIT=ranges > 1, BIAS=bias is not None, ASYNC=self.pdl, num_warps=warps,
         )  # fmt: skip
 
 
