@@ -51,7 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(kernels, "TILES", (32,))
         monkeypatch.setattr(kernels, "tile", lambda *_: (64, 2, 2))
-        monkeypatch.setattr(kernels, "few", lambda *_: kernels.Few(2, 1, 2))
+        monkeypatch.setattr(kernels, "few", lambda *_: kernels.Few(2, 1, 2, True))
         monkeypatch.setattr(kernels.LinearFragments, "_warm", lambda *_: None)
 
 
@@ -71,8 +71,10 @@ def test_kernels(name: str, tokens: int) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("choice", [(1, 1, 2), (4, 1, 1), (2, 2, 1), (1, 4, 2)], ids=str)
-def test_launches(choice: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "choice", [(1, 1, 2, True), (4, 1, 1, False), (2, 2, 1, True), (1, 4, 2, False)], ids=str
+)
+def test_launches(choice: tuple[int, int, int, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of warps and outputs gives the same product."""
     monkeypatch.setattr(kernels, "few", lambda *_: kernels.Few(*choice))
     for name in ("awq",):

@@ -121,10 +121,11 @@ def _few_kernel(
     out, x, words, high, scale, outer, bias, nibbles, M, N, K, parts, stride_x, stride_out,
     W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
     IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KS: tl.constexpr, WN: tl.constexpr, NB: tl.constexpr,
-    NH: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    NH: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """WN times 16 NB outputs of 8 NH tokens. WN warps side by side read the same inputs, which one of them brings into the
-    first cache, and each of KS such teams takes every KS-th part of the inputs."""
+    first cache, and each of KS such teams takes every KS-th part of the inputs. One part of the weights is on its way while
+    another is multiplied, with DEEP two."""
     KIND: tl.constexpr = x.dtype.element_ty
     PART: tl.constexpr = 16 * (32 // BITS)
     P: tl.constexpr = PART // GROUP if GROUP > 0 and GROUP < PART else 1
@@ -143,6 +144,12 @@ def _few_kernel(
     a, b, c, d = _fetch(
         words, high, scale, outer, part, parts, row, own, N, t, W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P
     )  # fmt: skip
+    e, f, g, h = a, b, c, d
+    if DEEP:
+        e, f, g, h = _fetch(
+            words, high, scale, outer, part + KS, parts, row, own, N, t,
+            W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P,
+        )  # fmt: skip
     if PDL:  # weights were there before the kernels in front of this one
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -153,8 +160,8 @@ def _few_kernel(
     )
     acc = tl.zeros((P, KS * WN, NB, 2, 8, NH, 4, 2), tl.float32)
     for start in tl.range(0, parts, KS, num_stages=1):
-        e, f, g, h = _fetch(
-            words, high, scale, outer, part + KS, parts, row, own, N, t,
+        i, j, k, l = _fetch(
+            words, high, scale, outer, part + (2 * KS if DEEP else KS), parts, row, own, N, t,
             W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P,
         )  # fmt: skip
         # Always so, which the compiler does not know. Without a branch it would ask for the next words when it is done with
@@ -167,7 +174,11 @@ def _few_kernel(
                 acc, these, a, b, c, d, part, base, nibbles,
                 BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS * WN, NB, NH,
             )  # fmt: skip
-        a, b, c, d = e, f, g, h
+        if DEEP:
+            a, b, c, d = e, f, g, h
+            e, f, g, h = i, j, k, l
+        else:
+            a, b, c, d = i, j, k, l
         part += KS
     y = tl.sum(tl.reshape(acc, (P * KS, 16 * NB * WN, 8 * NH)), 0)
     n = first + tl.arange(0, 16 * NB * WN)
@@ -296,6 +307,7 @@ class Few:
     teams: int
     side: int
     blocks: int
+    deep: bool
 
 
 def few(tokens: int, parts: int, outputs: int, groups: int) -> Few:
@@ -308,7 +320,7 @@ def few(tokens: int, parts: int, outputs: int, groups: int) -> Few:
         teams * side < 16 and teams * 2 <= parts and teams * triton.cdiv(outputs, 16 * blocks) < TARGET_WARPS
     ):
         teams *= 2
-    return Few(teams, side, blocks)
+    return Few(teams, side, blocks, True)
 
 
 def tile(block: int, large: bool) -> tuple[int, int, int]:
@@ -385,7 +397,7 @@ class LinearFragments(LinearPacked):
         early = {"launch_pdl": True} if self.pdl else {}
         _few_kernel[(triton.cdiv(outputs, 16 * launch.blocks * launch.side),)](
             out, x, weight.words, weight.high, weight.scale, weight.outer, bias, NIBBLES, tokens, outputs, weight.inputs,
-            parts, x.stride(0), out.stride(0), **constants(layout), KS=launch.teams, WN=launch.side, NB=launch.blocks,
+            parts, x.stride(0), out.stride(0), **constants(layout), KS=launch.teams, WN=launch.side, NB=launch.blocks, DEEP=launch.deep,
             NH=1 if tokens <= 8 else 2, EVEN=weight.inputs % (16 * layout.places) == 0, BIAS=bias is not None, PDL=self.pdl,
             num_warps=launch.teams * launch.side, **early,
         )  # fmt: skip
