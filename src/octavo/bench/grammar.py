@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+import numpy as np
+
 from octavo import host
 from octavo.config import EngineOptions
 from octavo.engine.core import EngineCore
@@ -66,19 +68,18 @@ def requests(count: int, grammar: str | None, output_len: int, first: int) -> It
         )
 
 
-def run(core: EngineCore, wanted: Iterator[GenerateRequest]) -> tuple[float, float, list[str]]:
-    """(tokens a second, milliseconds of masks a step, reasons of answers that ended early)."""
+def run(core: EngineCore, wanted: Iterator[GenerateRequest]) -> tuple[float, list[float], list[str]]:
+    """(tokens a second, milliseconds of masks of each step, reasons of answers that ended early)."""
     for request in wanted:
         core.submit(request)
-    tokens = steps = 0
+    tokens = 0
     early: list[str] = []
-    masks_s = 0.0
+    masks_ms: list[float] = []
     inner = core.executor.sample
     last = began = time.perf_counter()
 
     def sample(masks: list[object]) -> None:
-        nonlocal masks_s
-        masks_s += time.perf_counter() - last
+        masks_ms.append((time.perf_counter() - last) * 1e3)
         inner(masks)  # type: ignore[arg-type]
 
     collect = core.executor.collect
@@ -92,14 +93,13 @@ def run(core: EngineCore, wanted: Iterator[GenerateRequest]) -> tuple[float, flo
     core.executor.sample, core.executor.collect = sample, collected  # type: ignore[assignment, method-assign]
     try:
         while core.has_work:
-            steps += 1
             for delta in core.step():
                 tokens += len(delta.tokens)
                 if delta.finish_reason not in (None, "length"):
                     early.append(f"{delta.finish_reason} {delta.error or ''}")
     finally:
         core.executor.sample, core.executor.collect = inner, collect  # type: ignore[method-assign]
-    return tokens / (time.perf_counter() - began), masks_s / steps * 1e3, early
+    return tokens / (time.perf_counter() - began), masks_ms, early
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,7 +126,9 @@ def main(argv: list[str] | None = None) -> int:
             rate, masks_ms, early = run(core, load)
             best[name] = max(best[name], rate if turn else 0.0)
             print(
-                f"{'warm-up' if not turn else turn:>7} {name:7} {rate:9.0f} tok/s, after the draw {masks_ms:.2f} ms a step"
+                f"{'warm-up' if not turn else turn:>7} {name:7} {rate:9.0f} tok/s, after the draw {np.mean(masks_ms):.2f} ms a step"
+                + f" (p50 {np.percentile(masks_ms, 50):.2f}, p90 {np.percentile(masks_ms, 90):.2f},"
+                + f" most {max(masks_ms):.2f})"
                 + (f", {len(early)} ended early: {early[0]}" if early else ""),
                 flush=True,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -42,7 +43,7 @@ Make = Callable[[int, int, "Build"], Weight]
 EXPERTS: dict[str, Callable[[int, int, Build], LoadedPackedWeight]] = {
     "fp8": Fp8Stack,
     "int8": Int8Stack,
-    "int4": Int4Weight,
+    "int4": partial(Int4Weight, stack=True),
 }
 ON_LOAD: dict[str, Make] = {"fp8": Fp8Weight, "int8": Int8Weight, "int4": Int4Weight}
 CODES: dict[str, Callable[[Scheme, torch.dtype], Codes]] = {
@@ -240,7 +241,10 @@ def stack_shapes(block: Experts) -> tuple[tuple[int, int], tuple[int, int]]:
 def stored_stacks(gate_up: Codes, down: Codes, block: Experts, build: Build) -> tuple[Stack, Stack]:
     """Both stacks, to be filled with stored codes."""
     first, last = stack_shapes(block)
-    return StoredPackedWeight(gate_up, *first, build), StoredPackedWeight(down, *last, build)
+    return (
+        StoredPackedWeight(gate_up, *first, build, stack=True),
+        StoredPackedWeight(down, *last, build, stack=True),
+    )
 
 
 def _packed(codes: Codes) -> Make:

@@ -73,7 +73,7 @@ class Fp8Stack(LoadedPackedWeight):
     """fp8, the largest value of each row exact."""
 
     def __init__(self, out_features: int, in_features: int, build: Build) -> None:
-        super().__init__(FP8_ROWS, out_features, in_features, build)
+        super().__init__(FP8_ROWS, out_features, in_features, build, stack=True)
 
     def quantize(self, values: Tensor) -> Rows:
         """See ``LoadedPackedWeight``."""
@@ -85,7 +85,7 @@ class Int8Stack(LoadedPackedWeight):
     """int8."""
 
     def __init__(self, out_features: int, in_features: int, build: Build) -> None:
-        super().__init__(INT8_ROWS, out_features, in_features, build)
+        super().__init__(INT8_ROWS, out_features, in_features, build, stack=True)
 
     def quantize(self, values: Tensor) -> Rows:
         """See ``LoadedPackedWeight``."""

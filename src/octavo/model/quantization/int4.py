@@ -94,8 +94,8 @@ def _codes(parts: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 class Int4Weight(LoadedPackedWeight):
     """See ``LoadedPackedWeight``."""
 
-    def __init__(self, out_features: int, in_features: int, build: Build) -> None:
-        super().__init__(int4_layout(in_features), out_features, in_features, build)
+    def __init__(self, out_features: int, in_features: int, build: Build, *, stack: bool = False) -> None:
+        super().__init__(int4_layout(in_features), out_features, in_features, build, stack=stack)
 
     def quantize(self, values: Tensor) -> Rows:
         """See ``LoadedPackedWeight``."""

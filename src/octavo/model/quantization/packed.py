@@ -21,6 +21,7 @@ from octavo.device.ops.packed import (
     TABLES,
     Layout,
     empty_packed,
+    in_fragments,
     join_fields,
     pack_codes,
 )
@@ -73,9 +74,13 @@ def choose_width(group: int, inputs: int, bits: int = 4) -> int:
 
 
 class PackedWeight:
-    """A matrix [N, K] in one layout."""
+    """A matrix [N, K] in one layout, on a GPU in the order of tensor cores where there is one; a stack of experts as it is."""
 
-    def __init__(self, layout: Layout, out_features: int, in_features: int, build: Build) -> None:
+    def __init__(
+        self, layout: Layout, out_features: int, in_features: int, build: Build, *, stack: bool = False
+    ) -> None:
+        if build.spec.device == "cuda" and not stack:
+            layout = in_fragments(layout)
         self.packed = empty_packed(layout, out_features, in_features, build.device)
         self.linear = build.binder.bind(LINEAR_PACKED, build.spec)
 
@@ -121,8 +126,10 @@ class LoadedPackedWeight(PackedWeight, ABC):
 class StoredPackedWeight(PackedWeight):
     """Read as a format stores it."""
 
-    def __init__(self, codes: Codes, out_features: int, in_features: int, build: Build) -> None:
-        super().__init__(codes.layout(in_features), out_features, in_features, build)
+    def __init__(
+        self, codes: Codes, out_features: int, in_features: int, build: Build, *, stack: bool = False
+    ) -> None:
+        super().__init__(codes.layout(in_features), out_features, in_features, build, stack=stack)
         self.codes = codes
         self.ordered = False
 

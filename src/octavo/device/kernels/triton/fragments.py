@@ -1,7 +1,7 @@
 """Linear maps over packed codes that lie as the tensor cores take them (``Layout.fragments``), three ways by the number of tokens.
 
-up to 16     few: bound by reading codes. A program keeps its part of the inputs in registers, each warp a range of them, and
-             goes through the matrix 16 outputs at a time, the next codes on their way while it computes. The scales multiply
+up to 8      few: bound by reading codes. A warp has 16 or 32 outputs and goes through parts of the inputs, the next codes on
+             their way while it computes; at the end the warps of a program that have the same outputs add up. The scales multiply
              sums; zero points are taken off by means of the sum of a group's inputs, which the tensor cores deliver.
 up to 511    tiles: weights are scaled in registers, rounded once, and multiplied from there.
 more         values are written out, some outputs at a time, and the library multiplies.
@@ -33,12 +33,16 @@ from octavo.device.kernels.triton.fragment_codes import (
 from octavo.device.kernels.triton.packed import LinearPacked, _base, _spread, constants
 from octavo.device.kernels.triton.split import finish
 
-FEW = 16  # most tokens for which the scales multiply sums, not weights
+FEW = 8  # most tokens for which the scales multiply sums, not weights
 WRITE_OUT_FROM = 512
-TILES = (32, 64, 128)  # tokens of a tile
+TILES = (16, 32, 64, 128)  # tokens of a tile
 LARGE_TILES = (*TILES, 256)  # where there is shared memory for it: 210 KiB
-TARGET_TILES = 264  # two on every multiprocessor of a large GPU
-TARGET_WARPS = 2048  # 16 on every multiprocessor of a large GPU
+TARGET_TILES = 264  # two on every multiprocessor of a large GPU; one where they are large
+ENOUGH_WARPS = (
+    (1792, 1536),
+    (1536, 768),
+)  # for one token and more; where scales are of whole parts, and of pieces
+MANY_OUTPUTS = 16384
 MAX_SPLITS = 16
 # An argument of kernels, and not a constant, so that a mask and an OR are one instruction: it takes one constant only.
 NIBBLES = 0x000F000F
@@ -65,20 +69,30 @@ def _fetch(
 
 @triton.jit
 def _inputs(
-    x, m, M, part, parts, K, stride_x, t, PART: tl.constexpr, P: tl.constexpr, KS: tl.constexpr, NH: tl.constexpr,
+    x,
+    m,
+    M,
+    part,
+    parts,
+    K,
+    stride_x,
+    t,
+    PART: tl.constexpr,
+    P: tl.constexpr,
+    WARPS: tl.constexpr,
     EVEN: tl.constexpr,
-):  # fmt: skip
-    """Inputs of part ``part`` [P KS, PART / P, 8 NH], as the tensor cores take them."""
-    # t n b 16-blocks e nh i
-    block = tl.arange(0, PART // 16)[None, None, None, :, None, None, None]
-    e = tl.arange(0, 2)[None, None, None, None, :, None, None]
-    i = tl.arange(0, 2)[None, None, None, None, None, None, :]
+):
+    """Inputs of part ``part`` [P WARPS, PART / P, 8], as the tensor cores take them."""
+    # t n b 16-blocks e i
+    block = tl.arange(0, PART // 16)[None, None, None, :, None, None]
+    e = tl.arange(0, 2)[None, None, None, None, :, None]
+    i = tl.arange(0, 2)[None, None, None, None, None, :]
     k = part * PART + block * 16 + e * 8 + t * 2 + i
     inside = (m < M) & (part < parts) if EVEN else (m < M) & (k < K)
     found = tl.load(x + m.to(tl.int64) * stride_x + k, mask=inside, other=0.0)
-    found = tl.reshape(found, (4, 8, KS, P, PART // 32 // P, 2, 2, NH, 2))
-    # t 0 n 1 b 2 p 3 block 4 T 5 e 6 nh 7 i 8
-    return tl.reshape(tl.permute(found, (3, 2, 4, 6, 0, 5, 8, 7, 1)), (P * KS, PART // P, 8 * NH))
+    found = tl.reshape(found, (4, 8, WARPS, P, PART // 32 // P, 2, 2, 2))
+    # t 0 n 1 b 2 p 3 block 4 T 5 e 6 i 7
+    return tl.reshape(tl.permute(found, (3, 2, 4, 6, 0, 5, 7, 1)), (P * WARPS, PART // P, 8))
 
 
 @triton.jit
@@ -86,33 +100,31 @@ def _products(
     acc, x, tile, extra, factors, above, part, base, nibbles,
     BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
     IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KIND: tl.constexpr, PART: tl.constexpr,
-    P: tl.constexpr, KS: tl.constexpr, NB: tl.constexpr, NH: tl.constexpr,
+    P: tl.constexpr, WARPS: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """acc [P, KS, NB, 2, 8, NH, 4, 2] plus the products of one part of 16 NB outputs with x [P KS, PART / P, 8 NH]."""
+    """acc [P, WARPS, NB, 2, 8, 4, 2] plus the products of one part of 16 NB outputs with x [P WARPS, PART / P, 8]."""
     if HIGH > 0:
         extra = _spread(extra, HIGH)
     codes = all_codes(tile, extra, BITS, HIGH, CODE, KIND, nibbles).to(KIND)
-    codes = tl.reshape(codes, (4, 8, KS, 2 * NB, P, PART // 32 // P, 2, 2, 2))
+    codes = tl.reshape(codes, (4, 8, WARPS, 2 * NB, P, PART // 32 // P, 2, 2, 2))
     if BITS == 4:  # t 0 g 1 b 2 rh 3 p 4 block 5 i 6 e 7 T 8
         codes = tl.permute(codes, (4, 2, 3, 1, 5, 7, 0, 8, 6))
     else:  # t 0 g 1 b 2 rh 3 p 4 block 5 T 6 i 7 e 8
         codes = tl.permute(codes, (4, 2, 3, 1, 5, 8, 0, 6, 7))
-    codes = tl.reshape(codes, (P * KS, 16 * NB, PART // P))
+    codes = tl.reshape(codes, (P * WARPS, 16 * NB, PART // P))
     IN: tl.constexpr = 1 if P == 1 else IN_WORD
     index = part * 0
     if P == 1 and IN_WORD > 1 and GROUP > 0:
         index = (part // (GROUP // PART) if GROUP > PART else part) % IN_WORD
     s, z = factors_of(factors, above, index, base, IN, SCALES, OFFSET, HALF, CODE)
-    s = tl.permute(tl.reshape(s, (4, 8, KS, NB, 2, P)), (5, 2, 3, 4, 1, 0))
-    acc += tl.reshape(tl.dot(codes, x), (P, KS, NB, 2, 8, NH, 4, 2)) * tl.reshape(
-        s, (P, KS, NB, 2, 8, 1, 4, 1)
-    )
+    s = tl.permute(tl.reshape(s, (4, 8, WARPS, NB, 2, P)), (5, 2, 3, 4, 1, 0))
+    acc += tl.reshape(tl.dot(codes, x), (P, WARPS, NB, 2, 8, 4, 2)) * tl.expand_dims(s, -1)
     if CODE == 0:
-        z = tl.permute(tl.reshape(z, (4, 8, KS, NB, 2, P)), (5, 2, 3, 4, 1, 0))
-        one = tl.full((P * KS, 16, PART // P // 2), 1.0, KIND)
-        ones = tl.reshape(tl.join(one, one), (P * KS, 16, PART // P))
-        total = tl.reshape(tl.dot(ones, x), (P, KS, 1, 2, 8, NH, 4, 2))  # for all outputs the same
-        acc += total * tl.reshape(z, (P, KS, NB, 2, 8, 1, 4, 1))
+        z = tl.permute(tl.reshape(z, (4, 8, WARPS, NB, 2, P)), (5, 2, 3, 4, 1, 0))
+        one = tl.full((P * WARPS, 16, PART // P // 2), 1.0, KIND)
+        ones = tl.reshape(tl.join(one, one), (P * WARPS, 16, PART // P))
+        total = tl.reshape(tl.dot(ones, x), (P, WARPS, 1, 2, 8, 4, 2))  # for all outputs the same
+        acc += total * tl.expand_dims(z, -1)
     return acc
 
 
@@ -121,11 +133,10 @@ def _few_kernel(
     out, x, words, high, scale, outer, bias, nibbles, M, N, K, parts, stride_x, stride_out,
     W: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr, CODE: tl.constexpr, SCALES: tl.constexpr,
     IN_WORD: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, KS: tl.constexpr, WN: tl.constexpr, NB: tl.constexpr,
-    NH: tl.constexpr, DEEP: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """WN times 16 NB outputs of 8 NH tokens. WN warps side by side read the same inputs, which one of them brings into the
-    first cache, and each of KS such teams takes every KS-th part of the inputs. One part of the weights is on its way while
-    another is multiplied, with DEEP two."""
+    """WN times 16 NB outputs of up to 8 tokens. WN warps side by side read the same inputs, which one of them brings into the
+    first cache, and each of KS such teams takes every KS-th part of the inputs."""
     KIND: tl.constexpr = x.dtype.element_ty
     PART: tl.constexpr = 16 * (32 // BITS)
     P: tl.constexpr = PART // GROUP if GROUP > 0 and GROUP < PART else 1
@@ -144,45 +155,32 @@ def _few_kernel(
     a, b, c, d = _fetch(
         words, high, scale, outer, part, parts, row, own, N, t, W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P
     )  # fmt: skip
-    e, f, g, h = a, b, c, d
-    if DEEP:
-        e, f, g, h = _fetch(
-            words, high, scale, outer, part + KS, parts, row, own, N, t,
-            W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P,
-        )  # fmt: skip
     if PDL:  # weights were there before the kernels in front of this one
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    lane = tl.arange(0, 4)[:, None, None, None, None, None, None]
-    m = (
-        tl.arange(0, NH)[None, None, None, None, None, :, None] * 8
-        + tl.arange(0, 8)[None, :, None, None, None, None, None]
-    )
-    acc = tl.zeros((P, KS * WN, NB, 2, 8, NH, 4, 2), tl.float32)
+    lane = tl.arange(0, 4)[:, None, None, None, None, None]
+    m = tl.arange(0, 8)[None, :, None, None, None, None]
+    acc = tl.zeros((P, KS * WN, NB, 2, 8, 4, 2), tl.float32)
     for start in tl.range(0, parts, KS, num_stages=1):
-        i, j, k, l = _fetch(
-            words, high, scale, outer, part + (2 * KS if DEEP else KS), parts, row, own, N, t,
+        e, f, g, h = _fetch(
+            words, high, scale, outer, part + KS, parts, row, own, N, t,
             W, HIGH, GROUP, PART, SCALES, IN_WORD, WORDS, P,
         )  # fmt: skip
         # Always so, which the compiler does not know. Without a branch it would ask for the next words when it is done with
         # these, to have fewer registers in use.
         if start < parts + unknown:
             these = _inputs(
-                x, m, M, tl.reshape(part, (1, 1, KS * WN, 1, 1, 1, 1)), parts, K, stride_x, lane, PART, P, KS * WN, NH, EVEN
+                x, m, M, tl.expand_dims(part, -1), parts, K, stride_x, lane, PART, P, KS * WN, EVEN
             )  # fmt: skip
             acc = _products(
                 acc, these, a, b, c, d, part, base, nibbles,
-                BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS * WN, NB, NH,
+                BITS, HIGH, GROUP, CODE, SCALES, IN_WORD, OFFSET, HALF, KIND, PART, P, KS * WN, NB,
             )  # fmt: skip
-        if DEEP:
-            a, b, c, d = e, f, g, h
-            e, f, g, h = i, j, k, l
-        else:
-            a, b, c, d = i, j, k, l
+        a, b, c, d = e, f, g, h
         part += KS
-    y = tl.sum(tl.reshape(acc, (P * KS, 16 * NB * WN, 8 * NH)), 0)
+    y = tl.sum(tl.reshape(acc, (P * KS, 16 * NB * WN, 8)), 0)
     n = first + tl.arange(0, 16 * NB * WN)
-    tokens = tl.arange(0, 8 * NH)
+    tokens = tl.arange(0, 8)
     if BIAS:
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     inside = (n < N)[:, None] & (tokens < M)[None, :]
@@ -301,34 +299,33 @@ def write_out(weight: Any, rows: slice, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Few:
-    """How few tokens are multiplied: teams of warps that share the inputs, warps of a team, and how many times 16 outputs each
-    of these has."""
+    """How few tokens are multiplied: teams of warps, each with parts of the inputs of its own; warps of a team; and how many
+    times 16 outputs each of these has."""
 
     teams: int
     side: int
     blocks: int
-    deep: bool
 
 
 def few(tokens: int, parts: int, outputs: int, groups: int) -> Few:
-    """The launch for up to 16 tokens, so many parts of inputs, so many groups in a part: enough warps to keep the memory busy,
-    and none without work."""
-    blocks = 1 if groups > 1 and tokens > 8 else 2
-    side = 1 if tokens == 1 else 2
-    teams = 4
-    while (
-        teams * side < 16 and teams * 2 <= parts and teams * triton.cdiv(outputs, 16 * blocks) < TARGET_WARPS
-    ):
+    """The launch for up to 8 tokens, so many parts of inputs, so many groups in a part: warps enough to keep the memory busy,
+    and none without work. Measured on an H100 (docs/quantization.md)."""
+    blocks = 1 if tokens == 1 and (groups > 1 or outputs < MANY_OUTPUTS) else 2
+    wanted = ENOUGH_WARPS[groups > 1][tokens > 1]
+    teams = 1
+    while teams < 16 and teams * 2 <= parts and teams * triton.cdiv(outputs, 16 * blocks) < wanted:
         teams *= 2
-    return Few(teams, side, blocks, True)
+    return Few(teams, max(1, 8 // teams), blocks)
 
 
-def tile(block: int, large: bool) -> tuple[int, int, int]:
+def tile(block: int, outputs: int, large: bool) -> tuple[int, int, int]:
     """Outputs, warps and stages of the software pipeline for tiles of ``block`` tokens; ``large``: with 227 KiB of shared
     memory."""
     if block <= 64:
         return 64, 4, 4
-    return (64, 4, 3 if large else 2) if block <= 128 else (128, 8, 3)
+    if block <= 128 or outputs < MANY_OUTPUTS:
+        return 64, 4, 3 if large else 2
+    return 128, 8, 3
 
 
 class LinearFragments(LinearPacked):
@@ -379,17 +376,18 @@ class LinearFragments(LinearPacked):
     def _warm(self, x: Tensor, weight: Any, bias: Tensor | None) -> None:
         if not weight.layout.fragments:
             return super()._warm(x, weight, bias)
-        out = torch.empty((FEW, weight.outputs), dtype=x.dtype, device=x.device)
+        out = torch.empty((WRITE_OUT_FROM, weight.outputs), dtype=x.dtype, device=x.device)
         if x.dtype != torch.float32:
-            several = x[:1].expand(FEW, -1).contiguous()
+            several = x[:1].expand(WRITE_OUT_FROM, -1).contiguous()
             for tokens in (1, FEW):
                 self._few(several[:tokens], weight, bias, out[:tokens])
             for block in self.tiles:
-                self._tiles(block, several, weight, bias, out)
+                self._tiles(block, several[:1], weight, bias, out[:1])
+            self._tiles(self.tiles[-1], several, weight, bias, out)  # so many that inputs may not be split
         self.write_out(weight, slice(0, 1), x.dtype)
 
     def _few(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
-        """Up to 16 tokens."""
+        """Up to ``FEW`` tokens."""
         tokens, outputs, layout = x.shape[0], weight.outputs, weight.layout
         parts = triton.cdiv(weight.inputs, 16 * layout.places)
         groups = 16 * layout.places // layout.group if layout.group else 0
@@ -397,18 +395,19 @@ class LinearFragments(LinearPacked):
         early = {"launch_pdl": True} if self.pdl else {}
         _few_kernel[(triton.cdiv(outputs, 16 * launch.blocks * launch.side),)](
             out, x, weight.words, weight.high, weight.scale, weight.outer, bias, NIBBLES, tokens, outputs, weight.inputs,
-            parts, x.stride(0), out.stride(0), **constants(layout), KS=launch.teams, WN=launch.side, NB=launch.blocks, DEEP=launch.deep,
-            NH=1 if tokens <= 8 else 2, EVEN=weight.inputs % (16 * layout.places) == 0, BIAS=bias is not None, PDL=self.pdl,
+            parts, x.stride(0), out.stride(0), **constants(layout), KS=launch.teams, WN=launch.side, NB=launch.blocks,
+            EVEN=weight.inputs % (16 * layout.places) == 0, BIAS=bias is not None, PDL=self.pdl,
             num_warps=launch.teams * launch.side, **early,
         )  # fmt: skip
 
     def _tiles(self, block: int, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
         """One kernel with tiles of ``block`` tokens."""
         tokens, outputs, layout = x.shape[0], weight.outputs, weight.layout
-        block_n, warps, stages = tile(block, self.large)
+        block_n, warps, stages = tile(block, outputs, self.large)
         parts = triton.cdiv(weight.inputs, 16 * layout.places)
         columns, rows = triton.cdiv(outputs, block_n), triton.cdiv(tokens, block)
-        per_split = triton.cdiv(parts, max(1, min(MAX_SPLITS, parts, TARGET_TILES // (columns * rows))))
+        target = TARGET_TILES // 2 if block > 128 else TARGET_TILES
+        per_split = triton.cdiv(parts, max(1, min(MAX_SPLITS, parts, target // (columns * rows))))
         ranges = triton.cdiv(parts, per_split)
         sums = out
         if ranges > 1:
