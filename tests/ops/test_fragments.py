@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -111,11 +112,15 @@ def test_many_tokens_use_the_library(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 def test_launch_shapes() -> None:
     """No warp without work, and as many as keep a large GPU busy where there are outputs for them."""
-    for inputs in (1024, 4096, 11008, 28672):
-        parts = FRAGMENTS["awq"].num_runs(inputs) * 2
-        for outputs in (1024, 4096, 28672, 128256):
-            for tokens, groups in ((1, 1), (2, 1), (1, 4), (8, 4)):
-                launch = kernels.few(tokens, parts, outputs, groups)
-                warps = launch.teams * -(-outputs // (16 * launch.blocks))
-                assert launch.teams <= parts and 8 <= launch.teams * launch.side <= 16
-                assert warps >= kernels.ENOUGH_WARPS[groups > 1][tokens > 1] or launch.teams in (16, parts)
+    for name, kind in (("awq", "parts"), ("q4_k", "pieces"), ("q8_0", "bytes")):
+        for inputs, outputs, tokens in itertools.product((1024, 11008, 28672), (1024, 28672, 128256), (1, 8)):
+            launch = kernels.few(tokens, outputs, inputs, FRAGMENTS[name])
+            parts = inputs // (16 * FRAGMENTS[name].places)
+            warps = launch.teams * -(-outputs // (16 * launch.blocks))
+            assert launch.teams <= parts and 8 <= launch.teams * launch.side <= 16
+            assert warps >= kernels.ENOUGH_WARPS[kind][tokens > 1] or launch.teams in (8, 16)
+            assert (
+                launch.teams == 16
+                or 2 * launch.teams > parts
+                or warps >= kernels.ENOUGH_WARPS[kind][tokens > 1]
+            )

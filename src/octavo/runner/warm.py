@@ -24,6 +24,7 @@ SAMPLINGS = (
         temperature=1.0, repetition_penalty=1.1, logprobs=2, prompt_logprobs=2, logit_bias={0: 1.0}
     ),
 )
+UNRECORDED = SamplingParams(temperature=0.0, prompt_logprobs=1)
 
 
 def warm(runner: TorchRunner, max_model_len: int) -> int:
@@ -37,8 +38,8 @@ def warm(runner: TorchRunner, max_model_len: int) -> int:
         for sampling in SAMPLINGS:
             count += _run(runner, shape, sampling)
     for size in row_counts(min(runner.num_slots, MOST_ROWS, runner.max_tokens - long + 1)):
-        # Log-probabilities of prompts keep a step from being a replay of a recorded one, which has a row count of its own.
-        count += _run(runner, [long] + [1] * (size - 1), SAMPLINGS[-1])
+        # One prompt's log-probabilities keep a step from being a replay of a recorded one, which has a row count of its own.
+        count += _run(runner, [long] + [1] * (size - 1), UNRECORDED, SAMPLINGS[0])
     return count
 
 
@@ -47,16 +48,19 @@ def row_counts(most: int) -> list[int]:
     return [1 << power for power in range(2, most.bit_length()) if 1 << power < most] + [most] * (most > 2)
 
 
-def _run(runner: TorchRunner, shape: list[int], sampling: SamplingParams) -> int:
-    """A prompt step of these lengths, then one decode of all rows."""
+def _run(
+    runner: TorchRunner, shape: list[int], first: SamplingParams, others: SamplingParams | None = None
+) -> int:
+    """A prompt step of these lengths, then one decode of all rows; ``others``: for all but the first row."""
     every = list(range(len(shape)))
     words = b"\xff" * (4 * -(-runner.sampler.vocab_size // 32))
-    admits = [SlotInit(i, [0] * size, size, sampling, i, [0]) for i, size in enumerate(shape)]
+    sampling = [first, *[others or first] * (len(shape) - 1)]
+    admits = [SlotInit(i, [0] * size, size, sampling[i], i, [0]) for i, size in enumerate(shape)]
     none, yes = [0] * len(shape), [True] * len(shape)
     prompt = StepPlan(0, every, none, shape, none, yes, admits, [], [])
     decode = StepPlan(1, every, shape, [1] * len(shape), none, yes, [], [], [])
     for plan in (prompt, decode):
         runner.forward(plan)
-        runner.sample([GrammarMask(0, words)] if sampling.logit_bias else [])
+        runner.sample([GrammarMask(0, words)] if first.logit_bias else [])
         runner.collect()
     return 2

@@ -38,10 +38,8 @@ WRITE_OUT_FROM = 512
 TILES = (16, 32, 64, 128)  # tokens of a tile
 LARGE_TILES = (*TILES, 256)  # where there is shared memory for it: 210 KiB
 TARGET_TILES = 264  # two on every multiprocessor of a large GPU; one where they are large
-ENOUGH_WARPS = (
-    (1792, 1536),
-    (1536, 768),
-)  # for one token and more; where scales are of whole parts, and of pieces
+# For one token, and for more. Codes of 4 bits whose scales are of pieces of a part take more registers, 8 bits less.
+ENOUGH_WARPS = {"bytes": (3072, 1536), "parts": (1792, 1536), "pieces": (1536, 768)}
 MANY_OUTPUTS = 16384
 MAX_SPLITS = 16
 # An argument of kernels, and not a constant, so that a mask and an OR are one instruction: it takes one constant only.
@@ -307,13 +305,18 @@ class Few:
     blocks: int
 
 
-def few(tokens: int, parts: int, outputs: int, groups: int) -> Few:
-    """The launch for up to 8 tokens, so many parts of inputs, so many groups in a part: warps enough to keep the memory busy,
-    and none without work. Measured on an H100 (docs/quantization.md)."""
-    blocks = 1 if tokens == 1 and (groups > 1 or outputs < MANY_OUTPUTS) else 2
-    wanted = ENOUGH_WARPS[groups > 1][tokens > 1]
-    teams = 1
-    while teams < 16 and teams * 2 <= parts and teams * triton.cdiv(outputs, 16 * blocks) < wanted:
+def few(tokens: int, outputs: int, inputs: int, layout: Any) -> Few:
+    """The launch for up to 8 tokens: warps enough to keep the memory busy, and none without work. Measured on an H100
+    (docs/quantization.md)."""
+    part = 16 * layout.places
+    kind = "bytes" if layout.bits == 8 else "pieces" if 0 < layout.group < part else "parts"
+    blocks = 1 if tokens == 1 and (kind == "pieces" or outputs < MANY_OUTPUTS) else 2
+    parts, teams = triton.cdiv(inputs, part), 1
+    while (
+        teams < 16
+        and teams * 2 <= parts
+        and teams * triton.cdiv(outputs, 16 * blocks) < ENOUGH_WARPS[kind][tokens > 1]
+    ):
         teams *= 2
     return Few(teams, max(1, 8 // teams), blocks)
 
@@ -390,8 +393,7 @@ class LinearFragments(LinearPacked):
         """Up to ``FEW`` tokens."""
         tokens, outputs, layout = x.shape[0], weight.outputs, weight.layout
         parts = triton.cdiv(weight.inputs, 16 * layout.places)
-        groups = 16 * layout.places // layout.group if layout.group else 0
-        launch = few(tokens, parts, outputs, groups)
+        launch = few(tokens, outputs, weight.inputs, layout)
         early = {"launch_pdl": True} if self.pdl else {}
         _few_kernel[(triton.cdiv(outputs, 16 * launch.blocks * launch.side),)](
             out, x, weight.words, weight.high, weight.scale, weight.outer, bias, NIBBLES, tokens, outputs, weight.inputs,
