@@ -8,8 +8,8 @@ more         values are written out, some outputs at a time, and the library mul
 
 A thread that loads four words has what it multiplies: nothing goes through shared memory, and a mask and an OR make two
 neighbouring numbers, which are one register. That holds as long as the compiler gives tensors of pointers the layout that the
-order of their dimensions suggests (the last one first, then from the front), as Triton 3.6 does. With another choice (3.9) the
-product is slower, not wrong.
+order of their dimensions suggests: the last one first, then from the front (Triton 3.6) or from the back (3.7 to 3.9, ``BACK``).
+``tests/ops/test_ahead.py`` looks at what it made of them; with another choice the product is slower, not wrong.
 """
 
 from __future__ import annotations
@@ -44,6 +44,16 @@ MANY_OUTPUTS = 16384
 MAX_SPLITS = 16
 # An argument of kernels, and not a constant, so that a mask and an OR are one instruction: it takes one constant only.
 NIBBLES = 0x000F000F
+# Whether the compiler hands out threads from the last dimensions of pointers on, or (3.6) from the first.
+BACK = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6))
+
+
+@triton.jit
+def _turned(tensor):
+    """Dimensions t g b rh and one more as the compiler wants them for pointers; done twice, as they were."""
+    if BACK:
+        tensor = tl.permute(tensor, (3, 2, 1, 0, 4))
+    return tensor
 
 
 @triton.jit
@@ -54,40 +64,35 @@ def _fetch(
 ):  # fmt: skip
     """A part of the words of some outputs, their high bits, and their scale words: t g b rh q, t g b rh WORDS. Zeros where
     there is no such part."""
-    inside = part < parts
     q = tl.arange(0, 4)[None, None, None, None, :]
     at = (part // (W // 16) * N + row).to(tl.int64) * W + part % (W // 16) * 16 + t * 4 + q
+    at, part, own = _turned(at), _turned(part), _turned(own)
+    inside = part < parts
     tile = tl.load(words + at, mask=inside, other=0)
     extra = tile
     if HIGH > 0:
         extra = tl.load(high + at, mask=inside, other=0)
     factors, above = fetch_scales(scale, outer, part, own, N, inside, GROUP, PART, SCALES, IN_WORD, WORDS, P)
-    return tile, extra, factors, above
+    return _turned(tile), _turned(extra), _turned(factors), _turned(above)
 
 
 @triton.jit
 def _inputs(
-    x,
-    m,
-    M,
-    part,
-    parts,
-    K,
-    stride_x,
-    t,
-    PART: tl.constexpr,
-    P: tl.constexpr,
-    WARPS: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    x, m, M, part, parts, K, stride_x, t, PART: tl.constexpr, P: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
     """Inputs of part ``part`` [P WARPS, PART / P, 8], as the tensor cores take them."""
     # t n b 16-blocks e i
     block = tl.arange(0, PART // 16)[None, None, None, :, None, None]
     e = tl.arange(0, 2)[None, None, None, None, :, None]
     i = tl.arange(0, 2)[None, None, None, None, None, :]
     k = part * PART + block * 16 + e * 8 + t * 2 + i
-    inside = (m < M) & (part < parts) if EVEN else (m < M) & (k < K)
-    found = tl.load(x + m.to(tl.int64) * stride_x + k, mask=inside, other=0.0)
+    at = m.to(tl.int64) * stride_x + k
+    inside = tl.broadcast_to((m < M) & (part < parts) if EVEN else (m < M) & (k < K), at.shape)
+    if BACK:
+        at, inside = tl.permute(at, (3, 4, 2, 1, 0, 5)), tl.permute(inside, (3, 4, 2, 1, 0, 5))
+    found = tl.load(x + at, mask=inside, other=0.0)
+    if BACK:
+        found = tl.permute(found, (4, 3, 2, 0, 1, 5))
     found = tl.reshape(found, (4, 8, WARPS, P, PART // 32 // P, 2, 2, 2))
     # t 0 n 1 b 2 p 3 block 4 T 5 e 6 i 7
     return tl.reshape(tl.permute(found, (3, 2, 4, 6, 0, 5, 7, 1)), (P * WARPS, PART // P, 8))
