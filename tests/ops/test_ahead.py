@@ -1,4 +1,4 @@
-"""Kernels compile, to machine code, for the oldest GPUs that run bfloat16: nothing in them needs a newer one."""
+"""Kernels become machine code for real GPUs, and fit their shared memory; the interpreter would not notice."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-
-HERE = Path(__file__).parent
-OLDEST = 80
-# Largest shared memory of a block before Hopper: that of Ada (8.9), below Ampere's 163 KiB. CUDA C programming guide,
-# "technical specifications per compute capability".
-SHARED = 99 << 10
-AT_THE_END = 16 << 10  # what the sum over the warps of a product of few tokens takes
+SHARED = {90: 227 << 10, 86: 99 << 10}
+LAST_SUM = 16 << 10  # over the warps of a product of few tokens; see ``BACK`` in triton/fragments.py
 
 
-def test_kernels_compile_for_ampere_and_ada() -> None:
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize(("group", "least"), [("dense", 6), ("chosen", 6), ("chunks", 2), ("codes", 3)])
+def test_kernels_compile_without_a_gpu(group: str, least: int, arch: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).parent / "ahead.py"
     done = subprocess.run(
-        [sys.executable, str(HERE / "ahead.py"), str(OLDEST)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        [sys.executable, str(script), group, str(arch)],
+        env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    launches = json.loads(done.stdout)["launches"]
-    kernels = {launch["kernel"] for launch in launches}
-    assert {"_few_kernel", "_tile_kernel", "_linear_kernel", "_varlen_kernel", "_decode_kernel"} <= kernels
-    assert [launch for launch in launches if launch["shared"] > SHARED] == []
-    few = [launch["shared"] for launch in launches if launch["kernel"] == "_few_kernel"]
-    assert max(few) <= AT_THE_END, (
-        "codes go through shared memory: the compiler has chosen another layout (BACK)"
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) >= least
+    assert [kernel for kernel in found if kernel["shared"] > SHARED[arch]] == []
+    few = [kernel["shared"] for kernel in found if kernel["kernel"] == "_few_kernel"]
+    assert max(few, default=0) <= LAST_SUM, (
+        "codes go through shared memory: the compiler chose another layout"
     )
