@@ -3,7 +3,8 @@
     python -m octavo.bench.gpu_quant --tokens 1,16,256
 
 Times are those of calls inside one CUDA graph, over rotating weights that exceed the L2 cache. The floor is the larger of
-bytes over the rate of a copy and operations over the rate of a bfloat16 product; "bf16" is the time of the dense product.
+bytes over the rate of a copy and operations over the rate of a bfloat16 product; "bf16" is the time of the dense product. "first
+order" is that of experts' codes (``device/ops/packed.py``), where matrices of a layer lie in the tensor cores'.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ def makers(spec: OpSpec) -> dict[str, Make]:
         linear = binder.bind(fp8.LINEAR_FP8_BLOCK, spec)
         return lambda x: linear(x, weight, scales, None), n * k + 4 * scales.numel()
 
-    found: dict[str, Make] = {name: partial(packed, layout) for name, layout in LAYOUTS.items()}
+    found: dict[str, Make] = {name: partial(packed, in_fragments(layout)) for name, layout in LAYOUTS.items()}
     for name, layout in LAYOUTS.items():
         if in_fragments(layout).fragments:
-            found[f"{name} fragments"] = partial(packed, in_fragments(layout))
+            found[f"{name} first order"] = partial(packed, layout)
     found["int8"] = partial(rows, int8.quantize_rows_int8, int8.LINEAR_INT8)
     if spec.capability >= fp8.MIN_CAPABILITY:
         found["fp8"] = partial(rows, fp8.quantize_rows, fp8.LINEAR_FP8)

@@ -109,6 +109,15 @@ def factors_of(
 
 
 @triton.jit
+def place_in_word(part, GROUP: tl.constexpr, PART: tl.constexpr, IN_WORD: tl.constexpr, P: tl.constexpr):
+    """Which group of its scale word part ``part`` begins with."""
+    index = part * 0
+    if P == 1 and IN_WORD > 1 and GROUP > 0:
+        index = (part // (GROUP // PART) if GROUP > PART else part) % IN_WORD
+    return index
+
+
+@triton.jit
 def fetch_scales(
     scale, outer, part, own, N, inside, GROUP: tl.constexpr, PART: tl.constexpr, SCALES: tl.constexpr, IN_WORD: tl.constexpr,
     WORDS: tl.constexpr, P: tl.constexpr,
@@ -147,9 +156,7 @@ def part_values(
     factors, above = fetch_scales(
         scale, outer, part, own[:, None], N, (own >= 0)[:, None], GROUP, PART, SCALES, IN_WORD, WORDS, P
     )  # fmt: skip
-    index = 0
-    if P == 1 and IN_WORD > 1 and GROUP > 0:
-        index = (part // (GROUP // PART) if GROUP > PART else part) % IN_WORD
+    index = place_in_word(part, GROUP, PART, IN_WORD, P)
     s, z = factors_of(factors, above, index, base, IN, SCALES, OFFSET, HALF, CODE)
     s, z = tl.reshape(s, (ROWS, 1, P, 1, 1, 1, 1)), tl.reshape(z, (ROWS, 1, P, 1, 1, 1, 1))
     codes = all_codes(tile, extra, BITS, HIGH, CODE, KIND, nibbles).to(tl.float32)

@@ -28,6 +28,7 @@ from octavo.device.kernels.triton.fragment_codes import (
     factors_of,
     fetch_scales,
     part_values,
+    place_in_word,
     rows_from,
 )
 from octavo.device.kernels.triton.packed import LinearPacked, _base, _spread, constants
@@ -116,9 +117,7 @@ def _products(
         codes = tl.permute(codes, (4, 2, 3, 1, 5, 8, 0, 6, 7))
     codes = tl.reshape(codes, (P * WARPS, 16 * NB, PART // P))
     IN: tl.constexpr = 1 if P == 1 else IN_WORD
-    index = part * 0
-    if P == 1 and IN_WORD > 1 and GROUP > 0:
-        index = (part // (GROUP // PART) if GROUP > PART else part) % IN_WORD
+    index = place_in_word(part, GROUP, PART, IN_WORD, P)
     s, z = factors_of(factors, above, index, base, IN, SCALES, OFFSET, HALF, CODE)
     s = tl.permute(tl.reshape(s, (4, 8, WARPS, NB, 2, P)), (5, 2, 3, 4, 1, 0))
     acc += tl.reshape(tl.dot(codes, x), (P, WARPS, NB, 2, 8, 4, 2)) * tl.expand_dims(s, -1)
@@ -264,9 +263,7 @@ def _write_kernel(
     factors, above = fetch_scales(
         scale, outer, part, own[:, None], N, (own >= 0)[:, None], GROUP, PART, SCALES, IN_WORD, WORDS, P
     )  # fmt: skip
-    index = 0
-    if P == 1 and IN_WORD > 1 and GROUP > 0:
-        index = (part // (GROUP // PART) if GROUP > PART else part) % IN_WORD
+    index = place_in_word(part, GROUP, PART, IN_WORD, P)
     s, z = factors_of(factors, above, index, 0.0, 1 if P == 1 else IN_WORD, SCALES, OFFSET, HALF, CODE, True)
     s, z = tl.reshape(s, (BLOCK_N, 1, P, 1, 1, 1, 1)), tl.reshape(z, (BLOCK_N, 1, P, 1, 1, 1, 1))
     codes = all_codes(tile, extra, BITS, HIGH, CODE, tl.float32, 0).to(tl.float32)
@@ -312,7 +309,7 @@ class Few:
 
 def few(tokens: int, outputs: int, inputs: int, layout: Any) -> Few:
     """The launch for up to 8 tokens: warps enough to keep the memory busy, and none without work. Measured on an H100
-    (docs/quantization.md)."""
+    (docs/performance.md)."""
     part = 16 * layout.places
     kind = "bytes" if layout.bits == 8 else "pieces" if 0 < layout.group < part else "parts"
     blocks = 1 if tokens == 1 and (kind == "pieces" or outputs < MANY_OUTPUTS) else 2
@@ -352,7 +349,6 @@ class LinearFragments(LinearPacked):
         super().__init__(large, pdl)
         self.large = large
         self.tiles = LARGE_TILES if large else TILES
-        self.processors = 0
 
     def __call__(
         self, x: Tensor, weight: Any, bias: Tensor | None = None, out: Tensor | None = None
@@ -366,7 +362,6 @@ class LinearFragments(LinearPacked):
             return out
         if self.counters is None:
             self.counters = torch.zeros(2 * TARGET_TILES, dtype=torch.int32, device=x.device)
-            self.processors = processors(x.device)
             self._warm(x, weight, bias)
         if weight.order is not None:
             x = x.index_select(1, weight.order)
@@ -384,8 +379,8 @@ class LinearFragments(LinearPacked):
     def _warm(self, x: Tensor, weight: Any, bias: Tensor | None) -> None:
         if not weight.layout.fragments:
             return super()._warm(x, weight, bias)
-        out = torch.empty((WRITE_OUT_FROM, weight.outputs), dtype=x.dtype, device=x.device)
         if x.dtype != torch.float32:
+            out = torch.empty((WRITE_OUT_FROM, weight.outputs), dtype=x.dtype, device=x.device)
             several = x[:1].expand(WRITE_OUT_FROM, -1).contiguous()
             for tokens in (1, FEW):
                 self._few(several[:tokens], weight, bias, out[:tokens])
@@ -425,11 +420,6 @@ class LinearFragments(LinearPacked):
             EVEN=weight.inputs % (16 * layout.places) == 0, BLOCK_M=block, BLOCK_N=block_n, WR=warps, STAGES=stages,
             SPLIT=ranges > 1, BIAS=bias is not None, ASYNC=self.pdl, num_warps=warps,
         )  # fmt: skip
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 class LinearFragmentsHopper(LinearFragments):
