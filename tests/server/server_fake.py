@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +52,14 @@ def says(text: str, *, step: int = 3) -> Rule:
 def for_ever(request: GenerateRequest, done: int) -> list[int]:
     """Never stops by itself."""
     return [ord("a") + done % 26]
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until another thread has made it so."""
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
 
 
 @dataclass

@@ -11,14 +11,12 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from server_fake import FakeEngine, Live, for_ever, live_server
+from server_fake import FakeEngine, Live, eventually, for_ever, live_server
 
 from octavo.api.server.listen import bind
 from octavo.api.server.options import ServerOptions
@@ -27,13 +25,6 @@ from octavo.engine.client.renewed import RenewedClient
 from octavo.errors import UsageError
 
 BODY = {"prompt": "a", "max_tokens": 400, "ignore_eos": True}
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("path", ["/completions", "/chat/completions"])
