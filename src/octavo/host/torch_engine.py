@@ -35,7 +35,7 @@ from octavo.model.quantization.base import WeightFormat
 from octavo.model.quantization.choose import choose_format
 from octavo.model.stage import cut
 from octavo.runner.graphs import StepGraphs
-from octavo.runner.measure import Peak, graph_bytes, run_largest_step
+from octavo.runner.measure import SLACK_BYTES, Peak, graph_bytes, run_largest_step
 from octavo.runner.memory import MemoryPlan, plan_pages
 from octavo.runner.pages import PageMemory
 from octavo.runner.runner import TorchRunner
@@ -91,9 +91,11 @@ def build(
         record_graphs(runner, resolved, progress)
         budget.graphs_captured()
         timeline.end("graphs")
+    keep_share(options, platform, peak)
     if platform.kind == "cuda":
         progress("warming up", 0, 1)
         warm(runner, resolved.max_model_len)
+        keep_share(options, platform, peak)  # libraries have loaded their kernels meanwhile
         timeline.end("warm")
     return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use, platform.kind)
 
@@ -142,6 +144,14 @@ def size_cache(
     )
     num_pages, max_model_len = place.least([memory.num_pages, memory.max_model_len])
     return replace(memory, num_pages=num_pages, max_model_len=max_model_len)
+
+
+def keep_share(options: EngineOptions, platform: Platform, peak: Peak) -> None:
+    """Hold torch to what ``--gpu-memory-utilization`` leaves for steps: blocks that it keeps unused, because steps of
+    other sizes left them, are given back before the share would be exceeded."""
+    total = platform.hardware().total_memory_bytes
+    left_alone = int(total * (1 - options.cache.gpu_memory_utilization))
+    platform.bound(max(platform.free_bytes() - left_alone, peak.step_bytes + SLACK_BYTES))
 
 
 def record_graphs(runner: TorchRunner, resolved: Resolved, progress: Progress) -> None:

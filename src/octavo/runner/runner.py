@@ -126,7 +126,7 @@ class TorchRunner:
     def _release(self) -> None:
         """Give cached memory back; nothing is in flight afterwards."""
         self.platform.synchronize()
-        self.platform.close()
+        self.platform.release()
 
     @torch.inference_mode()
     def sample(self, masks: list[GrammarMask]) -> None:

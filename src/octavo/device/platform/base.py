@@ -1,4 +1,4 @@
-"""The seam to a device: ten questions, so that adding one is adding a file."""
+"""The seam to a device: a few questions, so that adding one is adding a file."""
 
 from __future__ import annotations
 
@@ -54,5 +54,11 @@ class Platform(Protocol):
     ) -> tuple[Callable[[], None], object] | None:
         """Record ``work`` as a graph: (replay, memory pool to share), or None where devices have no graphs."""
 
-    def close(self) -> None:
+    def bound(self, more: int) -> None:
+        """Hold at most ``more`` bytes above what is held now, unused ones included, from here to ``close``."""
+
+    def release(self) -> None:
         """Give cached memory back."""
+
+    def close(self) -> None:
+        """Give cached memory back, and hold as much as one likes again."""
