@@ -102,7 +102,7 @@ def tiny(tmp_path: Path, kind: Any, rows: tuple[Row, ...], **changes: Any) -> St
 
 def test_a_serve_stage_starts_loads_and_stops_a_server(tmp_path: Path) -> None:
     rows = (
-        Row("t/2", Load(2, 6, 12, 5), 1.0, 1.0),
+        Row("t/2", Load(2, 6, 12, 64), 1.0, 10.0),  # long enough that an answer does not come in one piece
         Row("t/sampled", Load(2, 4, 12, 5, temperature=1.0, top_p=0.9), 1.0, 1.0, share_of=("t/2", 0.5)),
         Row("t/prefix", Load(2, 4, 4, 3, prefix=32), 1.0, 1e9),
     )

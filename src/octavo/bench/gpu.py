@@ -256,7 +256,7 @@ def main(argv: list[str]) -> int:
     flops = {torch.bfloat16: bf16}
     if args.quantization == "fp8":
         flops[torch.float8_e4m3fn] = fp8_ceiling(platform.device)
-    platform.close()
+    platform.release()
     timeline = Timeline.start()
     if args.rank is None:
         built, cards = host.build_runner(options, host.open_files(options), timeline=timeline), name

@@ -89,7 +89,7 @@ class EncoderRunner:
         """See ``Runner.close``."""
         self._ready.clear()
         self._texts.clear()
-        self.platform.close()
+        self.platform.release()
 
     def _text(self, slot: int) -> Text:
         return self._texts[slot]

@@ -235,7 +235,8 @@ class TorchRunner:
         """See ``Runner.close``."""
         self.in_flight.clear()
         self.graphs = None
-        self.platform.close()
+        self.platform.bound(None)
+        self.platform.release()
 
     def _prompt_logprobs(
         self, plan: StepPlan, step: Prepared, hidden: Tensor, errors: dict[int, str]

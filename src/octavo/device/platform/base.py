@@ -54,11 +54,8 @@ class Platform(Protocol):
     ) -> tuple[Callable[[], None], object] | None:
         """Record ``work`` as a graph: (replay, memory pool to share), or None where devices have no graphs."""
 
-    def bound(self, more: int) -> None:
-        """Hold at most ``more`` bytes above what is held now, unused ones included, from here to ``close``."""
+    def bound(self, more: int | None) -> None:
+        """Hold at most ``more`` bytes above what is held now, unused ones included; None: as much as there is."""
 
     def release(self) -> None:
         """Give cached memory back."""
-
-    def close(self) -> None:
-        """Give cached memory back, and hold as much as one likes again."""

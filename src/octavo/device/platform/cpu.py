@@ -73,11 +73,8 @@ class CPUPlatform:
     def capture(self, work: Callable[[], None], pool: object | None) -> None:
         """A CPU has no graphs."""
 
-    def bound(self, more: int) -> None:
+    def bound(self, more: int | None) -> None:
         """Nothing is kept unused on a CPU."""
 
     def release(self) -> None:
-        """See ``Platform``."""
-
-    def close(self) -> None:
         """See ``Platform``."""

@@ -100,17 +100,12 @@ class CUDAPlatform:
             work()
         return graph.replay, graph.pool()
 
-    def bound(self, more: int) -> None:
+    def bound(self, more: int | None) -> None:
         """See ``Platform``; torch gives unused blocks back before it would ask the driver for more than this."""
         total = int(self.properties.total_memory)
-        most = torch.cuda.memory_reserved(self.device) + more
+        most = total if more is None else torch.cuda.memory_reserved(self.device) + more
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), self.device)
 
     def release(self) -> None:
         """See ``Platform``."""
         torch.cuda.empty_cache()
-
-    def close(self) -> None:
-        """See ``Platform``."""
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0, self.device)
