@@ -21,6 +21,7 @@ from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.host.measured import proven
 from octavo.host.place import Place, take_place
+from octavo.host.rehearsal import Rehearsal, begin
 from octavo.host.spread import part_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec, LatentAttention
@@ -64,6 +65,9 @@ def build(
     spec = cut(whole, place.stage, place.num_stages)
     binder = Binder(proven=proven(hardware.name) if platform.kind == "cuda" else frozenset())
     op_spec = platform.op_spec(dtype)
+    # Ranks compile what they need themselves, and a model of transformers has few kernels of ours.
+    alone = world is None and arch.implementation == "octavo"
+    rehearsal = begin(options, hardware, op_spec.capability, wanted=alone)
     weight_format = choose_format(options.model.quantization, spec, op_spec, files, renaming(files, spec))
     kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
     layout = plan_layout(cache_specs(whole, resolved.page_size, dtype.itemsize, kv_bytes))
@@ -73,9 +77,7 @@ def build(
     budget.require_room()
     timeline.end("imports")
     network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format, place)
-    network.load(files, progress=lambda done, total: progress("loading weights", done, total))
-    budget.weights_loaded()
-    timeline.end("weights")
+    load(network, files, rehearsal, budget, timeline, progress)
     graphs_wanted = platform.kind == "cuda" and not options.device.enforce_eager and network.recordable
     make = partial(torch_runner, network, layout, platform, binder, place)
     progress("measuring the largest step", 0, 1)
@@ -97,7 +99,26 @@ def build(
         warm(runner, resolved.max_model_len)
         keep_share(options, platform, peak)  # libraries have loaded their kernels meanwhile
         timeline.end("warm")
+        rehearsal.keep()
     return Built(runner, arch, resolved, memory, hardware.name, binder.explain(), budget.use, platform.kind)
+
+
+def load(
+    network: AnyNetwork,
+    files: ModelFiles,
+    rehearsal: Rehearsal,
+    budget: StartBudget,
+    timeline: Timeline,
+    progress: Progress,
+) -> None:
+    """Weights from the files to the device, while kernels are compiled beside that."""
+    with rehearsal:
+        network.load(files, progress=lambda done, total: progress("loading weights", done, total))
+        budget.weights_loaded()
+        timeline.end("weights")
+        if rehearsal.process is not None:
+            rehearsal.wait(progress)
+            timeline.end("kernels")
 
 
 def cache_type(

@@ -291,7 +291,8 @@ def fill_random(
     for item in items:
         target, device = item.target, item.device
         if device not in generators:
-            generators[device] = torch.Generator(device).manual_seed(seed)
+            # A rehearsal's tensors have no memory, and their device no generator.
+            generators[device] = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
         generator = generators[device]
         if isinstance(item, StoredMatrix):
             item.randomize(generator)

@@ -1,0 +1,143 @@
+"""The first start on a machine: another process finds out which kernels the engine will launch, and has them all compiled
+at a time, while the weights are loaded.
+
+    engine    platform ── begin ──> weights ──────── wait ──> largest step, graphs ... finds all kernels on disk ── keep
+    rehearse             imports, a start on a card that computes nothing, one process a core that compiles
+
+A mark beside Triton's cache says that such a start has succeeded here; then none of this happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from octavo import __version__
+from octavo.config import EngineOptions, Hardware
+from octavo.device.platform.machine import available_bytes, usable_cores
+from octavo.engine.process import end_child
+from octavo.host.built import Progress
+
+log = logging.getLogger("octavo.engine")
+
+COMMAND = (sys.executable, "-m", "octavo.host.rehearse")
+LEAST_CORES = 4  # with fewer, compiling beside the engine gains nothing
+MOST_PROCESSES = 16
+PROCESS_BYTES = 600 << 20  # that one of them needs at most
+PATIENCE_S = 120.0
+END_S = 2.0
+KERNELS = Path(__file__).parents[1] / "device" / "kernels" / "triton"
+
+
+class Play(msgspec.Struct):
+    """What is to be rehearsed: a start with these options on such a card, with so many compiling processes."""
+
+    options: EngineOptions
+    facts: Hardware
+    capability: int
+    processes: int
+
+
+@dataclass
+class Rehearsal:
+    """A process at work, or none, and the mark that its success will leave; as a context it ends with the block."""
+
+    mark: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.process.kill()  # the start has failed; its crew ends with the input
+        self.end()
+
+    def wait(self, progress: Progress) -> None:
+        """Until all kernels are there, or the process has failed, or has taken so long that the engine had better compile
+        what is missing."""
+        process = self.process
+        if process is None:
+            return
+        late = threading.Timer(PATIENCE_S, process.kill)
+        late.start()
+        try:
+            told = ""
+            for line in process.stdout or ():
+                found = msgspec.json.decode(line, type=dict[str, int])
+                progress("compiling kernels", found["done"], found["total"])
+                told = f"{found['done']} of {found['total']} kernels"
+        except msgspec.DecodeError:
+            told = "no sense"
+        finally:
+            late.cancel()
+            self.end()
+        log.debug("Kernels compiled ahead: %s.", told or "none")
+
+    def end(self) -> None:
+        """Stop what still runs."""
+        process, self.process = self.process, None
+        if process is not None:
+            end_child(process, END_S)
+            if process.stdout is not None:
+                process.stdout.close()
+
+    def keep(self) -> None:
+        """The engine is built, so that the next start will find every kernel."""
+        with contextlib.suppress(OSError):
+            self.mark.parent.mkdir(parents=True, exist_ok=True)
+            self.mark.touch()
+
+
+def begin(options: EngineOptions, facts: Hardware, capability: int, wanted: bool = True) -> Rehearsal:
+    """Start the process, if it is wanted and would bring something."""
+    processes = min(MOST_PROCESSES, usable_cores(), available_bytes()[0] // 2 // PROCESS_BYTES)
+    mark = mark_of(options, facts)
+    if not wanted or facts.kind != "cuda" or processes < LEAST_CORES or mark.exists():
+        return Rehearsal(mark)
+    try:
+        process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        if process.stdin is not None:
+            process.stdin.write(msgspec.json.encode(Play(options, facts, capability, processes)) + b"\n")
+            process.stdin.flush()
+    except OSError as problem:
+        log.debug("Compiling kernels ahead: %s", problem)
+        return Rehearsal(mark)
+    return Rehearsal(mark, process)
+
+
+def mark_of(options: EngineOptions, facts: Hardware) -> Path:
+    """Beside Triton's cache, named by all that decides which kernels a start needs."""
+    told = hashlib.sha256(msgspec.json.encode([options, facts.name, __version__, sys.version, _triton()]))
+    for path in sorted(KERNELS.glob("*.py")):
+        told.update(path.read_bytes())
+    return cache_folder() / "octavo" / told.hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps machine code."""
+    named = os.environ.get("TRITON_CACHE_DIR")
+    if named:
+        return Path(named)
+    home = os.environ.get("TRITON_HOME")
+    return (Path(home) if home else Path.home()) / ".triton" / "cache"
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
