@@ -101,3 +101,24 @@ def test_what_the_host_reads_from_a_card_without_memory_is_zero() -> None:
         assert x.to("cpu", torch.int32).tolist() == [[0] * 4] * 3
         assert platform.host_buffer(12, torch.float32).fill_(7).copy_(x.view(-1)).tolist() == [0.0] * 12
         assert (x @ x.T).shape == (3, 3)
+
+
+def test_a_process_that_waits_from_the_start_on_is_the_one_that_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other(monkeypatch, READ + """print('{"done": 1, "total": 1}')""")
+    waiting = rehearsal.wait_in_the_wings()
+    assert waiting is not None
+    begun = rehearsal.begin(EngineOptions(), CARD, 90, waiting=waiting)
+    assert begun.process is waiting
+    begun.wait(lambda *_: None)
+    begun.keep()
+    assert rehearsal.wait_in_the_wings() is None
+
+
+def test_one_that_waited_for_nothing_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    other(monkeypatch, READ)
+    waiting = rehearsal.wait_in_the_wings()
+    assert waiting is not None
+    assert rehearsal.begin(EngineOptions(), CARD, 90, wanted=False, waiting=waiting).process is None
+    assert waiting.returncode is not None

@@ -14,6 +14,7 @@ from octavo.host.built import Progress, Timeline
 from octavo.host.engine import BACKENDS, build_core
 from octavo.host.launch import decode_options
 from octavo.host.opening import open_files
+from octavo.host.rehearsal import dismiss, wait_in_the_wings
 
 log = logging.getLogger("octavo.engine")
 
@@ -22,13 +23,16 @@ def build(timeline: Timeline, raw: bytes, progress: Progress) -> EngineCore:
     """An engine from encoded options."""
     timeline.skip()  # the wait for the options is nobody's work
     options = decode_options(raw)
-    return build_core(options, open_files(options, progress), progress, timeline)
+    core = build_core(options, open_files(options, progress), progress, timeline)
+    dismiss(timeline.waiting)
+    return core
 
 
 def prepare(backend: str, timeline: Timeline) -> None:
     """Import what a backend needs; where that fails, the one that is chosen in the end says so."""
     if backend == "cuda":
         open_gpu_ahead()
+        timeline.waiting = wait_in_the_wings()
     name = "torch" if backend == "cuda" else backend
     if name in BACKENDS:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,10 +27,12 @@ def quiet(phase: str, done: int, total: int) -> None:
 
 @dataclass
 class Timeline:
-    """How long each phase of the start took, in seconds, in order."""
+    """How long each phase of the start took, in seconds, in order; and the process, if any, that has got ready beside it
+    (``host.rehearsal``)."""
 
     phases: dict[str, float]
     mark: float
+    waiting: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def start(cls) -> Timeline:

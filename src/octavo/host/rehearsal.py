@@ -1,8 +1,8 @@
 """The first start on a machine: another process finds out which kernels the engine will launch, and has them all compiled
 at a time, while the weights are loaded.
 
-    engine    platform ── begin ──> weights ──────── wait ──> largest step, graphs ... finds all kernels on disk ── keep
-    rehearse             imports, a start on a card that computes nothing, one process a core that compiles
+    engine     imports ────────── begin ──> weights ──── wait ──> largest step, graphs ...: all kernels are on disk ── keep
+    rehearse   imports (waits)    a start on a card that computes nothing, one process a core that compiles
 
 A mark beside Triton's cache says that such a start has succeeded here; then none of this happens.
 """
@@ -32,7 +32,7 @@ from octavo.host.built import Progress
 log = logging.getLogger("octavo.engine")
 
 COMMAND = (sys.executable, "-m", "octavo.host.rehearse")
-LEAST_CORES = 4  # with fewer, compiling beside the engine gains nothing
+LEAST_PROCESSES = 3  # with fewer, compiling beside the engine gains little
 MOST_PROCESSES = 16
 PROCESS_BYTES = 600 << 20  # that one of them needs at most
 PATIENCE_S = 120.0
@@ -100,23 +100,54 @@ class Rehearsal:
             self.mark.touch()
 
 
-def begin(options: EngineOptions, facts: Hardware, capability: int, wanted: bool = True) -> Rehearsal:
-    """Start the process, if it is wanted and would bring something."""
-    processes = min(MOST_PROCESSES, usable_cores(), available_bytes()[0] // 2 // PROCESS_BYTES)
-    mark = mark_of(options, facts)
-    if not wanted or facts.kind != "cuda" or processes < LEAST_CORES or mark.exists():
+def wait_in_the_wings() -> subprocess.Popen[bytes] | None:
+    """The process, before it is known what there is to rehearse: its imports take as long as the engine's own. None where
+    a start has succeeded before, and so most probably needs none."""
+    return None if _processes() < LEAST_PROCESSES or marks().exists() else _started()
+
+
+def dismiss(waiting: subprocess.Popen[bytes] | None) -> None:
+    """End a process that nobody has let begin; another one has ended already."""
+    if waiting is not None:
+        waiting.kill()
+        end_child(waiting, END_S)
+
+
+def begin(
+    options: EngineOptions,
+    facts: Hardware,
+    capability: int,
+    wanted: bool = True,
+    waiting: subprocess.Popen[bytes] | None = None,
+) -> Rehearsal:
+    """Let the process that is ``waiting``, or a new one, begin, if it is wanted and would bring something."""
+    mark, processes = mark_of(options, facts), _processes()
+    if not wanted or facts.kind != "cuda" or processes < LEAST_PROCESSES or mark.exists():
+        dismiss(waiting)
+        return Rehearsal(mark)
+    process = waiting or _started()
+    if process is None or process.stdin is None:
         return Rehearsal(mark)
     try:
-        process = subprocess.Popen(
-            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        if process.stdin is not None:
-            process.stdin.write(msgspec.json.encode(Play(options, facts, capability, processes)) + b"\n")
-            process.stdin.flush()
+        process.stdin.write(msgspec.json.encode(Play(options, facts, capability, processes)) + b"\n")
+        process.stdin.flush()
+    except OSError as problem:  # it has ended; ``wait`` will find that out
+        log.debug("Compiling kernels ahead: %s", problem)
+    return Rehearsal(mark, process)
+
+
+def _started() -> subprocess.Popen[bytes] | None:
+    pipe = subprocess.PIPE
+    try:
+        return subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
     except OSError as problem:
         log.debug("Compiling kernels ahead: %s", problem)
-        return Rehearsal(mark)
-    return Rehearsal(mark, process)
+        return None
+
+
+def _processes() -> int:
+    """How many can compile at a time."""
+    return min(MOST_PROCESSES, usable_cores() - 1, available_bytes()[0] // 2 // PROCESS_BYTES)
 
 
 def mark_of(options: EngineOptions, facts: Hardware) -> Path:
@@ -124,16 +155,13 @@ def mark_of(options: EngineOptions, facts: Hardware) -> Path:
     told = hashlib.sha256(msgspec.json.encode([options, facts.name, __version__, sys.version, _triton()]))
     for path in sorted(KERNELS.glob("*.py")):
         told.update(path.read_bytes())
-    return cache_folder() / "octavo" / told.hexdigest()[:32]
+    return marks() / told.hexdigest()[:32]
 
 
-def cache_folder() -> Path:
-    """Where Triton keeps machine code."""
-    named = os.environ.get("TRITON_CACHE_DIR")
-    if named:
-        return Path(named)
-    home = os.environ.get("TRITON_HOME")
-    return (Path(home) if home else Path.home()) / ".triton" / "cache"
+def marks() -> Path:
+    """The folder of the marks, where Triton keeps machine code."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache") / "octavo"
 
 
 def _triton() -> str:

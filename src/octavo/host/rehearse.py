@@ -15,7 +15,7 @@ import msgspec
 from octavo.config import EngineOptions, Hardware, resolve
 from octavo.device.kernels.crew import Crew, Kernel, noting
 from octavo.device.ops.bind import Binder
-from octavo.device.platform.rehearsal import Answers, RehearsalPlatform
+from octavo.device.platform.rehearsal import Answers, RehearsalPlatform, without_compiler
 from octavo.engine.cache.layout import plan_layout
 from octavo.engine.process import live_with_parent
 from octavo.host.built import limits_of
@@ -58,7 +58,7 @@ def rehearse(options: EngineOptions, facts: Hardware, capability: int) -> None:
         network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format, Place())
         network.load(files)
         runner = torch_runner(network, layout, platform, binder, Place(), resolved, PAGES)
-        run_largest_step(runner, resolved.max_model_len)
+        run_largest_step(runner, resolved.max_model_len, scored=1)
         if not options.device.enforce_eager and network.recordable:
             record_graphs(runner, resolved, lambda phase, done, total: None)
         warm(runner, resolved.max_model_len)
@@ -80,6 +80,7 @@ def compile_all(crew: Crew, play: Callable[[], None], tell: Callable[[int, int],
 
 def main() -> int:
     """Returns the exit status."""
+    without_compiler()
     line = sys.stdin.buffer.readline()
     if not line:
         return 1

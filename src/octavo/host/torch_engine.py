@@ -67,7 +67,7 @@ def build(
     op_spec = platform.op_spec(dtype)
     # Ranks compile what they need themselves, and a model of transformers has few kernels of ours.
     alone = world is None and arch.implementation == "octavo"
-    rehearsal = begin(options, hardware, op_spec.capability, wanted=alone)
+    rehearsal = begin(options, hardware, op_spec.capability, alone, timeline.waiting)
     weight_format = choose_format(options.model.quantization, spec, op_spec, files, renaming(files, spec))
     kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
     layout = plan_layout(cache_specs(whole, resolved.page_size, dtype.itemsize, kv_bytes))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from octavo.protocol.generate import SamplingParams
 from octavo.protocol.plan import GrammarMask, SlotInit, StepPlan
 from octavo.runner.graphs import StepGraphs
@@ -39,8 +41,8 @@ def shares(tokens: int, rows: int, longest: int) -> list[int]:
     return counts
 
 
-def run_largest_step(runner: TorchRunner, max_model_len: int) -> None:
-    """The step of the drawing above, from plan to result."""
+def run_largest_step(runner: TorchRunner, max_model_len: int, scored: int | None = None) -> None:
+    """The step of the drawing above, from plan to result; ``scored``: how many rows' prompts are, if not all."""
     rows = min(runner.num_slots, runner.max_tokens)
     counts = shares(runner.max_tokens, rows, max_model_len)
     asked = min(LOGPROBS, runner.sampler.vocab_size)
@@ -54,8 +56,10 @@ def run_largest_step(runner: TorchRunner, max_model_len: int) -> None:
         logprobs=asked,
         prompt_logprobs=asked,
     )
+    unscored = structs.replace(sampling, prompt_logprobs=None)
+    asks = [sampling if scored is None or i < scored else unscored for i in range(rows)]
     # One token more is known than computed, so that every computed one has a successor to score.
-    admits = [SlotInit(i, [0] * (n + 1), n + 1, sampling, 0, []) for i, n in enumerate(counts)]
+    admits = [SlotInit(i, [0] * (n + 1), n + 1, asks[i], 0, []) for i, n in enumerate(counts)]
     every, none = list(range(rows)), [0] * rows
     plan = StepPlan(0, every, none, counts, none, [True] * rows, admits, [], [])
     words = b"\xff" * (4 * -(-runner.sampler.vocab_size // 32))

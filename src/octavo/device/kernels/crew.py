@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 WARP = 32
+NICE = 5
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,10 @@ class Crew:
 
 
 def _enter(live: Callable[[], None]) -> None:
-    """A process of the crew begins: whoever reads what this program prints must not wait for it too."""
+    """A process of the crew begins: whoever reads what this program prints must not wait for it too, and whoever finds
+    work for it goes first."""
     live()
+    os.nice(NICE)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.close(silence)

@@ -5,7 +5,9 @@ A start that is gone through on it launches the kernels that the real one will, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -68,6 +70,20 @@ class RehearsalPlatform:
 
 def _nothing() -> None:
     """The replay of such a recording."""
+
+
+def without_compiler() -> None:
+    """Many of torch's functions ask its compiler to leave them alone, and import it for that: seconds, for a process that
+    has no use for it. Must be called before the first tensor of this device is made."""
+    stub = ModuleType("torch._dynamo")
+    vars(stub)["disable"] = _as_it_is
+    sys.modules.setdefault("torch._dynamo", stub)
+    vars(torch).setdefault("_dynamo", sys.modules["torch._dynamo"])
+
+
+def _as_it_is(function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+    """``torch._dynamo.disable`` where there is nothing to disable."""
+    return function
 
 
 class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
