@@ -89,9 +89,7 @@ class Rehearsal:
         """Stop what still runs."""
         process, self.process = self.process, None
         if process is not None:
-            end_child(process, END_S)
-            if process.stdout is not None:
-                process.stdout.close()
+            _let_go(process)
 
     def keep(self) -> None:
         """The engine is built, so that the next start will find every kernel."""
@@ -110,7 +108,7 @@ def dismiss(waiting: subprocess.Popen[bytes] | None) -> None:
     """End a process that nobody has let begin; another one has ended already."""
     if waiting is not None:
         waiting.kill()
-        end_child(waiting, END_S)
+        _let_go(waiting)
 
 
 def begin(
@@ -134,6 +132,13 @@ def begin(
     except OSError as problem:  # it has ended; ``wait`` will find that out
         log.debug("Compiling kernels ahead: %s", problem)
     return Rehearsal(mark, process)
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """Of one that ends, or has ended."""
+    end_child(process, END_S)
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def _started() -> subprocess.Popen[bytes] | None:

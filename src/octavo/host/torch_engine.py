@@ -10,6 +10,7 @@ import torch
 
 from octavo.config import EngineOptions, Resolved, resolve
 from octavo.device.distributed.world import World
+from octavo.device.kernels.keys import helpers_first
 from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.ops.fp8 import FP8, MIN_CAPABILITY
 from octavo.device.platform.base import Platform
@@ -67,6 +68,7 @@ def build(
     op_spec = platform.op_spec(dtype)
     # Ranks compile what they need themselves, and a model of transformers has few kernels of ours.
     alone = world is None and arch.implementation == "octavo"
+    helpers_first()
     rehearsal = begin(options, hardware, op_spec.capability, alone, timeline.waiting)
     weight_format = choose_format(options.model.quantization, spec, op_spec, files, renaming(files, spec))
     kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None

@@ -23,6 +23,8 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from octavo.device.kernels.keys import helpers_first
+
 WARP = 32
 NICE = 5
 
@@ -110,6 +112,7 @@ class Crew:
         if "nvidia" not in backends:
             raise RuntimeError("this Triton does not compile for NVIDIA GPUs")
         triton.runtime.driver.set_active(Absent(arch))
+        helpers_first()
         self.pool = ProcessPoolExecutor(size, get_context("fork"), initializer=_enter, initargs=(live,))
         self.pool.submit(int).result()  # fork them all now, before this process has threads of its own
 
