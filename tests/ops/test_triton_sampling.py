@@ -93,14 +93,16 @@ def test_broken_logits_still_give_a_token() -> None:
         token, neighbour = draw.sample(logits, **table).tolist()
         assert 0 <= token < VOCAB
         assert neighbour == ops.sample(logits, **table)[1].item()
-    assert 0 <= kernels.greedy(logits)[0].item() < VOCAB
+    tokens, bad = kernels.greedy(logits)
+    assert 0 <= tokens[0].item() < VOCAB and bad.tolist() == [True, False]
+    assert tokens[1].item() == ops.greedy(logits)[0][1].item()
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "masked"])
 def test_greedy_takes_the_lowest_of_equals(kind: str) -> None:
     logits = row_of(kind, 4)
-    assert kernels.greedy(logits).tolist() == ops.greedy(logits).tolist()
-    assert kernels.greedy(torch.zeros(2, VOCAB, device=DEVICE)).tolist() == [0, 0]
+    assert kernels.greedy(logits)[0].tolist() == ops.greedy(logits)[0].tolist()
+    assert kernels.greedy(torch.zeros(2, VOCAB, device=DEVICE))[0].tolist() == [0, 0]
 
 
 def test_penalties_and_counts() -> None:
@@ -139,6 +141,10 @@ def test_rows_with_a_nan_are_found(dtype: torch.dtype) -> None:
     logits[4] = float("-inf")
     assert kernels.nan_rows(logits).tolist() == [False, True, False, True, False]
     assert ops.nan_rows(logits).tolist() == [False, True, False, True, False]
+    for greedy in (kernels.greedy, ops.greedy):
+        tokens, bad = greedy(logits)
+        assert bad.tolist() == [False, True, False, True, False]
+        assert tokens[[0, 2, 4]].tolist() == [logits[0].argmax().item(), logits[2].argmax().item(), 0]
 
 
 @pytest.mark.parametrize("vocab", [64, 5001])

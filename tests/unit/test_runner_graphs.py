@@ -67,7 +67,12 @@ def build(graphs: bool) -> tuple[EngineCore, ReplayPlatform, TorchRunner]:
     if graphs:
         keep_outputs_in_place(runner)
         recorded = StepGraphs(
-            runner.network, runner.slots, runner.builder, platform, built.resolved.max_model_len
+            runner.network,
+            runner.slots,
+            runner.builder,
+            platform,
+            built.resolved.max_model_len,
+            runner.binder,
         )
         recorded.capture(12, 96, lambda done, total: None)
         runner.graphs = recorded

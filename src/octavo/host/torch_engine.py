@@ -179,7 +179,9 @@ def keep_share(options: EngineOptions, platform: Platform, peak: Peak) -> None:
 
 def record_graphs(runner: TorchRunner, resolved: Resolved, progress: Progress) -> None:
     """Record steps of all sizes."""
-    graphs = StepGraphs(runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len)
+    graphs = StepGraphs(
+        runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len, runner.binder
+    )
     graphs.capture(
         resolved.max_num_seqs,
         resolved.max_num_batched_tokens,

@@ -35,7 +35,7 @@ class Batch:
     """R rows with T tokens in all.
 
     token_ids, positions [T] int64; query_start [R + 1] int32; kv_lens [R] int32 (keys after this step);
-    ``sample_at`` [S] int64: the tokens whose hidden states become logits; ``max_query`` and ``max_kv`` are host
+    ``sample_at`` [S] int64 (or a slice): the tokens whose hidden states become logits; ``max_query`` and ``max_kv`` are host
     bounds. Padded captures have zero-length rows and -1 slots at the end. ``prompts`` is None where there are none or
     where a step is recorded, whose rows change; ``derived`` keeps what layers compute once a step.
     """
@@ -45,7 +45,7 @@ class Batch:
     query_start: Tensor
     kv_lens: Tensor
     groups: list[GroupTables]
-    sample_at: Tensor
+    sample_at: Tensor | slice
     max_query: int
     max_kv: int
     prompts: Prompts | None = None

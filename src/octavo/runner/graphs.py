@@ -5,6 +5,7 @@ rows. It is padded to the next captured size; padding rows use the dummy slot, s
 
     host: slots, starts ──one copy──> static buffer ──replay──> hidden states [size, E]
     inside the graph: token = last_token[slot], position = start, cache slot = page_table[slot, start / P] ...
+    (one launch a cache group: ``ops.step.decode_inputs``)
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.device.ops.bind import Binder
+from octavo.device.ops.step import DECODE_INPUTS, DecodeInputs
 from octavo.device.platform.base import Platform
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.face import AnyNetwork
@@ -30,14 +33,25 @@ class DecodeGraphs:
     """All captured sizes over one static input buffer and one shared memory pool."""
 
     def __init__(
-        self, network: AnyNetwork, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
+        self,
+        network: AnyNetwork,
+        slots: Slots,
+        builder: BatchBuilder,
+        platform: Platform,
+        max_model_len: int,
+        binder: Binder,
     ) -> None:
         self.network = network
         self.slots = slots
         self.builder = builder
         self.platform = platform
         self.max_model_len = max_model_len
+        self.inputs = binder.bind(DECODE_INPUTS, platform.op_spec(network.dtype))
         self.static = torch.zeros((2, 1), dtype=torch.int32, device=platform.device)
+        self.every = self.static[0]  # 0, 1, 2 ...: where rows of one token each begin
+        self.rows: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # size -> slots and ends that a replay writes, [size] int64
         self.replays: Replays = {}
         self.sizes: list[int] = []
 
@@ -49,6 +63,7 @@ class DecodeGraphs:
             (2, largest), self.slots.dummy, dtype=torch.int32, device=self.platform.device
         )
         self.static[1].zero_()
+        self.every = torch.arange(largest + 1, dtype=torch.int32, device=self.platform.device)
         self.replays, pool = record(self.network, self.platform, sizes, self._batch, pool, done)
         self.sizes = sorted(self.replays)
         return pool
@@ -77,10 +92,10 @@ class DecodeGraphs:
         self.static[:, :size].copy_(up[0].view(2, size))
         replay, hidden = self.replays[size]
         replay()
-        device_slots = up[0][:rows].long()
-        positions = up[0][size : size + rows].long() + 1
-        batch = self._empty
-        step = Prepared(batch, rows, list(range(rows)), slots, starts + 1, device_slots, positions, [])
+        device_slots, ends = self.rows[size]
+        step = Prepared(
+            self._empty, rows, list(range(rows)), slots, starts + 1, device_slots[:rows], ends[:rows], []
+        )
         return step, hidden[:rows]
 
     @property
@@ -91,22 +106,19 @@ class DecodeGraphs:
     def _batch(self, size: int) -> Batch:
         """The step's tensors from the static buffer; every operation here is recorded."""
         slots, starts = self.static[0, :size], self.static[1, :size]
-        positions = starts.long()
-        real = slots != self.slots.dummy
-        groups = []
-        for group in self.slots.tables:
-            table = group.table.index_select(0, slots)
-            page = table.gather(1, (positions // group.page_size).unsqueeze(1)).squeeze(1).long()
-            mapping = torch.where(real, page * group.page_size + positions % group.page_size, -1)
-            groups.append(GroupTables(table, mapping))
-        every = torch.arange(size + 1, dtype=torch.int32, device=self.platform.device)
+        made = [
+            DecodeInputs(*self.inputs(slots, starts, self.slots.last_token, group.table, group.page_size))
+            for group in self.slots.tables
+        ]
+        first = made[0]
+        self.rows[size] = first.slots, first.ends
         return Batch(
-            token_ids=self.slots.last_token[slots],
-            positions=positions,
-            query_start=every,
-            kv_lens=starts + 1,
-            groups=groups,
-            sample_at=every[:-1].long(),
+            token_ids=first.token_ids,
+            positions=first.positions,
+            query_start=self.every[: size + 1],
+            kv_lens=first.kv_lens,
+            groups=[GroupTables(each.page_table, each.slot_mapping) for each in made],
+            sample_at=slice(None),
             max_query=1,
             max_kv=self.max_model_len,
         )
@@ -116,9 +128,15 @@ class StepGraphs:
     """Decode graphs, then mixed ones, over one shared memory pool; None from ``run`` means: launch kernel by kernel."""
 
     def __init__(
-        self, network: AnyNetwork, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
+        self,
+        network: AnyNetwork,
+        slots: Slots,
+        builder: BatchBuilder,
+        platform: Platform,
+        max_model_len: int,
+        binder: Binder,
     ) -> None:
-        self.decode = DecodeGraphs(network, slots, builder, platform, max_model_len)
+        self.decode = DecodeGraphs(network, slots, builder, platform, max_model_len, binder)
         self.mixed = MixedGraphs(network, slots, builder, platform, max_model_len)
 
     def capture(self, max_num_seqs: int, max_tokens: int, progress: Callable[[int, int], None]) -> None:

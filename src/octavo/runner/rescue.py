@@ -93,8 +93,8 @@ class Parts:
             return
         if hidden is None:
             self.errors[rows[0]] = MESSAGE
-            sample_at = step.batch.sample_at
-            hidden = torch.zeros((len(sample_at), width), dtype=dtype, device=sample_at.device)
+            sampled = step.batch.token_ids[step.batch.sample_at]
+            hidden = torch.zeros((len(sampled), width), dtype=dtype, device=sampled.device)
         first = len(step.rows)
         second = first + sum(count for _, _, count in step.prompt_rows)
         self.sampling.append(hidden[:first])

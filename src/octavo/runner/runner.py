@@ -80,6 +80,7 @@ class TorchRunner:
         self.tells = tells
         self.pages = pages
         self.platform = platform
+        self.binder = binder
         self.layout: CacheLayout = pages.layout
         self.num_pages = pages.num_pages
         self.num_slots = num_slots

@@ -44,7 +44,7 @@ class Raw:
         """[T, N]."""
         return self.values.shape
 
-    def take(self, rows: Tensor) -> Raw:
+    def take(self, rows: Tensor | slice) -> Raw:
         """Some rows."""
         return Raw(self.values[rows], self.token_scale[rows], self.scale, self.dtype)
 

@@ -19,9 +19,12 @@ MIX_A, MIX_B = 0x7FEB352D, 0x846CA68B  # multipliers of a 32-bit mixer with low 
 TWO_POW_MINUS_32 = 2.0**-32
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """Most likely token of each row of logits [S, V]: [S] int64, the lowest id among equals."""
-    return torch.argmax(logits, dim=-1)
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Most likely token of each row of logits [S, V]: [S] int64, the lowest id among equals; and ``nan_rows``, in one pass.
+
+    Where a row holds a NaN its token is any.
+    """
+    return torch.argmax(logits, dim=-1), nan_rows(logits)
 
 
 def sample(

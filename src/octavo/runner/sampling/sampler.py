@@ -76,7 +76,9 @@ class Sampler:
         probabilities. Where a row asks for changes, they are made in float32."""
         wants = self.slots.wants[step.slots_host]
         any_wants = int(np.bitwise_or.reduce(wants)) if len(wants) else 0
-        bad = self.nan_rows(logits)
+        # An argmax over logits as they are tells by the way; masks would hide what is wrong.
+        plain = not masks and not any_wants & (CHANGES | RANDOM)
+        bad = None if plain else self.nan_rows(logits)
         raw: Tensor | None = None
         if any_wants & LOGPROBS:
             asking = np.flatnonzero(wants & LOGPROBS)
@@ -104,14 +106,15 @@ class Sampler:
                 step.positions,
             )
         else:
-            tokens = self.greedy(logits)
+            tokens, found = self.greedy(logits)
+            bad = found if bad is None else bad
         pending = None
         if raw is not None:
             limits = [self._limit(self.slots.sampling[slot]) for slot in step.slots_host[asking]]
             pending = self.rank(raw, tokens[self._index(asking)], asking.tolist(), limits)
         if counted:  # last: a draw that finds no memory is made again
             self.count_tokens(self.counts.table, rows, tokens)
-        return tokens, bad, pending
+        return tokens, self.nan_rows(logits) if bad is None else bad, pending
 
     def rank(self, raw: Tensor, tokens: Tensor, rows: list[int], limits: list[int]) -> PendingLogprobs:
         """Log probabilities and ranks of ``tokens`` under raw logits [n, V], and the best ``limits[i]`` of each row."""

@@ -107,34 +107,38 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["vocab"])
 def _argmax_chunk_kernel(values, ids, logits, vocab, stride, CHUNK: tl.constexpr):
-    """Greatest value of one chunk of one row and the lowest id that has it."""
+    """Greatest value of one chunk of one row and the lowest id that has it; -1 where the chunk holds a NaN."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + row * stride + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
     best = tl.max(x, 0)
     place = row * tl.num_programs(1) + chunk
     tl.store(values + place, best)
-    tl.store(ids + place, tl.min(tl.where(x == best, at, 2147483647), 0))
+    lowest = tl.min(tl.where(x == best, at, 2147483647), 0)
+    broken = tl.max((x != x).to(tl.int32), 0)  # noqa: PLR0124 (only a NaN differs from itself)
+    tl.store(ids + place, tl.where(broken > 0, -1, lowest))
 
 
 @triton.jit(do_not_specialize=["chunks", "vocab"])
-def _argmax_merge_kernel(tokens, values, ids, chunks, vocab, PAD: tl.constexpr):
-    """The best chunk of one row; the first among equals holds the lowest id."""
+def _argmax_merge_kernel(tokens, bad, values, ids, chunks, vocab, PAD: tl.constexpr):
+    """The best chunk of one row; the first among equals holds the lowest id. ``bad``: whether any held a NaN."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, PAD)
     x = tl.load(values + row * chunks + at, mask=at < chunks, other=float("-inf"))
     token = tl.load(ids + row * chunks + at, mask=at < chunks, other=2147483647)
     lowest = tl.min(tl.where(x == tl.max(x, 0), token, 2147483647), 0)
-    # Where all logits are NaN nothing compares: still a token.
-    tl.store(tokens + row, tl.where(lowest < vocab, lowest, 0).to(tl.int64))
+    # Where there are NaN nothing may compare: still a token.
+    tl.store(tokens + row, tl.where((lowest >= 0) & (lowest < vocab), lowest, 0).to(tl.int64))
+    tl.store(bad + row, tl.min(token, 0) < 0)
 
 
-def greedy(logits: Tensor) -> Tensor:
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """``octavo.device.ops.sampling.greedy`` on a GPU; rows of logits are contiguous."""
     num_rows, vocab = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    bad = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
     if num_rows == 0:
-        return tokens
+        return tokens, bad
     chunks = triton.cdiv(vocab, CHUNK)
     values = torch.empty((num_rows, chunks), dtype=torch.float32, device=logits.device)
     ids = torch.empty((num_rows, chunks), dtype=torch.int32, device=logits.device)
@@ -142,9 +146,9 @@ def greedy(logits: Tensor) -> Tensor:
         values, ids, logits, vocab, logits.stride(0), CHUNK=CHUNK, num_warps=4
     )
     _argmax_merge_kernel[(num_rows,)](
-        tokens, values, ids, chunks, vocab, PAD=triton.next_power_of_2(chunks), num_warps=1
+        tokens, bad, values, ids, chunks, vocab, PAD=triton.next_power_of_2(chunks), num_warps=1
     )
-    return tokens
+    return tokens, bad
 
 
 @triton.jit(do_not_specialize=["vocab"])
