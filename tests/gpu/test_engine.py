@@ -134,6 +134,7 @@ def test_preemption_keeps_tokens(tmp_path: Path) -> None:
     assert run(tight, prompts, 40) == free
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_host_never_waits_for_the_device_but_in_collect(tmp_path: Path) -> None:
     """torch raises where a call would wait for the device; requests of all kinds come and go."""
     core = build(checkpoint("qwen3", tmp_path), device="cuda", dtype="bfloat16")
