@@ -13,7 +13,7 @@ from dataclasses import replace
 import triton
 
 from octavo.config import EngineOptions, Hardware
-from octavo.device.kernels.crew import Absent, Kernel, noting
+from octavo.device.kernels.compilers import Absent, Kernel, noting
 from octavo.host import rehearse
 
 CARD = Hardware("cuda", "a card", 80 << 30, 16, True)

@@ -61,7 +61,7 @@ class Rehearsal:
 
     def __exit__(self, *_: object) -> None:
         if self.process is not None:
-            self.process.kill()  # the start has failed; its crew ends with the input
+            self.process.kill()  # the start has failed; those who compile end with its input
         self.end()
 
     def wait(self, progress: Progress) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import msgspec
 
 from octavo.config import EngineOptions, Hardware, resolve
-from octavo.device.kernels.crew import Crew, Kernel, noting
+from octavo.device.kernels.compilers import Compilers, Kernel, noting
 from octavo.device.ops.bind import Binder
 from octavo.device.platform.rehearsal import Answers, RehearsalPlatform, without_compiler
 from octavo.engine.cache.layout import plan_layout
@@ -64,12 +64,12 @@ def rehearse(options: EngineOptions, facts: Hardware, capability: int) -> None:
         warm(runner, resolved.max_model_len)
 
 
-def compile_all(crew: Crew, play: Callable[[], None], tell: Callable[[int, int], None]) -> int:
+def compile_all(compilers: Compilers, play: Callable[[], None], tell: Callable[[int, int], None]) -> int:
     """Compile what ``play`` launches, while it goes on; returns how many kernels that were."""
     jobs: list[Future[bool]] = []
 
     def note(kernel: Kernel) -> None:
-        jobs.append(crew.compile(kernel))
+        jobs.append(compilers.compile(kernel))
 
     with noting(note):
         play()
@@ -85,16 +85,16 @@ def main() -> int:
     if not line:
         return 1
     play = msgspec.json.decode(line, type=Play)
-    crew = Crew(play.capability, play.processes, live_with_parent)
+    compilers = Compilers(play.capability, play.processes, live_with_parent)
     live_with_parent()
 
     def tell(done: int, total: int) -> None:
         print(msgspec.json.encode({"done": done, "total": total}).decode(), flush=True)
 
     try:
-        compile_all(crew, lambda: rehearse(play.options, play.facts, play.capability), tell)
+        compile_all(compilers, lambda: rehearse(play.options, play.facts, play.capability), tell)
     finally:
-        crew.close()
+        compilers.close()
     return 0
 
 

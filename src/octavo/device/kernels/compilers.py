@@ -1,7 +1,7 @@
 """Many processes that compile Triton kernels, on a machine whose GPU they never touch.
 
     noting(found)                   launches do nothing but tell which kernel they would have been
-    Crew(arch).compile(kernel)      a process compiles it and leaves the machine code in Triton's cache on disk
+    Compilers(arch).compile(kernel)      a process compiles it and leaves the machine code in Triton's cache on disk
 
 Whoever launches the same kernel afterwards, in whatever process, finds it there. Triton itself compiles on the first
 launch, one kernel after the other: half a minute for a model.
@@ -104,7 +104,7 @@ def noting(note: Callable[[Kernel], None]) -> Iterator[None]:
         triton.knobs.runtime.jit_cache_hook = before
 
 
-class Crew:
+class Compilers:
     """``size`` processes forked from this one, which must not have a context on a GPU."""
 
     def __init__(self, arch: int, size: int, live: Callable[[], None]) -> None:
@@ -126,7 +126,7 @@ class Crew:
 
 
 def _enter(live: Callable[[], None]) -> None:
-    """A process of the crew begins: whoever reads what this program prints must not wait for it too, and whoever finds
+    """One of the processes begins: whoever reads what this program prints must not wait for it too, and whoever finds
     work for it goes first."""
     live()
     os.nice(NICE)
