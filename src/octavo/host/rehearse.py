@@ -27,7 +27,7 @@ from octavo.host.rehearsal import Play
 from octavo.host.torch_engine import DTYPES, make_network, record_graphs, torch_runner
 from octavo.model.blocks import DecoderSpec
 from octavo.model.describe import cache_specs, describe
-from octavo.model.load import renaming
+from octavo.model.load import fill_random, renaming
 from octavo.model.quantization.choose import choose_format
 from octavo.runner.measure import run_largest_step
 from octavo.runner.warm import warm
@@ -56,7 +56,7 @@ def rehearse(options: EngineOptions, facts: Hardware, capability: int) -> None:
     layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize, kv_bytes))
     with Answers():  # type: ignore[no-untyped-call]
         network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format, Place())
-        network.load(files)
+        fill_random(network.items())  # any numbers will do, and they need not be read
         runner = torch_runner(network, layout, platform, binder, Place(), resolved, PAGES)
         run_largest_step(runner, resolved.max_model_len, scored=1)
         if not options.device.enforce_eager and network.recordable:
