@@ -113,3 +113,28 @@ def test_the_process_compiles_every_kernel_for_the_card(tmp_path: Path) -> None:
     machine_code = {path.stem for path in (tmp_path / "cache").rglob("*.cubin")}
     assert {"_rope_store_kernel", "_decode_kernel", "_varlen_kernel", "_argmax_merge_kernel"} <= machine_code
     assert len(list((tmp_path / "cache").rglob("*.cubin"))) == total
+
+
+ENDS = """
+import os
+from octavo.device.kernels.compilers import Compilers, Kernel
+for live in (lambda: os._exit(3), lambda: None):
+    compilers = Compilers(90, 2, live)
+    for number in range(300):  # more than wait in a socket
+        compilers.compile(Kernel("octavo.device.kernels.triton.norm", "no_such_kernel", "x" * 2000))
+    print(list(compilers.results()) == [False] * 300, flush=True)
+    compilers.close()
+"""
+
+
+def test_processes_that_die_or_fail_end_the_wait(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS],
+        env=environment(tmp_path),
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stdout.split() == ["False", "True"]

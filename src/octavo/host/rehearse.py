@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, as_completed
 from dataclasses import replace
 
 import msgspec
 
 from octavo.config import EngineOptions, Hardware, resolve
-from octavo.device.kernels.compilers import Compilers, Kernel, noting
+from octavo.device.kernels.compilers import Compilers, noting
 from octavo.device.ops.bind import Binder
 from octavo.device.platform.rehearsal import Answers, RehearsalPlatform, without_compiler
 from octavo.engine.cache.layout import plan_layout
@@ -66,16 +65,11 @@ def rehearse(options: EngineOptions, facts: Hardware, capability: int) -> None:
 
 def compile_all(compilers: Compilers, play: Callable[[], None], tell: Callable[[int, int], None]) -> int:
     """Compile what ``play`` launches, while it goes on; returns how many kernels that were."""
-    jobs: list[Future[bool]] = []
-
-    def note(kernel: Kernel) -> None:
-        jobs.append(compilers.compile(kernel))
-
-    with noting(note):
+    with noting(compilers.compile):
         play()
-    for done, _ in enumerate(as_completed(jobs), 1):
-        tell(done, len(jobs))
-    return len(jobs)
+    for done, _ in enumerate(compilers.results(), 1):
+        tell(done, compilers.begun)
+    return compilers.begun
 
 
 def main() -> int:

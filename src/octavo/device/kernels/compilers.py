@@ -10,14 +10,15 @@ launch, one kernel after the other: half a minute for a model.
 from __future__ import annotations
 
 import os
+import socket
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import get_context
-from typing import Any
+from select import select
+from typing import Any, NoReturn
 
+import msgspec
 import triton
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
@@ -27,10 +28,12 @@ from octavo.device.kernels.keys import helpers_first
 
 WARP = 32
 NICE = 5
+SILENCE_S = 60.0  # no kernel takes so long: a process has died with its work
+MOST_BYTES = 1 << 18
+DONE, FAILED = b"1", b"0"
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True):
     """A kernel for arguments of certain types and alignments; ``data`` is Triton's own description of these."""
 
     module: str
@@ -105,7 +108,7 @@ def noting(note: Callable[[Kernel], None]) -> Iterator[None]:
 
 
 class Compilers:
-    """``size`` processes forked from this one, which must not have a context on a GPU."""
+    """``size`` processes forked from this one, which must have no threads and no context on a GPU."""
 
     def __init__(self, arch: int, size: int, live: Callable[[], None]) -> None:
         """``live`` is called first in each process: it sees to it that none outlives whom it works for."""
@@ -113,26 +116,69 @@ class Compilers:
             raise RuntimeError("this Triton does not compile for NVIDIA GPUs")
         triton.runtime.driver.set_active(Absent(arch))
         helpers_first()
-        self.pool = ProcessPoolExecutor(size, get_context("fork"), initializer=_enter, initargs=(live,))
-        self.pool.submit(int).result()  # fork them all now, before this process has threads of its own
+        # Whole messages; each goes to one of those who wait at the other end, and it ends for all when ours is closed.
+        self.jobs, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.begun = 0
+        self.waiting: deque[bytes] = deque()
+        self.processes: list[int] = []
+        for _ in range(size):
+            process = os.fork()
+            if process == 0:
+                self.jobs.close()
+                _work(theirs, live)
+            self.processes.append(process)
+        theirs.close()
+        self.jobs.setblocking(False)
 
-    def compile(self, kernel: Kernel) -> Future[bool]:
-        """Begin; the result says whether it could."""
-        return self.pool.submit(build, kernel)
+    def compile(self, kernel: Kernel) -> None:
+        """Begin."""
+        self.begun += 1
+        self.waiting.append(msgspec.json.encode(kernel))
+        self._send()
+
+    def _send(self) -> None:
+        """As many as there is room for: who finds the kernels shall not wait for those who compile them."""
+        while self.waiting:
+            try:
+                self.jobs.send(self.waiting[0])
+            except OSError:  # full, or nobody is left: ``results`` will see
+                return
+            self.waiting.popleft()
+
+    def results(self) -> Iterator[bool]:
+        """Whether each of those begun could be compiled, as they end; fewer where all processes have died or one hangs."""
+        for _ in range(self.begun):
+            self._send()
+            ready, _, _ = select([self.jobs], [], [], SILENCE_S)
+            try:
+                told = self.jobs.recv(16) if ready else b""
+            except ConnectionError:
+                return
+            if not told:
+                return
+            yield told == DONE
 
     def close(self) -> None:
         """End the processes."""
-        self.pool.shutdown(cancel_futures=True)
+        self.jobs.close()
+        for process in self.processes:
+            os.waitpid(process, 0)
 
 
-def _enter(live: Callable[[], None]) -> None:
-    """One of the processes begins: whoever reads what this program prints must not wait for it too, and whoever finds
-    work for it goes first."""
-    live()
-    os.nice(NICE)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.close(silence)
+def _work(jobs: socket.socket, live: Callable[[], None]) -> NoReturn:
+    """One of the processes: whoever reads what this program prints must not wait for it too, and whoever finds work for it
+    goes first."""
+    status = 1
+    try:
+        live()
+        os.nice(NICE)
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        while job := jobs.recv(MOST_BYTES):
+            jobs.send(DONE if build(msgspec.json.decode(job, type=Kernel)) else FAILED)
+        status = 0
+    finally:
+        os._exit(status)  # what else this process was in the middle of belongs to the other one
 
 
 def build(kernel: Kernel) -> bool:
