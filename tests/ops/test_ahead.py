@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from uninterpreted import environment
 
 pytest.importorskip("triton")
 SHARED = {90: 227 << 10, 86: 99 << 10}
@@ -18,12 +18,10 @@ LAST_SUM = 16 << 10  # over the warps of a product of few tokens; see ``BACK`` i
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize(("group", "least"), [("dense", 6), ("chosen", 6), ("chunks", 2), ("codes", 3)])
 def test_kernels_compile_without_a_gpu(group: str, least: int, arch: int, tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
     script = Path(__file__).parent / "ahead.py"
     done = subprocess.run(
         [sys.executable, str(script), group, str(arch)],
-        env=environment,
+        env=environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=280,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from uninterpreted import environment
 
 pytest.importorskip("triton")
 
 SCRIPT = """
 import sys
-from octavo.device.kernels.keys import helpers_first, name
+from octavo.device.kernels.keys import helpers_first
 from octavo.device.kernels.triton import attention, draw, fragments, moe_packed
 import triton
 helpers_first()
@@ -26,13 +27,15 @@ print(sorted(names.items()))
 KERNELS = "draw._scan_kernel draw._settle_kernel attention._decode_kernel attention._merge_kernel fragments._few_kernel"
 
 
-def test_names_are_the_same_in_any_order() -> None:
-    environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+def test_names_are_the_same_in_any_order(tmp_path: Path) -> None:
     orders = (KERNELS, " ".join(reversed(KERNELS.split())))
     told = [
         subprocess.run(
-            [sys.executable, "-c", SCRIPT, order], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", SCRIPT, order],
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for order in orders
     ]

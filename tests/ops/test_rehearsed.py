@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from uninterpreted import environment
 
 from octavo.config import EngineOptions, Hardware
 from octavo.host.rehearsal import COMMAND, Play
@@ -60,12 +60,6 @@ def model(folder: Path, kind: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**BASE, "model_type": kind, **MODELS[kind]}))
     return folder
-
-
-def environment(cache: Path) -> dict[str, str]:
-    changed = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
-    changed.pop("TRITON_INTERPRET", None)
-    return changed
 
 
 def test_one_layer_of_each_kind_launches_what_the_whole_model_does(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from octavo.files.resolve import open_model
 from octavo.host import compiled_engine, torch_engine
 from octavo.host.budget import StartBudget
 from octavo.host.built import Timeline, limits_of, quiet
-from octavo.host.plan import CONTEXT_BYTES, Planner, graphs_of
+from octavo.host.plan import CONTEXT_BYTES, Planner, graphs_of, layout_of
 from octavo.model.footprint import DENSE, FP8, INT4, RECORDING_BYTES, forward_bytes
 from octavo.runner import measure
 from octavo.runner.sizes import recorded_sizes
@@ -218,7 +218,7 @@ def start(gpu: GPU, platform: FakePlatform, **options: Any) -> StartBudget:
     found = Planner(chosen, open_dummy("llama-3.1-8b"))
     hardware = Hardware("cuda", gpu.name, gpu.memory_bytes, 8, True)
     resolved = resolve(chosen, hardware, limits_of(found.arch))
-    layout = found.layout(found.spec, resolved)
+    layout = layout_of(found.spec, resolved)
     budget = StartBudget(
         chosen, resolved, found.arch, found.spec, layout, hardware, platform, gpu.capability, found.files
     )  # type: ignore[arg-type]

@@ -91,6 +91,10 @@ def test_none_where_it_brings_nothing(why: str, monkeypatch: pytest.MonkeyPatch)
     begun = rehearsal.begin(EngineOptions(), card, 90, wanted=why != "unwanted")
     assert begun.process is None
     begun.wait(lambda *_: pytest.fail("there is nothing to tell"))
+    begun.keep()
+    assert rehearsal.marks().exists() == (
+        why in ("cores", "memory")
+    )  # its own kernels are compiled all the same
 
 
 def test_what_the_host_reads_from_a_card_without_memory_is_zero() -> None:

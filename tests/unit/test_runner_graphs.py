@@ -67,12 +67,7 @@ def build(graphs: bool) -> tuple[EngineCore, ReplayPlatform, TorchRunner]:
     if graphs:
         keep_outputs_in_place(runner)
         recorded = StepGraphs(
-            runner.network,
-            runner.slots,
-            runner.builder,
-            platform,
-            built.resolved.max_model_len,
-            runner.binder,
+            runner.network, runner.slots, runner.builder, platform, built.resolved.max_model_len
         )
         recorded.capture(12, 96, lambda done, total: None)
         runner.graphs = recorded

@@ -15,7 +15,7 @@ from octavo.device.platform.gpus import GIB, GPU, GPUS, find_gpu
 from octavo.engine.cache.spec import StateKV, label
 from octavo.errors import UsageError
 from octavo.files.dummy import open_dummy
-from octavo.host.plan import LENGTHS, SIZES, Case, Planner, cards
+from octavo.host.plan import LENGTHS, SIZES, Case, Planner, cards, layout_of
 from octavo.model.footprint import DENSE, FP8, INT4, Footprint, num_parameters, weight_bytes
 
 MISSION = (
@@ -75,7 +75,7 @@ def describe_model(planner: Planner) -> dict[str, Any]:
     """The model's own figures."""
     arch = planner.arch
     resolved = planner.resolved(GPUS[-1])
-    layout = planner.layout(planner.spec, resolved)
+    layout = layout_of(planner.spec, resolved)
     groups: dict[str, dict[str, int]] = {}
     layers: dict[str, set[int]] = {}
     for group in layout.groups:

@@ -183,16 +183,11 @@ class Planner:
         hardware = Hardware("cuda", gpu.name, gpu.memory_bytes, 8, not 0 < gpu.capability < 80)
         return resolve(options or self.options, hardware, limits_of(self.arch))
 
-    def layout(self, spec: DecoderSpec, resolved: Resolved) -> CacheLayout:
-        """The cache of a part of the model."""
-        kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
-        return plan_layout(cache_specs(spec, resolved.page_size, ELEMENT_BYTES[resolved.dtype], kv_bytes))
-
     def share(self, options: EngineOptions, resolved: Resolved, size: int) -> tuple[DecoderSpec, CacheLayout]:
         """What the first of ``size`` tensor parallel ranks (times the stages) holds, as ``host.torch_engine`` cuts it."""
         parallel = replace(options.parallel, tensor_parallel_size=size)
         whole = part_of(self.spec, replace(options, parallel=parallel))
-        spec, layout = cut(whole, 0, parallel.pipeline_parallel_size), self.layout(whole, resolved)
+        spec, layout = cut(whole, 0, parallel.pipeline_parallel_size), layout_of(whole, resolved)
         if parallel.pipeline_parallel_size > 1:
             layout = layout.part(range(len(spec.layers)))
         return spec, layout
@@ -335,3 +330,9 @@ def gib(nbytes: int) -> str:
 def cards(gpu: GPU, size: int) -> str:
     """Cards for a sentence."""
     return gpu.name if size == 1 else f"{size} x {gpu.name}"
+
+
+def layout_of(spec: DecoderSpec, resolved: Resolved) -> CacheLayout:
+    """The cache of a model, or of a part of it."""
+    kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
+    return plan_layout(cache_specs(spec, resolved.page_size, ELEMENT_BYTES[resolved.dtype], kv_bytes))

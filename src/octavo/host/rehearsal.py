@@ -53,7 +53,7 @@ class Play(msgspec.Struct):
 class Rehearsal:
     """A process at work, or none, and the mark that its success will leave; as a context it ends with the block."""
 
-    mark: Path
+    mark: Path | None = None
     process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -93,6 +93,8 @@ class Rehearsal:
 
     def keep(self) -> None:
         """The engine is built, so that the next start will find every kernel."""
+        if self.mark is None:
+            return
         with contextlib.suppress(OSError):
             self.mark.parent.mkdir(parents=True, exist_ok=True)
             self.mark.touch()
@@ -119,8 +121,11 @@ def begin(
     waiting: subprocess.Popen[bytes] | None = None,
 ) -> Rehearsal:
     """Let the process that is ``waiting``, or a new one, begin, if it is wanted and would bring something."""
+    if not wanted or facts.kind != "cuda":
+        dismiss(waiting)
+        return Rehearsal()
     mark, processes = mark_of(options, facts), _processes()
-    if not wanted or facts.kind != "cuda" or processes < LEAST_PROCESSES or mark.exists():
+    if processes < LEAST_PROCESSES or mark.exists():
         dismiss(waiting)
         return Rehearsal(mark)
     process = waiting or _started()

@@ -15,17 +15,17 @@ from octavo.config import EngineOptions, Hardware, resolve
 from octavo.device.kernels.compilers import Compilers, noting
 from octavo.device.ops.bind import Binder
 from octavo.device.platform.rehearsal import Answers, RehearsalPlatform, without_compiler
-from octavo.engine.cache.layout import plan_layout
 from octavo.engine.process import live_with_parent
 from octavo.host.built import limits_of
 from octavo.host.implementation import architecture
 from octavo.host.measured import proven
 from octavo.host.opening import open_files
 from octavo.host.place import Place
+from octavo.host.plan import layout_of
 from octavo.host.rehearsal import Play
 from octavo.host.torch_engine import DTYPES, make_network, record_graphs, torch_runner
 from octavo.model.blocks import DecoderSpec
-from octavo.model.describe import cache_specs, describe
+from octavo.model.describe import describe
 from octavo.model.load import fill_random, renaming
 from octavo.model.quantization.choose import choose_format
 from octavo.runner.measure import run_largest_step
@@ -51,8 +51,7 @@ def rehearse(options: EngineOptions, facts: Hardware, capability: int) -> None:
     binder = Binder(proven=proven(facts.name))
     weight_format = choose_format(options.model.quantization, spec, op_spec, files, renaming(files, spec))
     spec = distinct(spec)
-    kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
-    layout = plan_layout(cache_specs(spec, resolved.page_size, dtype.itemsize, kv_bytes))
+    layout = layout_of(spec, resolved)
     with Answers():  # type: ignore[no-untyped-call]
         network = make_network(arch, files, spec, binder, op_spec, platform, resolved, weight_format, Place())
         fill_random(network.items())  # any numbers will do, and they need not be read
@@ -63,13 +62,12 @@ def rehearse(options: EngineOptions, facts: Hardware, capability: int) -> None:
         warm(runner, resolved.max_model_len)
 
 
-def compile_all(compilers: Compilers, play: Callable[[], None], tell: Callable[[int, int], None]) -> int:
-    """Compile what ``play`` launches, while it goes on; returns how many kernels that were."""
+def compile_all(compilers: Compilers, play: Callable[[], None], tell: Callable[[int, int], None]) -> None:
+    """Compile what ``play`` launches, while it goes on; ``tell`` how many of how many are done."""
     with noting(compilers.compile):
         play()
     for done, _ in enumerate(compilers.results(), 1):
         tell(done, compilers.begun)
-    return compilers.begun
 
 
 def main() -> int:

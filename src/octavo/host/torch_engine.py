@@ -15,18 +15,19 @@ from octavo.device.ops.bind import Binder, OpSpec
 from octavo.device.ops.fp8 import FP8, MIN_CAPABILITY
 from octavo.device.platform.base import Platform
 from octavo.device.platform.select import open_platform
-from octavo.engine.cache.layout import CacheLayout, plan_layout
+from octavo.engine.cache.layout import CacheLayout
 from octavo.errors import UsageError
 from octavo.files.base import ModelFiles
 from octavo.host.budget import StartBudget
 from octavo.host.built import Built, Progress, Timeline, limits_of
 from octavo.host.measured import proven
 from octavo.host.place import Place, take_place
+from octavo.host.plan import layout_of
 from octavo.host.rehearsal import Rehearsal, begin
 from octavo.host.spread import part_of
 from octavo.model.arch import ArchConfig
 from octavo.model.blocks import DecoderSpec, LatentAttention
-from octavo.model.describe import cache_specs, describe
+from octavo.model.describe import describe
 from octavo.model.face import AnyNetwork
 from octavo.model.fallback.network import TransformersNetwork
 from octavo.model.layers.build import CacheType
@@ -68,11 +69,11 @@ def build(
     op_spec = platform.op_spec(dtype)
     # Ranks compile what they need themselves, and a model of transformers has few kernels of ours.
     alone = world is None and arch.implementation == "octavo"
-    helpers_first()
+    if platform.kind == "cuda":
+        helpers_first()
     rehearsal = begin(options, hardware, op_spec.capability, alone, timeline.waiting)
     weight_format = choose_format(options.model.quantization, spec, op_spec, files, renaming(files, spec))
-    kv_bytes = 1 if resolved.kv_cache_dtype == "fp8" else None
-    layout = plan_layout(cache_specs(whole, resolved.page_size, dtype.itemsize, kv_bytes))
+    layout = layout_of(whole, resolved)
     if place.num_stages > 1:
         layout = layout.part(range(spec.first_layer, spec.first_layer + len(spec.layers)))
     budget = StartBudget(options, resolved, arch, spec, layout, hardware, platform, op_spec.capability, files)
@@ -179,9 +180,7 @@ def keep_share(options: EngineOptions, platform: Platform, peak: Peak) -> None:
 
 def record_graphs(runner: TorchRunner, resolved: Resolved, progress: Progress) -> None:
     """Record steps of all sizes."""
-    graphs = StepGraphs(
-        runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len, runner.binder
-    )
+    graphs = StepGraphs(runner.network, runner.slots, runner.builder, runner.platform, resolved.max_model_len)
     graphs.capture(
         resolved.max_num_seqs,
         resolved.max_num_batched_tokens,

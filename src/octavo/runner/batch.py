@@ -12,9 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from octavo.device.ops.bind import Binder
+from octavo.device.ops.step import DECODE_INPUTS, DecodeInputs
 from octavo.device.platform.base import Platform
 from octavo.model.batch import Batch, GroupTables, Prompts
 from octavo.protocol.plan import StepPlan
@@ -55,11 +58,20 @@ class Prepared:
 class BatchBuilder:
     """Turns plans into ``Prepared`` steps for one device."""
 
-    def __init__(self, slots: Slots, platform: Platform, max_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self, slots: Slots, platform: Platform, max_tokens: int, max_model_len: int, binder: Binder
+    ) -> None:
         self.slots = slots
+        self._decode_inputs = binder.bind(DECODE_INPUTS, platform.op_spec(torch.float32))
         self.platform = platform
         self.max_model_len = max_model_len
         self.staging = Staging(platform, 6 * max_tokens + 8 * slots.num_slots + 1024)
+
+    def decode_inputs(
+        self, slots: Tensor, starts: Tensor, last_token: Tensor, table: Tensor, page_size: int
+    ) -> DecodeInputs:
+        """See ``ops.step.decode_inputs``."""
+        return DecodeInputs(*self._decode_inputs(slots, starts, last_token, table, page_size))
 
     def build(self, plan: StepPlan) -> Prepared:
         """All tensors of the step; uploads page table changes on the way."""

@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.device.ops.bind import Binder
-from octavo.device.ops.step import DECODE_INPUTS, DecodeInputs
 from octavo.device.platform.base import Platform
 from octavo.model.batch import Batch, GroupTables
 from octavo.model.face import AnyNetwork
@@ -33,25 +31,17 @@ class DecodeGraphs:
     """All captured sizes over one static input buffer and one shared memory pool."""
 
     def __init__(
-        self,
-        network: AnyNetwork,
-        slots: Slots,
-        builder: BatchBuilder,
-        platform: Platform,
-        max_model_len: int,
-        binder: Binder,
+        self, network: AnyNetwork, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
     ) -> None:
         self.network = network
         self.slots = slots
         self.builder = builder
         self.platform = platform
         self.max_model_len = max_model_len
-        self.inputs = binder.bind(DECODE_INPUTS, platform.op_spec(network.dtype))
         self.static = torch.zeros((2, 1), dtype=torch.int32, device=platform.device)
         self.every = self.static[0]  # 0, 1, 2 ...: where rows of one token each begin
-        self.rows: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # size -> slots and ends that a replay writes, [size] int64
+        # size -> slots and ends that a replay writes, [size] int64
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}
         self.replays: Replays = {}
         self.sizes: list[int] = []
 
@@ -107,7 +97,7 @@ class DecodeGraphs:
         """The step's tensors from the static buffer; every operation here is recorded."""
         slots, starts = self.static[0, :size], self.static[1, :size]
         made = [
-            DecodeInputs(*self.inputs(slots, starts, self.slots.last_token, group.table, group.page_size))
+            self.builder.decode_inputs(slots, starts, self.slots.last_token, group.table, group.page_size)
             for group in self.slots.tables
         ]
         first = made[0]
@@ -128,15 +118,9 @@ class StepGraphs:
     """Decode graphs, then mixed ones, over one shared memory pool; None from ``run`` means: launch kernel by kernel."""
 
     def __init__(
-        self,
-        network: AnyNetwork,
-        slots: Slots,
-        builder: BatchBuilder,
-        platform: Platform,
-        max_model_len: int,
-        binder: Binder,
+        self, network: AnyNetwork, slots: Slots, builder: BatchBuilder, platform: Platform, max_model_len: int
     ) -> None:
-        self.decode = DecodeGraphs(network, slots, builder, platform, max_model_len, binder)
+        self.decode = DecodeGraphs(network, slots, builder, platform, max_model_len)
         self.mixed = MixedGraphs(network, slots, builder, platform, max_model_len)
 
     def capture(self, max_num_seqs: int, max_tokens: int, progress: Callable[[int, int], None]) -> None:

@@ -72,7 +72,7 @@ def graph_bytes(runner: TorchRunner, max_model_len: int) -> int:
     """Bytes that the recordings of the real runner will hold: some are made here, the others are reckoned from them."""
     platform = runner.platform
     mixed, decode = recorded_sizes(runner.num_slots, runner.max_tokens)
-    graphs = StepGraphs(runner.network, runner.slots, runner.builder, platform, max_model_len, runner.binder)
+    graphs = StepGraphs(runner.network, runner.slots, runner.builder, platform, max_model_len)
     marks = [platform.free_bytes()]
 
     def mark() -> None:

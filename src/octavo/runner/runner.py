@@ -80,13 +80,12 @@ class TorchRunner:
         self.tells = tells
         self.pages = pages
         self.platform = platform
-        self.binder = binder
         self.layout: CacheLayout = pages.layout
         self.num_pages = pages.num_pages
         self.num_slots = num_slots
         self.max_tokens = max_tokens
         self.slots = Slots(num_slots, max_model_len, pages.layout, platform)
-        self.builder = BatchBuilder(self.slots, platform, max_tokens, max_model_len)
+        self.builder = BatchBuilder(self.slots, platform, max_tokens, max_model_len, binder)
         self.sampler = Sampler(self.slots, vocab_size, platform, binder)
         self.pooler = Pooler()
         self.graphs: StepGraphs | None = None

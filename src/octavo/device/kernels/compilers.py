@@ -1,7 +1,7 @@
 """Many processes that compile Triton kernels, on a machine whose GPU they never touch.
 
-    noting(found)                   launches do nothing but tell which kernel they would have been
-    Compilers(arch).compile(kernel)      a process compiles it and leaves the machine code in Triton's cache on disk
+    noting(note)           launches do nothing but tell which kernel they would have been
+    Compilers.compile      a process compiles it and leaves the machine code in Triton's cache on disk
 
 Whoever launches the same kernel afterwards, in whatever process, finds it there. Triton itself compiles on the first
 launch, one kernel after the other: half a minute for a model.

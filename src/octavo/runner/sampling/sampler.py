@@ -76,9 +76,8 @@ class Sampler:
         probabilities. Where a row asks for changes, they are made in float32."""
         wants = self.slots.wants[step.slots_host]
         any_wants = int(np.bitwise_or.reduce(wants)) if len(wants) else 0
-        # An argmax over logits as they are tells by the way; masks would hide what is wrong.
-        plain = not masks and not any_wants & (CHANGES | RANDOM)
-        bad = None if plain else self.nan_rows(logits)
+        # Changes would hide what is wrong; without them an argmax tells by the way.
+        before = self.nan_rows(logits) if masks or any_wants & CHANGES else None
         raw: Tensor | None = None
         if any_wants & LOGPROBS:
             asking = np.flatnonzero(wants & LOGPROBS)
@@ -105,16 +104,17 @@ class Sampler:
                 ints[:, 1].contiguous(),
                 step.positions,
             )
+            bad = self.nan_rows(logits) if before is None else before
         else:
             tokens, found = self.greedy(logits)
-            bad = found if bad is None else bad
+            bad = found if before is None else before
         pending = None
         if raw is not None:
             limits = [self._limit(self.slots.sampling[slot]) for slot in step.slots_host[asking]]
             pending = self.rank(raw, tokens[self._index(asking)], asking.tolist(), limits)
         if counted:  # last: a draw that finds no memory is made again
             self.count_tokens(self.counts.table, rows, tokens)
-        return tokens, self.nan_rows(logits) if bad is None else bad, pending
+        return tokens, bad, pending
 
     def rank(self, raw: Tensor, tokens: Tensor, rows: list[int], limits: list[int]) -> PendingLogprobs:
         """Log probabilities and ranks of ``tokens`` under raw logits [n, V], and the best ``limits[i]`` of each row."""
